@@ -1,0 +1,354 @@
+"""Schema of ``bundle.yaml``: the contract between training and robot.
+
+Every model is frozen and refuses unknown fields. Reading, hashing and verifying files is in ``load`` and ``verify``;
+this module knows only the shape of the document. Arrays of numbers are tuples, so a bundle is hashable and immutable.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from dcqfa_ros.bundle.strict import StrictModel
+
+SCHEMA_VERSION = 1
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+RelativePath = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$", max_length=200)
+]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0.0, le=10_000.0)]
+
+
+class NormalizerKind(str, Enum):
+    """How raw values map to the policy's range."""
+
+    IDENTITY = "identity"
+    MIN_MAX = "min_max"  # [minimum, maximum] -> [-1, 1]
+    QUANTILE = "quantile"  # like min_max, but minimum and maximum are quantiles of the data
+    MEAN_STD = "mean_std"  # (x - mean) / std
+
+
+class NormalizerSpec(StrictModel):
+    """Affine normalisation per flattened dimension: ``normalised = raw * scale + offset`` (same units as the key's)."""
+
+    kind: NormalizerKind
+    scale: tuple[float, ...] = ()
+    offset: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> NormalizerSpec:
+        if len(self.scale) != len(self.offset):
+            raise ValueError(f"scale has {len(self.scale)} entries but offset has {len(self.offset)}")
+        if self.kind is NormalizerKind.IDENTITY and self.scale:
+            raise ValueError("kind identity takes no scale and no offset")
+        if self.kind is not NormalizerKind.IDENTITY and not self.scale:
+            raise ValueError(f"kind {self.kind.value} needs scale and offset, one entry per dimension")
+        if any(s == 0.0 for s in self.scale):
+            raise ValueError("scale must not hold zeros: actions could not be mapped back")
+        return self
+
+
+class _Observation(StrictModel):
+    """Fields shared by every observation key. ``shape`` is one time step's, without history."""
+
+    shape: tuple[Positive, ...] = Field(min_length=1, max_length=4)
+    dtype: Literal["float32", "uint8", "uint16", "int64"]
+    units: Text
+    frame: Text
+    history: Positive = 1
+    rate_hz: Rate
+    max_age_ms: Annotated[float, Field(gt=0.0, le=60_000.0)]
+    normalizer: NormalizerSpec
+
+    @property
+    def size(self) -> int:
+        """Number of scalars in one time step."""
+        size = 1
+        for n in self.shape:
+            size *= n
+        return size
+
+    @model_validator(mode="after")
+    def _normalizer_fits(self) -> _Observation:
+        n = len(self.normalizer.scale)
+        if n and n not in (self.size, self.shape[-1]):
+            raise ValueError(f"normalizer has {n} entries, expected {self.size} (one per scalar of shape {self.shape})")
+        return self
+
+
+class LowDimObservation(_Observation):
+    """Joint positions, poses, key points: a small float vector per time step."""
+
+    type: Literal["low_dim"]
+
+
+class ImageObservation(_Observation):
+    """RGB image, shape (height, width, 3), uint8, encoding rgb8."""
+
+    type: Literal["image"]
+    encoding: Literal["rgb8"] = "rgb8"
+    resize: tuple[Positive, Positive] | None = None
+    crop: tuple[Positive, Positive] | None = None
+    color_jitter: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # training only
+    encoder: Literal["own", "shared"] = "own"
+
+
+class DepthObservation(_Observation):
+    """Aligned depth, shape (height, width), uint16; ``depth_scale`` metres per unit."""
+
+    type: Literal["depth"]
+    depth_scale: Annotated[float, Field(gt=0.0, le=1.0)]
+    resize: tuple[Positive, Positive] | None = None
+    crop: tuple[Positive, Positive] | None = None
+    encoder: Literal["own", "shared"] = "own"
+
+
+class WrenchObservation(_Observation):
+    """Compensated wrench window at its own rate, shape (window, 6), N and N m, clipped to +-``clip``."""
+
+    type: Literal["wrench"]
+    clip: tuple[float, float, float, float, float, float]
+
+
+class LanguageObservation(_Observation):
+    """Instruction as token ids or as an embedding computed by ``model``."""
+
+    type: Literal["language"]
+    model: Text
+
+
+class GoalObservation(_Observation):
+    """Goal embedding or goal state, constant over an episode."""
+
+    type: Literal["goal"]
+
+
+ObservationSpec = Annotated[
+    LowDimObservation | ImageObservation | DepthObservation | WrenchObservation | LanguageObservation | GoalObservation,
+    Field(discriminator="type"),
+]
+
+
+class ActionSpace(str, Enum):
+    """What an action means to the arm."""
+
+    TCP_TWIST_GRIPPER = "tcp_twist_gripper"
+    TCP_POSE = "tcp_pose"
+    JOINT_POSITION = "joint_position"
+    PLANAR_POSITION = "planar_position"
+
+
+class ActionSpec(StrictModel):
+    """The action chunk: ``horizon`` predicted actions, of which ``executed`` are run from index ``first_executed``."""
+
+    space: ActionSpace
+    names: tuple[Name, ...] = Field(min_length=1, max_length=32)
+    units: tuple[Text, ...]
+    frame: Text
+    mode: Literal["absolute", "delta"]
+    rotation: Literal["none", "euler", "rotation_6d"]
+    gripper: Literal["none", "continuous", "binary"]
+    rate_hz: Rate
+    horizon: Positive
+    first_executed: Annotated[int, Field(ge=0)]
+    executed: Positive
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+    normalizer: NormalizerSpec
+
+    @property
+    def dim(self) -> int:
+        """Number of scalars in one action."""
+        return len(self.names)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ActionSpec:
+        for field in ("units", "minimum", "maximum"):
+            if len(getattr(self, field)) != self.dim:
+                raise ValueError(f"{field} has {len(getattr(self, field))} entries, expected {self.dim} (one per name)")
+        if len(set(self.names)) != self.dim:
+            raise ValueError("names must differ from each other")
+        if any(lo >= hi for lo, hi in zip(self.minimum, self.maximum, strict=True)):
+            raise ValueError("minimum must be below maximum in every dimension")
+        if self.first_executed + self.executed > self.horizon:
+            raise ValueError(
+                f"first_executed + executed = {self.first_executed + self.executed} exceeds horizon {self.horizon}"
+            )
+        if len(self.normalizer.scale) not in (0, self.dim):
+            raise ValueError(f"normalizer has {len(self.normalizer.scale)} entries, expected {self.dim}")
+        return self
+
+
+class DiffusionSpec(StrictModel):
+    """Noise schedule and sampler of a variance-preserving diffusion policy (``dcqfa_ros.runtime.schedule``)."""
+
+    train_timesteps: Annotated[int, Field(ge=1, le=10_000)]
+    beta_schedule: Literal["squared_cosine"]
+    prediction: Literal["epsilon"]
+    clip_sample: Annotated[float, Field(gt=0.0)]
+    sampler: Literal["ddim", "ddpm"]
+    steps: Positive
+
+    @model_validator(mode="after")
+    def _steps(self) -> DiffusionSpec:
+        if self.steps > self.train_timesteps:
+            raise ValueError(f"steps {self.steps} exceeds train_timesteps {self.train_timesteps}")
+        return self
+
+
+class FileSpec(StrictModel):
+    """One file of a variant, relative to the bundle's folder."""
+
+    path: RelativePath
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class Bits(StrictModel):
+    """Weight and activation precision of one layer: 4, 8, 16 or 32 bits, integer or floating point."""
+
+    weight: Literal[4, 8, 16, 32]
+    activation: Literal[4, 8, 16, 32]
+    kind: Literal["int", "float"]
+
+
+class LayerBits(StrictModel):
+    """Bits of one named layer: as searched, as written to ONNX, and as each runtime really executes it."""
+
+    layer: Name
+    searched: Bits
+    exported: Bits
+    executed: dict[Name, Bits]
+
+
+class VariantSize(StrictModel):
+    """Model size twice: parameters x bits / 8 without scales (the paper's convention), and bytes on disk."""
+
+    parameters: Positive
+    paper_bytes: Positive
+    disk_bytes: Positive
+
+
+class LatencyRecord(StrictModel):
+    """Latency of one whole chunk on one device, milliseconds; ``command`` reproduces it."""
+
+    device: Text
+    runtime: Text
+    kind: Literal["measured", "predicted"]
+    threads: Positive
+    steps: Positive
+    p50_ms: Annotated[float, Field(gt=0.0)]
+    p99_ms: Annotated[float, Field(gt=0.0)] | None = None
+    command: Text
+
+
+class QualityRecord(StrictModel):
+    """Task metric with its seeds and 95 % interval half-width; ``command`` reproduces it."""
+
+    metric: Text
+    mean: float
+    ci95: Annotated[float, Field(ge=0.0)]
+    first_seed: Annotated[int, Field(ge=0)]
+    seeds: Positive
+    steps: Positive
+    command: Text
+
+
+class ParityRecord(StrictModel):
+    """Error of the exported network against the training-side network on fixed inputs, normalised action units."""
+
+    samples: Positive
+    max_abs: Annotated[float, Field(ge=0.0)]
+    rms: Annotated[float, Field(ge=0.0)]
+    tolerance_rms: Annotated[float, Field(gt=0.0)]
+
+    @model_validator(mode="after")
+    def _holds(self) -> ParityRecord:
+        if self.rms > self.tolerance_rms:
+            raise ValueError(f"rms {self.rms} exceeds tolerance_rms {self.tolerance_rms}")
+        return self
+
+
+class VariantSpec(StrictModel):
+    """One runnable variant of the policy."""
+
+    name: Name
+    description: Text
+    precision: Literal["fp32", "fp16", "fp8", "w8a8", "w4a4", "mixed"]
+    opset: Annotated[int, Field(ge=17, le=30)]
+    files: dict[Literal["encoder", "timestep", "denoiser"], FileSpec]
+    layers: tuple[LayerBits, ...] = Field(min_length=1)
+    size: VariantSize
+    latency: tuple[LatencyRecord, ...] = ()
+    quality: tuple[QualityRecord, ...] = ()
+    parity: ParityRecord
+
+    @model_validator(mode="after")
+    def _complete(self) -> VariantSpec:
+        missing = {"encoder", "timestep", "denoiser"} - set(self.files)
+        if missing:
+            raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        names = [layer.layer for layer in self.layers]
+        if len(set(names)) != len(names):
+            raise ValueError("layers holds the same layer twice")
+        return self
+
+
+class TrainingRecord(StrictModel):
+    """Where the weights come from: enough to repeat the run."""
+
+    data: Text
+    episodes: Positive
+    split: Text
+    steps: Positive
+    batch: Positive
+    seed: Annotated[int, Field(ge=0)]
+    command: Text
+
+
+class BundleSpec(StrictModel):
+    """The whole of ``bundle.yaml``."""
+
+    schema_version: Literal[1]
+    name: Name
+    task: Text
+    backbone: Literal["diffusion_policy_t", "mdt_v", "openvla_oft"]
+    license: Text
+    observations: dict[Name, ObservationSpec] = Field(min_length=1)
+    action: ActionSpec
+    diffusion: DiffusionSpec
+    training: TrainingRecord
+    default_variant: Name
+    variants: tuple[VariantSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _variants(self) -> BundleSpec:
+        names = [v.name for v in self.variants]
+        if len(set(names)) != len(names):
+            raise ValueError("variants holds the same name twice")
+        if "auto" in names:
+            raise ValueError("a variant must not be named 'auto': the selector uses that word")
+        if self.default_variant not in names:
+            raise ValueError(f"default_variant {self.default_variant!r} is not one of {', '.join(names)}")
+        histories = {o.history for o in self.observations.values() if o.type == "low_dim"}
+        if len(histories) > 1:
+            raise ValueError("low_dim observations must share one history")
+        return self
+
+    def variant(self, name: str) -> VariantSpec:
+        """Return the variant called ``name``.
+
+        Raises:
+            KeyError: no such variant; the message lists those there are.
+        """
+        for candidate in self.variants:
+            if candidate.name == name:
+                return candidate
+        known = ", ".join(v.name for v in self.variants)
+        raise KeyError(f"bundle {self.name!r} has no variant {name!r}; it has {known}")

@@ -1,0 +1,214 @@
+"""Detect this computer: Jetson module, GPU, processor, memory. Reads files only (and NVML where it is installed).
+
+Every file is read below a root folder, so recorded trees of other devices can stand in for this one. Jetson facts: the
+model name in the device tree says the family but not the memory; the module number in ``compatible`` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["jetson", "gpu", "cpu"]
+
+JETSON_MODULES = {
+    "p3767-0000": ("Jetson Orin NX", 16),
+    "p3767-0001": ("Jetson Orin NX", 8),
+    "p3767-0003": ("Jetson Orin Nano", 8),
+    "p3767-0004": ("Jetson Orin Nano", 4),
+    "p3767-0005": ("Jetson Orin Nano developer kit", 8),
+    "p3701-0004": ("Jetson AGX Orin", 32),
+    "p3701-0005": ("Jetson AGX Orin", 64),
+}
+"""Module number in the device tree -> (name, memory in GB)."""
+
+DOT_PRODUCT_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
+"""Processor features that multiply 8-bit integers into 32 bits exactly, most capable first."""
+
+_ORIN_COMPUTE_CAPABILITY = (8, 7)
+_ARM_PARTS = {"0xd42": "Cortex-A78AE", "0xd0b": "Cortex-A76", "0xd08": "Cortex-A72", "0xd03": "Cortex-A53"}
+_KIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """The CPU: ``features`` are those of :data:`DOT_PRODUCT_FEATURES` it has; ``cores`` counts logical processors."""
+
+    model: str
+    architecture: str
+    cores: int
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A CUDA device; ``memory_bytes`` is None where it shares the system's memory (Jetson)."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_bytes: int | None
+    driver: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What was detected.
+
+    Attributes:
+        kind: ``jetson``, ``gpu`` (a computer with a CUDA device) or ``cpu``.
+        name: for people.
+        fingerprint: equal on computers whose latencies are comparable; ``LatencyRecord.device`` holds it.
+        processor: the CPU.
+        gpu: the first CUDA device, or None.
+        l4t: Jetson Linux release such as ``36.4.3``, or None.
+        memory_bytes: system memory, 0 where unknown.
+        memory_available_bytes: of it, what programs can still take, 0 where unknown.
+        notes: what could not be determined and what follows from it.
+    """
+
+    kind: Kind
+    name: str
+    fingerprint: str
+    processor: Processor
+    gpu: Gpu | None
+    l4t: str | None
+    memory_bytes: int
+    memory_available_bytes: int
+    notes: tuple[str, ...]
+
+
+GpuProbe = Callable[[], "tuple[Sequence[Gpu], Sequence[str]]"]
+
+
+def detect(root: Path = Path("/"), gpus: GpuProbe | None = None) -> Device:
+    """Describe the computer whose files lie below ``root``.
+
+    Args:
+        root: ``/``, or a folder with recorded ``proc`` and ``etc``.
+        gpus: returns CUDA devices and notes; by default NVML for ``/`` and nothing for a recorded tree.
+    """
+    notes: list[str] = []
+    processor = _processor(_read(root, "proc/cpuinfo"))
+    if not processor.cores:
+        notes.append("the processor is unknown: /proc/cpuinfo could not be read")
+    memory, available = _memory(_read(root, "proc/meminfo"))
+    if not memory:
+        notes.append("the memory size is unknown: /proc/meminfo could not be read")
+    model = _read(root, "proc/device-tree/model").strip("\0 \n")
+    compatible = _read(root, "proc/device-tree/compatible").split("\0")
+    if re.search(r"\bOrin\b", model) or any(c == "nvidia,tegra234" for c in compatible):
+        return _jetson(root, model, compatible, processor, memory, available, notes)
+    if gpus is None:
+        gpus = nvml_gpus if root == Path("/") else lambda: ((), ())
+    found, gpu_notes = gpus()
+    notes.extend(gpu_notes)
+    int8 = processor.features[0] if processor.features else "no 8-bit dot product"
+    base = f"{processor.architecture} {processor.model}, {processor.cores} cores, {int8}"
+    if found:
+        gpu = found[0]
+        if len(found) > 1:
+            notes.append(f"{len(found)} CUDA devices: the first is described")
+        name = f"{gpu.name} with {processor.model}"
+        return Device("gpu", name, f"{gpu.name} | {base}", processor, gpu, None, memory, available, tuple(notes))
+    return Device("cpu", processor.model, base, processor, None, None, memory, available, tuple(notes))
+
+
+def _jetson(
+    root: Path,
+    model: str,
+    compatible: Sequence[str],
+    processor: Processor,
+    memory: int,
+    available: int,
+    notes: list[str],
+) -> Device:
+    numbers = re.findall(r"p37(?:67|01)-\d{4}", " ".join(compatible))
+    known = next((JETSON_MODULES[n] for n in numbers if n in JETSON_MODULES), None)
+    if known is not None:
+        name = f"{known[0]} {known[1]} GB"
+    else:
+        name = f"{model or 'Jetson Orin'}, {round(memory / 2**30)} GB"
+        notes.append(f"module {', '.join(numbers) or '(no number)'} is not known: its memory is that of /proc/meminfo")
+    if model.endswith(" Super"):
+        name += " Super"
+    release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _read(root, "etc/nv_tegra_release"))
+    l4t = f"{release[1]}.{release[2]}" if release else None
+    if l4t is None:
+        notes.append("the Jetson Linux release is unknown: /etc/nv_tegra_release could not be read")
+    gpu = Gpu("Orin (nvgpu)", _ORIN_COMPUTE_CAPABILITY, None, None)
+    fingerprint = f"{name}, L4T {l4t or 'unknown'}, {processor.cores} cores"
+    return Device("jetson", name, fingerprint, processor, gpu, l4t, memory, available, tuple(notes))
+
+
+def nvml_gpus() -> tuple[Sequence[Gpu], Sequence[str]]:
+    """Return the CUDA devices NVML knows, and notes. A driver without nvidia-ml-py is noted, never an error."""
+    try:
+        import pynvml
+    except ImportError:
+        if Path("/proc/driver/nvidia/version").exists():
+            return (), ("an NVIDIA driver is loaded but the Python package nvidia-ml-py is not installed: "
+                        "the GPU is not described",)  # fmt: skip
+        return (), ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return (), ()  # the package without a driver: a computer without a CUDA device
+    try:
+        driver = _decoded(pynvml.nvmlSystemGetDriverVersion())
+        return tuple(_nvml_gpu(pynvml, i, driver) for i in range(pynvml.nvmlDeviceGetCount())), ()
+    except pynvml.NVMLError as error:
+        return (), (f"NVML failed ({error}): the GPU is not described",)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _nvml_gpu(nvml, index: int, driver: str) -> Gpu:  # type: ignore[no-untyped-def]  # nvidia-ml-py has no types
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    try:
+        memory: int | None = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError:
+        memory = None  # shared with the system
+    return Gpu(_decoded(nvml.nvmlDeviceGetName(handle)), (int(major), int(minor)), memory, driver)
+
+
+def _decoded(text: str | bytes) -> str:
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+
+
+def _read(root: Path, name: str) -> str:
+    """Return a file's text, empty where it is not there: absence is information here, not an error."""
+    try:
+        return (root / name).read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _processor(cpuinfo: str) -> Processor:
+    fields: dict[str, str] = {}
+    cores = 0
+    for line in cpuinfo.splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            cores += key.strip() == "processor"
+            fields.setdefault(key.strip().lower(), value.strip())
+    words = set(f"{fields.get('flags', '')} {fields.get('features', '')}".split())
+    features = tuple(f for f in DOT_PRODUCT_FEATURES if f in words)
+    if "vendor_id" in fields:
+        model = " ".join(fields.get("model name", "unknown processor").split())
+        # Virtual machines and pre-production parts hide the product: family and model number tell them apart.
+        if not re.search(r"\d{3}", model):
+            model += f" family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+        return Processor(model, "x86_64", cores, features)
+    if "cpu part" in fields:
+        part = fields["cpu part"].lower()
+        return Processor(_ARM_PARTS.get(part, f"ARM part {part}"), "aarch64", cores, features)
+    return Processor("unknown processor", "unknown architecture", cores, features)
+
+
+def _memory(meminfo: str) -> tuple[int, int]:
+    values = {k: int(v) * _KIB for k, v in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, re.MULTILINE)}
+    return values.get("MemTotal", 0), values.get("MemAvailable", 0)

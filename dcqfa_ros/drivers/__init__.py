@@ -1,0 +1,1 @@
+"""Driver protocols and hardware drivers: plain Python, no ROS."""

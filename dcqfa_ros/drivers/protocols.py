@@ -1,0 +1,141 @@
+"""What an arm and a camera offer to the nodes, whatever stands behind them: hardware, emulator or simulated cell.
+
+Drivers are plain Python: no ROS, no logging set-up, no threads the caller has not asked for. Times are
+``time.monotonic_ns`` of this host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.errors import UserError
+
+
+class DriverError(UserError):
+    """A device is missing, busy, disconnected or was used out of order; the message names it and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmObservation:
+    """What a planar arm and its cell show after a tick. Arrays are read-only.
+
+    Attributes:
+        stamp_ns: monotonic time at which the observation was taken.
+        step: actions executed since the reset.
+        agent: position of the end effector, shape (2,), float32, px, table frame.
+        keypoints: key points of the block, shape (9, 2), float32, px, table frame.
+        target: the last commanded position, shape (2,), float32, px; the position itself before the first command.
+        coverage: share of the goal covered, 0..1.
+        score: maximum over the steps of coverage / 0.95, clipped to [0, 1].
+        done: the episode has ended; the cell stands still until it is reset.
+    """
+
+    stamp_ns: int
+    step: int
+    agent: NDArray[np.float32]
+    keypoints: NDArray[np.float32]
+    target: NDArray[np.float32]
+    coverage: float
+    score: float
+    done: bool
+
+
+class ArmDriver(Protocol):
+    """A planar arm under position control, with the cell that judges its task. Not thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """Short name for messages, such as ``simulated planar arm``."""
+
+    def connect(self) -> None:
+        """Take the arm, without moving it, so that ``observe`` works. Does nothing when already connected.
+
+        Raises:
+            DriverError: the arm cannot be reached or is taken.
+        """
+
+    def reset(self, seed: int) -> ArmObservation:
+        """Bring the cell to the start state of ``seed`` and return the first observation (step 0)."""
+
+    def observe(self) -> ArmObservation:
+        """Return the current observation; nothing moves."""
+
+    def step(self, action: NDArray[np.float32] | NDArray[np.float64]) -> ArmObservation:
+        """Execute one control tick towards ``action`` (2,) px, table frame.
+
+        Raises:
+            ValueError: the action is not two finite numbers; nothing has moved.
+            DriverError: the arm is not connected.
+        """
+
+    def hold(self) -> ArmObservation:
+        """Execute one control tick that keeps the last target (the present position before the first command)."""
+
+    def close(self) -> None:
+        """Release the arm. Safe to call at any time and more than once."""
+
+
+@dataclass(frozen=True, slots=True)
+class CameraIntrinsics:
+    """Pinhole parameters of one picture stream: size, focal lengths and principal point in px, no distortion."""
+
+    width: int
+    height: int
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+
+
+@dataclass(frozen=True, slots=True)
+class CameraFrame:
+    """One picture. Arrays are read-only.
+
+    Attributes:
+        color: shape (height, width, 3), uint8, RGB.
+        depth: shape (height, width), uint16, mm, aligned to color; None when the camera has no depth.
+        stamp_ns: monotonic time at which the picture was taken.
+        number: count of frames since the camera was connected, from 0.
+    """
+
+    color: NDArray[np.uint8]
+    depth: NDArray[np.uint16] | None
+    stamp_ns: int
+    number: int
+
+
+class CameraDriver(Protocol):
+    """A camera with color and, where it has it, aligned depth. Not thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """Short name for messages."""
+
+    @property
+    def fps(self) -> float:
+        """Nominal frames per second."""
+
+    @property
+    def intrinsics(self) -> CameraIntrinsics:
+        """Intrinsics of color (and of the aligned depth)."""
+
+    def connect(self) -> None:
+        """Open the camera.
+
+        Raises:
+            DriverError: the camera is missing or busy.
+        """
+
+    def read(self, timeout_s: float = 1.0) -> CameraFrame:
+        """Wait for the next frame and return it. A frame that nobody read in time is dropped, not queued.
+
+        Raises:
+            DriverError: no frame came within ``timeout_s`` seconds, or the camera is not connected.
+        """
+
+    def close(self) -> None:
+        """Release the camera. Safe to call at any time and more than once."""

@@ -1,0 +1,160 @@
+"""Between ROS messages and the arrays of the runtime: stamps, poses, chunks, key-value status messages.
+
+ROS messages carry metres and radians; a bundle carries its own units. ``units_per_metre`` (exact powers of two for the
+simulated table) converts between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Pose, PoseArray, PoseStamped, Transform
+from numpy.typing import NDArray
+from sensor_msgs.msg import JointState
+from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
+
+NS = 1_000_000_000
+TCP = "tcp"
+
+
+class MessageError(ValueError):
+    """A message that does not hold what its topic promises; the message names the field."""
+
+
+def to_time(stamp_ns: int) -> Time:
+    """Nanoseconds since the clock's origin to ``builtin_interfaces/Time``."""
+    return Time(sec=stamp_ns // NS, nanosec=stamp_ns % NS)
+
+
+def from_time(stamp: Time) -> int:
+    """``builtin_interfaces/Time`` to nanoseconds."""
+    return int(stamp.sec) * NS + int(stamp.nanosec)
+
+
+def to_duration(duration_ns: int) -> Duration:
+    """Nanoseconds to ``builtin_interfaces/Duration``."""
+    return Duration(sec=duration_ns // NS, nanosec=duration_ns % NS)
+
+
+def planar_pose(xy: Sequence[float], units_per_metre: float) -> Pose:
+    """A pose at (x, y) on the table, identity orientation."""
+    pose = Pose()
+    pose.position.x, pose.position.y = float(xy[0]) / units_per_metre, float(xy[1]) / units_per_metre
+    pose.orientation.w = 1.0
+    return pose
+
+
+def planar_pose_message(stamp_ns: int, frame: str, xy: Sequence[float], units_per_metre: float) -> PoseStamped:
+    """Tool position (2,) in bundle units as ``PoseStamped`` in metres."""
+    message = PoseStamped()
+    message.header.stamp, message.header.frame_id = to_time(stamp_ns), frame
+    message.pose = planar_pose(xy, units_per_metre)
+    return message
+
+
+def points_message(stamp_ns: int, frame: str, points: NDArray[np.floating], units_per_metre: float) -> PoseArray:
+    """Key points (N, 2) in bundle units as ``PoseArray`` in metres."""
+    message = PoseArray()
+    message.header.stamp, message.header.frame_id = to_time(stamp_ns), frame
+    message.poses = [planar_pose(point, units_per_metre) for point in points]
+    return message
+
+
+def joint_state_message(stamp_ns: int, names: Sequence[str], positions: Sequence[float]) -> JointState:
+    """Joint positions in metres or radians."""
+    message = JointState()
+    message.header.stamp = to_time(stamp_ns)
+    message.name, message.position = list(names), [float(p) for p in positions]
+    return message
+
+
+def observation_array(message: Any, shape: tuple[int, ...], units_per_metre: float) -> NDArray[np.float64]:
+    """Value of a low-dimensional observation message in bundle units.
+
+    Args:
+        message: ``PoseStamped`` for shape (2,) or (3,) positions, ``PoseArray`` for (N, 2) or (N, 3) points, ``JointState``
+            for (N,) joint positions.
+        shape: the bundle's shape of the key.
+        units_per_metre: scale from metres (1.0 for radians).
+
+    Raises:
+        MessageError: the message has another number of values than ``shape``, or a type that is not supported.
+    """
+    if isinstance(message, PoseStamped):
+        p = message.pose.position
+        values = np.array([p.x, p.y, p.z][: shape[-1]])
+    elif isinstance(message, PoseArray):
+        values = np.array([[q.position.x, q.position.y, q.position.z][: shape[-1]] for q in message.poses])
+    elif isinstance(message, JointState):
+        values = np.array(message.position, dtype=np.float64)
+    else:
+        raise MessageError(f"{type(message).__name__} cannot be read as a low-dimensional observation")
+    if values.shape != shape:
+        raise MessageError(f"{type(message).__name__} holds values of shape {values.shape}, the bundle expects {shape}")
+    return values * units_per_metre
+
+
+def planar_chunk_message(
+    stamp_ns: int, frame: str, actions: NDArray[np.floating], period_ns: int, units_per_metre: float
+) -> MultiDOFJointTrajectory:
+    """A chunk of planar positions (n, 2) in bundle units; the stamp is that of the observation it was computed from."""
+    message = MultiDOFJointTrajectory()
+    message.header.stamp, message.header.frame_id = to_time(stamp_ns), frame
+    message.joint_names = [TCP]
+    for index, action in enumerate(actions):
+        transform = Transform()
+        transform.translation.x = float(action[0]) / units_per_metre
+        transform.translation.y = float(action[1]) / units_per_metre
+        transform.rotation.w = 1.0
+        point = MultiDOFJointTrajectoryPoint(transforms=[transform])
+        point.time_from_start = to_duration(index * period_ns)
+        message.points.append(point)
+    return message
+
+
+def planar_chunk_actions(message: MultiDOFJointTrajectory, frame: str, units_per_metre: float) -> tuple[NDArray[np.float64], int]:
+    """Actions (n, 2) in bundle units and the action period in nanoseconds (0 for a single action).
+
+    Raises:
+        MessageError: wrong frame, wrong joint, no points, a point without exactly one transform, or uneven times.
+    """
+    if message.header.frame_id != frame:
+        raise MessageError(f"chunk frame_id is {message.header.frame_id!r}, expected {frame!r}")
+    if list(message.joint_names) != [TCP]:
+        raise MessageError(f"chunk joint_names are {list(message.joint_names)}, expected [{TCP!r}]")
+    if not message.points or any(len(p.transforms) != 1 for p in message.points):
+        raise MessageError("chunk needs at least one point, each with exactly one transform")
+    actions = np.array([(p.transforms[0].translation.x, p.transforms[0].translation.y) for p in message.points])
+    times = [int(p.time_from_start.sec) * NS + int(p.time_from_start.nanosec) for p in message.points]
+    period = times[1] - times[0] if len(times) > 1 else 0
+    if times[0] != 0 or any(b - a != period for a, b in zip(times, times[1:], strict=False)) or (len(times) > 1 and period <= 0):
+        raise MessageError("chunk time_from_start must begin at 0 and rise evenly")
+    return actions * units_per_metre, period
+
+
+def status_message(stamp_ns: int, name: str, level: int, text: str, values: Mapping[str, object]) -> DiagnosticArray:
+    """One key-value status as ``DiagnosticArray`` (the project's form of events and of structured state)."""
+    status = DiagnosticStatus(name=name, level=bytes([level]), message=text, hardware_id="")
+    status.values = [KeyValue(key=key, value=_text(value)) for key, value in values.items()]
+    message = DiagnosticArray(status=[status])
+    message.header.stamp = to_time(stamp_ns)
+    return message
+
+
+def status_values(message: DiagnosticArray) -> dict[str, str]:
+    """Key-value pairs of the first status.
+
+    Raises:
+        MessageError: the message holds no status.
+    """
+    if not message.status:
+        raise MessageError("DiagnosticArray without a status")
+    return {pair.key: pair.value for pair in message.status[0].values}
+
+
+def _text(value: object) -> str:
+    return repr(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,61 @@
+"""The engine: the three parts of a diffusion policy's network as a runtime executes them.
+
+The parts run at different rates: the observation encoder once per chunk, the time-step encoder once per step count (its
+result is tabulated), the denoiser at every denoising step. Arrays are C-contiguous NumPy arrays; ``B`` is the batch, ``To``
+the observation history, ``Do`` and ``Da`` the widths of observation and action vectors, ``T`` the number of action tokens
+computed (attention is causal, so the first T tokens of a chunk do not depend on the later ones), ``S`` the number of noise
+levels, ``L`` layers, ``H`` heads, ``D`` the width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+ROLES = ("encoder", "timestep", "denoiser")  # the files of a variant, in the order in which a chunk needs them
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A loaded variant. Not thread-safe: one engine belongs to one thread.
+
+    A returned array may be the engine's own buffer: it holds until the same method is called again.
+    """
+
+    @property
+    def name(self) -> str:
+        """Runtime and what it executes, for reports: ``onnxruntime/w8a8``."""
+        ...
+
+    def observation_kv(self, observation: Float32) -> Float32:
+        """Encode normalised observations (B, To, Do) to cross-attention keys and values (B, L, 2, H, To, D)."""
+        ...
+
+    def timestep_kv(self, timesteps: Int64) -> Float32:
+        """Encode noise levels (S,) to cross-attention keys and values (S, L, 2, H, 1, D)."""
+        ...
+
+    def denoise(
+        self, noisy: Float32, timestep_kv: Float32, observation_kv: Float32, out: Float32 | None = None
+    ) -> Float32:
+        """Predict the noise in the first T tokens of normalised action chunks.
+
+        Args:
+            noisy: (B, T, Da), T at most the horizon.
+            timestep_kv: (1, L, 2, H, 1, D), one row of :meth:`timestep_kv`.
+            observation_kv: (B, L, 2, H, To, D).
+            out: where to write the result, (B, T, Da); must not overlap ``noisy``.
+
+        Returns:
+            Predicted noise (B, T, Da): ``out`` where it was given.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the runtime's memory. The engine cannot be used afterwards; closing twice is allowed."""
+        ...

@@ -1,0 +1,221 @@
+"""ONNX Runtime on the CPU: the default engine.
+
+Measured on ONNX Runtime 1.23.2 and 1.31.1: fixing batch and tokens by ``add_free_dimension_override_by_name`` gains nothing
+over symbolic dimensions, nor does switching the memory arena or pattern off, so one session serves every shape. Spinning is
+off because an idle engine must leave the cores to the control tick.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
+from dcqfa_ros.runtime.errors import EngineError
+from dcqfa_ros.runtime.lowering import is_quantized, lower_for_onnxruntime_cpu, parse_model, serialize
+
+# MatMulAddFusion turns MatMul + bias into Gemm before Q/DQ fusion looks for MatMul: quantized products would run in float.
+_DISABLED_IF_QUANTIZED = ("MatMulAddFusion",)
+_CACHED_BINDINGS = 8
+
+# Role -> input or output name -> (element type, axes). A letter is a dimension any size of which the graph must take or that
+# all graphs share; a number is that size. Symbolic in the graph: B, T and S.
+_INPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
+    "encoder": {"observation": ("tensor(float)", ("B", "To", "Do"))},
+    "timestep": {"timesteps": ("tensor(int64)", ("S",))},
+    "denoiser": {
+        "noisy": ("tensor(float)", ("B", "T", "Da")),
+        "timestep_kv": ("tensor(float)", (1, "L", 2, "H", 1, "D")),
+        "observation_kv": ("tensor(float)", ("B", "L", 2, "H", "To", "D")),
+    },
+}
+_OUTPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
+    "encoder": {"observation_kv": ("tensor(float)", ("B", "L", 2, "H", "To", "D"))},
+    "timestep": {"timestep_kv": ("tensor(float)", ("S", "L", 2, "H", 1, "D"))},
+    "denoiser": {"noise": ("tensor(float)", ("B", "T", "Da"))},
+}
+_SYMBOLIC = frozenset({"B", "T", "S"})
+
+
+class _DenoiserBinding:
+    """Static buffers of one (batch, tokens) shape, bound to the denoiser's inputs and output once."""
+
+    def __init__(self, session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        self._session = session
+        self._binding = session.io_binding()
+        for name, array in self.arrays.items():
+            bind = self._binding.bind_output if name == "noise" else self._binding.bind_input
+            bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+class OnnxRuntimeEngine:
+    """An :class:`~dcqfa_ros.runtime.engine.Engine` on ONNX Runtime's CPU provider.
+
+    Loading holds the interpreter lock for tens to hundreds of milliseconds: a real-time process loads engines in a worker
+    (``dcqfa_ros.runtime.worker``).
+
+    Attributes:
+        name: ``onnxruntime/<name given>``.
+        threads: threads of one operator.
+        quantizers: activation quantizers lowered to uint8, by role; all 0 in a floating-point variant.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], threads: int = 1, name: str = "cpu") -> None:
+        """Lower and load the three graphs.
+
+        Args:
+            files: role ("encoder", "timestep", "denoiser") -> canonical ONNX bytes.
+            threads: intra-operator threads, at least 1; 1 is best for small networks.
+            name: the variant, for reports.
+
+        Raises:
+            EngineError: a role is missing, a graph cannot be parsed, lowered or loaded, or its inputs and outputs are not
+                those of the contract (``docs/bundle.md``); the message names the file.
+        """
+        if threads < 1:
+            raise EngineError(f"threads: expected at least 1, got {threads}")
+        missing = [role for role in ROLES if role not in files]
+        if missing:
+            raise EngineError(f"engine {name}: files lack {', '.join(missing)}")
+        self.name = f"onnxruntime/{name}"
+        self.threads = threads
+        self.quantizers: dict[str, int] = {}
+        sessions: dict[str, ort.InferenceSession] = {}
+        self.dims: dict[str, int] = {}  # fixed sizes by axis letter
+        for role in ROLES:
+            sessions[role] = self._load(role, files[role])
+            self._check_contract(role, sessions[role])
+        self._encoder, self._timestep, self._denoiser = (sessions[role] for role in ROLES)
+        self._bindings: OrderedDict[tuple[int, int], _DenoiserBinding] = OrderedDict()
+        self._closed = False
+
+    def observation_kv(self, observation: Float32) -> Float32:
+        """See :meth:`Engine.observation_kv`."""
+        return self._run("encoder", self._encoder, {"observation": observation})
+
+    def timestep_kv(self, timesteps: Int64) -> Float32:
+        """See :meth:`Engine.timestep_kv`."""
+        return self._run("timestep", self._timestep, {"timesteps": timesteps})
+
+    def denoise(
+        self, noisy: Float32, timestep_kv: Float32, observation_kv: Float32, out: Float32 | None = None
+    ) -> Float32:
+        """See :meth:`Engine.denoise`. The inputs are copied to bound buffers (48 kB at batch 1, microseconds).
+
+        Raises:
+            EngineError: a shape does not fit, ONNX Runtime failed, or the engine is closed.
+        """
+        batch, tokens = noisy.shape[:2]
+        binding = self._bindings.get((batch, tokens))
+        if binding is None:
+            binding = self._bind(batch, tokens)
+        arrays = binding.arrays
+        try:
+            np.copyto(arrays["noisy"], noisy)
+            np.copyto(arrays["timestep_kv"], timestep_kv)
+            np.copyto(arrays["observation_kv"], observation_kv)
+            binding.run()
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise self._failed("denoiser", error) from error
+        result = arrays["noise"]
+        if out is None:
+            return result
+        np.copyto(out, result)
+        return out
+
+    def close(self) -> None:
+        """Drop sessions and buffers."""
+        self._closed = True
+        self._bindings.clear()
+        for attribute in ("_encoder", "_timestep", "_denoiser"):
+            self.__dict__.pop(attribute, None)
+
+    def _load(self, role: str, data: bytes) -> ort.InferenceSession:
+        label = f"{role}.onnx"
+        model = parse_model(data, label)
+        self.quantizers[role] = lower_for_onnxruntime_cpu(model, label)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3  # warnings about folded initializers are not for users
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        disabled = list(_DISABLED_IF_QUANTIZED) if is_quantized(model) else []
+        try:
+            return ort.InferenceSession(
+                serialize(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            )
+        except Exception as error:  # as above
+            raise EngineError(f"{label}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}") from error
+
+    def _check_contract(self, role: str, session: ort.InferenceSession) -> None:
+        for kind, expected, actual in (
+            ("input", _INPUTS[role], session.get_inputs()),
+            ("output", _OUTPUTS[role], session.get_outputs()),
+        ):
+            if {value.name for value in actual} != set(expected):
+                have = ", ".join(value.name for value in actual)
+                raise EngineError(f"{role}.onnx: expected {kind} {', '.join(expected)}, got {have}")
+            for value in actual:
+                element, axes = expected[value.name]
+                shape = tuple(value.shape)
+                if value.type != element or len(shape) != len(axes) or not self._axes_fit(kind, axes, shape):
+                    raise EngineError(
+                        f"{role}.onnx: {kind} {value.name!r} is {value.type} {shape}; expected {element} "
+                        f"{tuple(self.dims.get(a, a) if isinstance(a, str) else a for a in axes)}, letters B, T and S symbolic"
+                    )
+
+    def _axes_fit(self, kind: str, axes: tuple[str | int, ...], shape: tuple[int | str | None, ...]) -> bool:
+        """Compare a shape with the contract and remember the sizes it fixes."""
+        for axis, size in zip(axes, shape, strict=True):
+            if axis in _SYMBOLIC or (kind == "output" and not isinstance(size, int)):
+                # An input must take any size; shape inference may or may not resolve an output.
+                if kind == "input" and isinstance(size, int):
+                    return False
+            elif isinstance(axis, int):
+                if size != axis:
+                    return False
+            elif not isinstance(size, int) or self.dims.setdefault(axis, size) != size:
+                return False
+        return True
+
+    def _bind(self, batch: int, tokens: int) -> _DenoiserBinding:
+        self._require_open()
+        sizes = {**self.dims, "B": batch, "T": tokens}
+        shapes = {
+            name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
+            for name, (_, axes) in (_INPUTS["denoiser"] | _OUTPUTS["denoiser"]).items()
+        }
+        binding = self._bindings[batch, tokens] = _DenoiserBinding(self._denoiser, shapes)
+        if len(self._bindings) > _CACHED_BINDINGS:
+            self._bindings.popitem(last=False)
+        return binding
+
+    def _run(self, role: str, session: ort.InferenceSession, feeds: dict[str, NDArray[np.generic]]) -> Float32:
+        try:
+            result: Float32 = session.run(None, feeds)[0]
+        except Exception as error:  # as above
+            raise self._failed(role, error) from error
+        return result
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"engine {self.name} is closed")
+
+    def _failed(self, role: str, error: Exception) -> EngineError:
+        if isinstance(error, EngineError):
+            return error
+        return EngineError(f"engine {self.name}: {role}.onnx failed: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,151 @@
+"""The running variant of a policy, and the exchange for another one at a chunk boundary.
+
+Each variant runs in its own worker process. A new variant is started, loaded and warmed in the background while the old
+one goes on; the next ``predict`` after that uses it. A failed exchange leaves the old variant as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.bundle.load import Bundle
+from dcqfa_ros.runtime.policy import PolicyError
+from dcqfa_ros.runtime.worker import EngineWorker, WorkerDiedError
+
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class SwapResult:
+    """Outcome of one exchange: ``active`` is the variant that runs afterwards ("" when none does)."""
+
+    swap_id: int
+    requested: str
+    active: str
+    ok: bool
+    reason: str
+    load_ms: float
+
+
+class VariantHost:
+    """Owns the worker of the active variant and replaces it on request."""
+
+    def __init__(self, bundle: Bundle, threads: int, on_swap: Callable[[SwapResult], None]) -> None:
+        """Hold no worker yet; ``on_swap`` is called from a background thread after each exchange."""
+        self.bundle, self.threads, self._on_swap = bundle, threads, on_swap
+        self.swaps = 0
+        self._lock = threading.Lock()  # guards the fields below, never held while a worker computes
+        self._use = threading.Lock()  # held while a worker computes or is exchanged
+        self._worker: EngineWorker | None = None
+        self._active = ""
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._queued: str | None = None
+
+    @property
+    def active(self) -> str:
+        """Name of the variant that computes the next chunk, or "" while there is none."""
+        return self._active
+
+    @property
+    def busy(self) -> bool:
+        """Whether an exchange is under way."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    def validate(self, variant: str) -> str | None:
+        """Cheap check of a requested name; returns why it is refused, or None."""
+        try:
+            self.bundle.spec.variant(variant)
+        except KeyError as error:
+            return str(error.args[0])
+        return None
+
+    def request(self, variant: str) -> None:
+        """Begin to exchange the active variant for ``variant``; a newer request replaces one that waits.
+
+        Raises:
+            PolicyError: the bundle has no such variant, or the host is closed.
+        """
+        reason = self.validate(variant)
+        if reason:
+            raise PolicyError(reason)
+        with self._lock:
+            if self._closed:
+                raise PolicyError("the policy is shutting down")
+            self._queued = variant
+            if not self.busy:
+                self._thread = threading.Thread(target=self._work, name="variant-swap", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                variant, self._queued = self._queued, None
+                if variant is None or self._closed:
+                    self._thread = None
+                    return
+                self.swaps += 1
+                swap_id = self.swaps
+            self._on_swap(self._exchange(swap_id, variant))
+
+    def _exchange(self, swap_id: int, variant: str) -> SwapResult:
+        begin = time.monotonic()
+        worker = EngineWorker(self.bundle.folder, variant, threads=self.threads)
+        try:
+            worker.start(START_TIMEOUT_S)
+        except Exception as error:  # whatever a runtime raises while loading is a refused exchange, never a crash
+            worker.close()
+            return SwapResult(swap_id, variant, self._active, False, str(error), _ms(begin))
+        with self._use:  # the chunk boundary: no prediction is under way
+            with self._lock:
+                if self._closed:
+                    old, reason = worker, "the policy is shutting down"
+                else:
+                    old, self._worker, self._active, reason = self._worker, worker, variant, ""
+        if old is not None:
+            old.close()
+        return SwapResult(swap_id, variant, self._active, not reason, reason, _ms(begin))
+
+    def predict(
+        self, observation: Mapping[str, NDArray], seed: int, chunk: int, steps: int | None
+    ) -> tuple[NDArray[np.float32], str]:
+        """One chunk (executed, Da), raw units, and the variant that computed it.
+
+        Raises:
+            PolicyError: no variant is loaded, the input is refused, or the worker died (``WorkerDiedError``).
+        """
+        with self._use:
+            worker, variant = self._worker, self._active
+            if worker is None:
+                raise PolicyError("no variant is loaded yet")
+            try:
+                return worker.predict(observation, seed=seed, chunk=chunk, steps=steps), variant
+            except WorkerDiedError:
+                self._worker, self._active = None, ""
+                worker.close()
+                raise
+
+    def close(self) -> None:
+        """End the worker; a pending exchange is abandoned. May be called twice."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(START_TIMEOUT_S)
+        with self._use:
+            worker, self._worker, self._active = self._worker, None, ""
+        if worker is not None:
+            worker.close()
+
+
+def _ms(begin: float) -> float:
+    return (time.monotonic() - begin) * 1e3
+
+

@@ -1,0 +1,1 @@
+"""Trial bookkeeping: records, statistics, videos and the report; imports no ROS and no torch."""

@@ -1,0 +1,137 @@
+"""Configuration of a training run: one YAML file, unknown fields refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from dcqfa_ros.bundle.schema import Name, NormalizerKind, Positive, Rate, Text
+from dcqfa_ros.bundle.strict import StrictModel
+from dcqfa_ros.errors import UserError
+from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration file that cannot be used; the message names file and field."""
+
+
+class ObservationSource(StrictModel):
+    """One low-dimensional observation key: where it lies in the data set and what it means on the robot."""
+
+    array: Text
+    columns: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    units: Text
+    frame: Text
+    normalizer: NormalizerKind = NormalizerKind.MIN_MAX
+    max_age_ms: Annotated[float, Field(gt=0.0)] = 300.0
+
+
+class ActionSource(StrictModel):
+    """The action array and its meaning; limits are those of the robot, not of the data."""
+
+    array: Text
+    columns: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    space: Literal["tcp_twist_gripper", "tcp_pose", "joint_position", "planar_position"]
+    names: tuple[Name, ...]
+    units: tuple[Text, ...]
+    frame: Text
+    mode: Literal["absolute", "delta"] = "absolute"
+    rotation: Literal["none", "euler", "rotation_6d"] = "none"
+    gripper: Literal["none", "continuous", "binary"] = "none"
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+    normalizer: NormalizerKind = NormalizerKind.MIN_MAX
+
+
+class DataConfig(StrictModel):
+    """A data set of demonstrations and how observations and actions are read from it."""
+
+    path: Text
+    format: Literal["npz", "zarr"]
+    episode_ends: Text
+    rate_hz: Rate
+    observations: dict[Name, ObservationSource] = Field(min_length=1)
+    action: ActionSource
+    validation_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
+    split_seed: Annotated[int, Field(ge=0)] = 42
+    max_train_episodes: Positive | None = None
+
+
+class DiffusionConfig(StrictModel):
+    """Forward process and the sampler written to the bundle."""
+
+    train_timesteps: Annotated[int, Field(ge=2)] = 100
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    steps: Positive = 16
+    clip_sample: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with warm-up and cosine decay to ``final_learning_rate``."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class EmaConfig(StrictModel):
+    """Exponential moving average: decay = min(maximum, 1 - (1 + step)^-power)."""
+
+    power: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    maximum: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9995
+
+
+class RunConfig(StrictModel):
+    """Length, batch, precision and bookkeeping of the run."""
+
+    steps: Positive
+    batch: Positive = 128
+    seed: Annotated[int, Field(ge=0)] = 42
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: Positive = 1
+    compile: bool = False  # torch.compile; on a CPU this needs a C++ compiler
+    device: Literal["cpu", "cuda"] = "cpu"
+    checkpoint_every: Positive = 500
+    log_every: Positive = 50
+    validate_every: Positive = 1000
+
+
+class TrainConfig(StrictModel):
+    """A whole training run."""
+
+    name: Name
+    task: Text
+    license: Text = "Apache-2.0"
+    policy: DiffusionPolicyTConfig
+    executed_actions: Positive = 8
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    run: RunConfig
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a training configuration.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or has an unknown, missing or ill-typed field.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a training YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from error
+    try:
+        return TrainConfig.model_validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(str(p) for p in e['loc']) or '(document)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from error

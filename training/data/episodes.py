@@ -1,0 +1,128 @@
+"""Readers of demonstration sets: one in-memory form, whatever the file.
+
+A data set is a dictionary of row-aligned arrays plus ``episode_ends`` (exclusive), the layout of the Diffusion Policy
+replay buffer. Readers: ``.npz`` files and zarr replay buffers (directory or zip, format 2 or 3).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.errors import UserError
+from training.config import ActionSource, DataConfig, ObservationSource
+
+
+class DataError(UserError, ValueError):
+    """A data set that cannot be used; the message names file and array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstrations:
+    """Observations (N, observation_dim) and actions (N, action_dim), float32, raw units, and episode bounds."""
+
+    observation: NDArray[np.float32]
+    action: NDArray[np.float32]
+    shapes: dict[str, tuple[int, ...]]  # per observation key, one time step, in concatenation order
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]  # exclusive
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes."""
+        return len(self.ends)
+
+
+def _read_npz(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = sorted(names - set(archive.files))
+            if missing:
+                raise DataError(f"{path}: no array {missing[0]!r}; it holds {', '.join(sorted(archive.files))}")
+            return {name: np.asarray(archive[name]) for name in names}
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; pass the demonstrations' path with --data") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a readable .npz file ({error})") from error
+
+
+def _read_zarr(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
+    import zarr  # only needed for zarr data; listed in requirements/train.txt
+
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; pass the demonstrations' path with --data")
+    try:
+        group: Any = zarr.open(str(path), mode="r")
+    except Exception as error:  # zarr raises many unrelated types
+        raise DataError(f"{path}: not a readable zarr store ({error})") from error
+    arrays = {}
+    for name in names:
+        try:
+            arrays[name] = np.asarray(group[name][...])
+        except Exception as error:
+            raise DataError(f"{path}: array {name!r} cannot be read ({error!r})") from error
+    return arrays
+
+
+def _columns(source: ObservationSource | ActionSource, data: NDArray[Any], where: str) -> NDArray[np.float32]:
+    if source.columns is not None:
+        flat = data.reshape(len(data), -1)
+        if max(source.columns) >= flat.shape[1]:
+            raise DataError(f"{where}: columns {list(source.columns)} exceed the array's {flat.shape[1]} columns")
+        data = flat[:, list(source.columns)]
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(data.reshape(len(data), -1)).all(axis=1))
+    if len(bad):
+        raise DataError(f"{where}: row {bad[0]} holds NaN or infinity ({len(bad)} such rows); clean the data first")
+    return data
+
+
+def read_demonstrations(config: DataConfig) -> Demonstrations:
+    """Read the data set that ``config`` describes.
+
+    Raises:
+        DataError: a file or array is missing, lengths disagree, values are not finite, or the set is empty.
+    """
+    path = Path(config.path)
+    names = {o.array for o in config.observations.values()} | {config.action.array, config.episode_ends}
+    arrays = (_read_npz if config.format == "npz" else _read_zarr)(path, names)
+    ends = arrays[config.episode_ends].astype(np.int64).reshape(-1)
+    if not len(ends) or (np.diff(ends) <= 0).any() or ends[0] <= 0:
+        raise DataError(f"{path}: {config.episode_ends!r} must be a non-empty, strictly rising list of exclusive ends")
+    rows = int(ends[-1])
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts = []
+    for key, source in config.observations.items():
+        data = _columns(source, arrays[source.array], f"{path}: array {source.array!r} (observation {key!r})")
+        if len(data) != rows:
+            raise DataError(f"{path}: array {source.array!r} has {len(data)} rows, expected {rows} (last episode end)")
+        shapes[key] = data.shape[1:]
+        parts.append(data.reshape(rows, -1))
+    action = _columns(config.action, arrays[config.action.array], f"{path}: array {config.action.array!r} (action)")
+    if len(action) != rows:
+        raise DataError(f"{path}: array {config.action.array!r} has {len(action)} rows, expected {rows}")
+    starts = np.concatenate([[0], ends[:-1]])
+    return Demonstrations(np.concatenate(parts, axis=1), action.reshape(rows, -1), shapes, starts, ends)
+
+
+def split_episodes(episodes: int, ratio: float, seed: int, limit: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split episode indices into (train, validation) as the published Push-T references do.
+
+    Validation takes max(1, round(episodes * ratio)) episodes drawn without replacement; ``limit`` keeps at most that many
+    training episodes, drawn with the same seed. ``ratio`` 0 leaves validation empty.
+    """
+    validation = np.zeros(episodes, dtype=bool)
+    if ratio > 0.0 and episodes > 1:
+        count = min(max(1, round(episodes * ratio)), episodes - 1)
+        validation[np.random.default_rng(seed).choice(episodes, size=count, replace=False)] = True
+    train = np.flatnonzero(~validation)
+    if limit is not None and len(train) > limit:
+        train = np.sort(np.random.default_rng(seed).choice(train, size=limit, replace=False))
+    return train, np.flatnonzero(validation)

@@ -1,0 +1,31 @@
+"""Fitting of the normalisers that travel in the bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.bundle.schema import NormalizerKind, NormalizerSpec
+
+RANGE_EPSILON = 1e-4  # a dimension that hardly moves is centred and not blown up
+LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.99
+
+
+def fit_normalizer(data: NDArray[np.float32], kind: NormalizerKind) -> NormalizerSpec:
+    """Fit ``normalised = raw * scale + offset`` per column of ``data`` (N, D)."""
+    x = data.astype(np.float64)
+    if kind is NormalizerKind.IDENTITY:
+        return NormalizerSpec(kind=kind)
+    if kind is NormalizerKind.MEAN_STD:
+        scale = 1.0 / np.maximum(x.std(axis=0), RANGE_EPSILON)
+        offset = -x.mean(axis=0) * scale
+    else:
+        low, high = (
+            (x.min(axis=0), x.max(axis=0))
+            if kind is NormalizerKind.MIN_MAX
+            else (np.quantile(x, LOW_QUANTILE, axis=0), np.quantile(x, HIGH_QUANTILE, axis=0))
+        )
+        still = high - low < RANGE_EPSILON
+        scale = np.where(still, 1.0, 2.0 / np.where(still, 1.0, high - low))
+        offset = np.where(still, -(low + high) / 2, -1.0 - low * scale)
+    return NormalizerSpec(kind=kind, scale=tuple(scale.tolist()), offset=tuple(offset.tolist()))

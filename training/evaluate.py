@@ -1,0 +1,172 @@
+"""Closed-loop evaluation by the published Push-T protocol (``algorithms.md`` section 10).
+
+Worlds start in the legacy state of their seed, run at most 300 steps, and score max over time of clip(coverage / 0.95, 0, 1).
+All worlds share one batched policy call per chunk; noise is drawn per (seed, chunk), so variants are compared in pairs.
+A bundle is evaluated without PyTorch; only a checkpoint imports it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.bundle.schema import BundleSpec
+from dcqfa_ros.errors import UserError
+from dcqfa_ros.paths import find_bundle
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.policy import PolicyRuntime
+from dcqfa_ros.sim.pusht import EPISODE_STEPS
+from dcqfa_ros.trials.statistics import mean_interval
+from training.envs.pusht import PushTWorlds
+
+PUBLISHED_SEEDS = range(100_000, 100_050)  # for the reported number only, never for tuning
+CHECKPOINT_VARIANT = "checkpoint"
+
+
+class EvaluationError(UserError):
+    """A policy that cannot be evaluated; the message says what was expected."""
+
+
+class ChunkPolicy(Protocol):
+    """The part of :class:`PolicyRuntime` that evaluation needs."""
+
+    def predict(
+        self,
+        observation: Mapping[str, NDArray[Any]],
+        seeds: Sequence[int],
+        chunks: Sequence[int],
+        steps: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Executed actions (B, executed, Da), raw units."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Score (0..1) and number of executed steps per seed, in seed order."""
+
+    seeds: tuple[int, ...]
+    scores: tuple[float, ...]
+    steps: tuple[int, ...]
+
+
+def roll_out(
+    policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None = None, workers: int = 1
+) -> Scores:
+    """Run one episode per seed, all together, and return their scores.
+
+    Args:
+        policy: predicts the executed actions of a chunk for a batch of observations.
+        seeds: legacy start seeds.
+        history: observations per policy call.
+        steps: denoising steps; None for the bundle's own.
+        workers: processes that step the worlds.
+    """
+    with PushTWorlds(seeds, history, workers) as worlds:
+        states = worlds.reset()
+        active = list(range(len(seeds)))
+        chunk = 0
+        with tqdm(total=len(seeds) * EPISODE_STEPS, desc="eval", unit="step", mininterval=1.0) as bar:
+            while active:
+                observation = {
+                    key: np.stack([states[index].history[key] for index in active]) for key in states[0].history
+                }
+                actions = policy.predict(observation, [seeds[i] for i in active], [chunk] * len(active), steps=steps)
+                before = {index: states[index].steps for index in active}
+                for index, state in worlds.step(dict(zip(active, actions, strict=True))).items():
+                    states[index] = state
+                    bar.update((EPISODE_STEPS if state.done else state.steps) - before[index])
+                active = [index for index in active if not states[index].done]
+                bar.set_postfix(score=f"{np.mean([state.score for state in states]):.3f}", active=len(active))
+                chunk += 1
+    return Scores(tuple(seeds), tuple(state.score for state in states), tuple(state.steps for state in states))
+
+
+@contextmanager
+def open_policy(target: str, variant: str | None, threads: int) -> Iterator[tuple[BundleSpec, str, PolicyRuntime]]:
+    """Open a bundle's variant, or a run folder or checkpoint file, for in-process inference.
+
+    Yields:
+        The policy's specification, the variant's name (``checkpoint`` for a checkpoint) and the runtime.
+
+    Raises:
+        UserError: the bundle or checkpoint cannot be read or has no such variant.
+    """
+    path = Path(target)
+    if path.suffix == ".pt" or (path / "checkpoint.pt").is_file():
+        if variant not in (None, CHECKPOINT_VARIANT):
+            raise EvaluationError(f"--variant {variant}: {path} is a checkpoint and has no variants; export it first")
+        from training.torch_engine import TorchEngine  # only a checkpoint needs PyTorch
+        from training.trained import load_trained, unexported_specification
+
+        trained = load_trained(path)
+        spec = unexported_specification(trained)
+        engine: Any = TorchEngine(trained.network, threads)
+        name = CHECKPOINT_VARIANT
+    else:
+        bundle = load_bundle(find_bundle(target))
+        spec, name = bundle.spec, variant or bundle.spec.default_variant
+        if name not in {candidate.name for candidate in spec.variants}:
+            known = ", ".join(candidate.name for candidate in spec.variants)
+            raise EvaluationError(f"--variant {name}: bundle {spec.name!r} has no such variant; it has {known}")
+        files = {role: bundle.read(name, role) for role in ("encoder", "timestep", "denoiser")}
+        engine = OnnxRuntimeEngine(files, threads=threads, name=name)
+    try:
+        yield spec, name, PolicyRuntime(spec, engine)
+    finally:
+        engine.close()
+
+
+def evaluate(
+    target: str,
+    variant: str | None,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    threads: int = 1,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Evaluate a bundle's variant or a checkpoint on the given seeds.
+
+    Returns:
+        A JSON-ready record: ``mean``, ``ci95`` (half-width), ``scores``, ``seeds`` and how they were obtained.
+
+    Raises:
+        UserError: the policy cannot be read, or is not a Push-T policy.
+    """
+    if not seeds:
+        raise EvaluationError("--seeds: expected at least 1")
+    started = time.monotonic()
+    with open_policy(target, variant, threads) as (spec, name, policy):
+        expected = {"keypoints", "agent_position"}
+        if set(spec.observations) != expected:
+            raise EvaluationError(
+                f"bundle {spec.name!r} observes {', '.join(spec.observations)}; "
+                f"the Push-T cell offers {', '.join(sorted(expected))}"
+            )
+        history = next(iter(spec.observations.values())).history
+        result = roll_out(policy, seeds, history, steps, workers)
+    mean, half_width = mean_interval(result.scores)
+    return {
+        "policy": spec.name,
+        "variant": name,
+        "metric": "mean over seeds of max over time of clip(coverage / 0.95, 0, 1)",
+        "mean": mean,
+        "ci95": half_width,
+        "first_seed": min(seeds),
+        "seeds": list(result.seeds),
+        "scores": list(result.scores),
+        "episode_steps": list(result.steps),
+        "denoising_steps": steps or spec.diffusion.steps,
+        "sampler": spec.diffusion.sampler,
+        "threads": threads,
+        "seconds": round(time.monotonic() - started, 2),
+    }

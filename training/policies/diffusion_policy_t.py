@@ -1,0 +1,141 @@
+"""DiffusionPolicy-T: the transformer denoiser of Diffusion Policy (``algorithms.md`` section 8).
+
+Memory tokens are ``[t, o_-1, o_0]``, each passed through a Mish MLP; action token i sees memory token j <= i + 1.
+With key points and horizon 16 the network has 8,965,122 parameters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dcqfa_ros.bundle.strict import StrictModel
+from training.nn.blocks import DecoderBlock
+
+
+class DiffusionPolicyTConfig(StrictModel):
+    """Architecture of DiffusionPolicy-T; the defaults are the published key-point network."""
+
+    observation_dim: int = Field(default=20, ge=1)
+    action_dim: int = Field(default=2, ge=1)
+    horizon: int = Field(default=16, ge=2)
+    observation_horizon: int = Field(default=2, ge=1)
+    depth: int = Field(default=8, ge=1)
+    heads: int = Field(default=4, ge=1)
+    dim: int = Field(default=256, ge=8)
+    ffn_ratio: int = Field(default=4, ge=1)
+    attention_dropout: float = Field(default=0.01, ge=0.0, lt=1.0)
+
+
+def additive_mask(allowed: Tensor) -> Tensor:
+    """Turn a boolean mask into an additive one: 0 where allowed, a large negative number elsewhere."""
+    return torch.zeros(allowed.shape).masked_fill(~allowed, -1e4)
+
+
+class DiffusionPolicyT(nn.Module):
+    """Noise predictor eps(x_t, t, o) split into the three parts that the robot runs at different rates.
+
+    ``observation_keys_values`` runs once per chunk, ``timestep_keys_values`` once per noise level (tabulated), ``denoise``
+    at every step. ``forward`` composes them for training.
+    """
+
+    self_mask: Tensor
+    cross_mask: Tensor
+    frequencies: Tensor
+
+    def __init__(self, config: DiffusionPolicyTConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.dim
+        self.action_embedding = nn.Linear(config.action_dim, d)
+        self.action_position = nn.Parameter(torch.zeros(1, config.horizon, d))
+        self.observation_embedding = nn.Linear(config.observation_dim, d)
+        self.memory_position = nn.Parameter(torch.zeros(1, 1 + config.observation_horizon, d))
+        self.memory_fc1 = nn.Linear(d, 4 * d)
+        self.memory_fc2 = nn.Linear(4 * d, d)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(d, config.heads, config.ffn_ratio * d, config.attention_dropout) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, config.action_dim)
+        tokens, memory = config.horizon, 1 + config.observation_horizon
+        i, j = torch.arange(tokens)[:, None], torch.arange(memory)[None, :]
+        self.register_buffer("self_mask", additive_mask(torch.tril(torch.ones(tokens, tokens, dtype=torch.bool))), False)
+        self.register_buffer("cross_mask", additive_mask(j <= i + 1), False)
+        half = d // 2
+        self.register_buffer("frequencies", torch.exp(torch.arange(half) * (-math.log(10000.0) / (half - 1))), False)
+        self.apply(self._init)
+        nn.init.normal_(self.action_position, std=0.02)
+        nn.init.normal_(self.memory_position, std=0.02)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def _memory_mlp(self, tokens: Tensor) -> Tensor:
+        return self.memory_fc2(nn.functional.mish(self.memory_fc1(tokens)))
+
+    def time_tokens(self, timesteps: Tensor) -> Tensor:
+        """Memory tokens (S, 1, dim) of integer ``timesteps`` (S,)."""
+        angles = timesteps.to(torch.float32)[:, None] * self.frequencies[None, :]
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None, :]
+        return self._memory_mlp(embedding + self.memory_position[:, :1])
+
+    def observation_tokens(self, observation: Tensor) -> Tensor:
+        """Memory tokens (B, To, dim) of normalised observations (B, To, observation_dim)."""
+        return self._memory_mlp(self.observation_embedding(observation) + self.memory_position[:, 1:])
+
+    def keys_values(self, memory: Tensor) -> Tensor:
+        """Cross-attention keys and values (B, depth, 2, H, S, D) of memory tokens (B, S, dim)."""
+        pairs = [torch.stack(block.cross_attn.keys_values(memory), dim=1) for block in self.blocks]
+        return torch.stack(pairs, dim=1)
+
+    def timestep_keys_values(self, timesteps: Tensor) -> Tensor:
+        """Keys and values (S, depth, 2, H, 1, D) of the time token for every noise level in ``timesteps`` (S,)."""
+        return self.keys_values(self.time_tokens(timesteps))
+
+    def observation_keys_values(self, observation: Tensor) -> Tensor:
+        """Keys and values (B, depth, 2, H, To, D) of the observations (B, To, observation_dim)."""
+        return self.keys_values(self.observation_tokens(observation))
+
+    def denoise(self, noisy: Tensor, timestep_kv: Tensor, observation_kv: Tensor) -> Tensor:
+        """Predict the noise in the first T tokens of a chunk.
+
+        Args:
+            noisy: (B, T, action_dim), T at most the horizon. Attention is causal, so fewer tokens cost less and change
+                nothing in those computed.
+            timestep_kv: (1 or B, depth, 2, H, 1, D).
+            observation_kv: (B, depth, 2, H, To, D).
+
+        Returns:
+            Predicted noise (B, T, action_dim).
+        """
+        tokens = noisy.shape[1]
+        x = self.action_embedding(noisy) + self.action_position[:, :tokens]
+        shape = (noisy.shape[0], *timestep_kv.shape[1:])
+        kv = torch.cat([timestep_kv.expand(shape), observation_kv], dim=-2)
+        self_mask, cross_mask = self.self_mask[:tokens, :tokens], self.cross_mask[:tokens]
+        for index, block in enumerate(self.blocks):
+            x = block(x, kv[:, index, 0], kv[:, index, 1], self_mask, cross_mask)
+        return self.head(self.norm(x))
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> Tensor:
+        """Predict the noise (B, T, action_dim) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, obs_dim)."""
+        memory = torch.cat([self.time_tokens(timesteps), self.observation_tokens(observation)], dim=1)
+        tokens = noisy.shape[1]
+        x = self.action_embedding(noisy) + self.action_position[:, :tokens]
+        self_mask, cross_mask = self.self_mask[:tokens, :tokens], self.cross_mask[:tokens]
+        for block in self.blocks:
+            keys, values = block.cross_attn.keys_values(memory)
+            x = block(x, keys, values, self_mask, cross_mask)
+        return self.head(self.norm(x))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters())

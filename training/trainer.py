@@ -1,0 +1,311 @@
+"""Training of the full-precision policy by denoising score matching.
+
+Every random draw of a step (batch indices, time steps, noise, dropout) comes from generators seeded by (seed, step), so a
+resumed run repeats the uninterrupted one bit for bit without storing generator states.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dcqfa_ros.bundle.schema import NormalizerSpec
+from dcqfa_ros.errors import UserError
+from dcqfa_ros.runtime.schedule import alphas_cumprod, squared_cosine_betas
+from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
+from training.config import TrainConfig
+from training.data.episodes import DataError, Demonstrations, read_demonstrations, split_episodes
+from training.data.normalizer import fit_normalizer
+from training.data.sequences import window_rows
+from training.policies.diffusion_policy_t import DiffusionPolicyT
+
+VALIDATION_SEED = 20_000_003  # fixed noise and time steps, the same in every validation
+
+
+class TrainingError(UserError):
+    """A run that cannot go on; the last good checkpoint is kept."""
+
+
+def learning_rate_factor(step: int, warmup: int, total: int, floor: float) -> float:
+    """Linear warm-up over ``warmup`` steps, then cosine decay to ``floor`` (a share of the base rate) at ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + float(np.cos(np.pi * progress)))
+
+
+def ema_decay(step: int, power: float, maximum: float) -> float:
+    """Decay of the exponential moving average at ``step`` (0 at the first step)."""
+    return min(maximum, 1.0 - (1.0 + step) ** -power)
+
+
+class WindowSet:
+    """Normalised training windows held in memory: observations (N, To, Do) and action chunks (N, H, Da), float32."""
+
+    def __init__(
+        self,
+        demonstrations: Demonstrations,
+        episodes: np.ndarray,
+        config: TrainConfig,
+        observation_norm: NormalizerSpec,
+        action_norm: NormalizerSpec,
+    ) -> None:
+        policy = config.policy
+        rows = window_rows(
+            demonstrations, episodes, policy.horizon, policy.observation_horizon - 1, config.executed_actions - 1
+        )
+        observation = normalize(demonstrations.observation, observation_norm)
+        action = normalize(demonstrations.action, action_norm)
+        self.observation = torch.from_numpy(observation[rows[:, : policy.observation_horizon]])
+        self.action = torch.from_numpy(action[rows])
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+
+def normalize(data: np.ndarray, spec: NormalizerSpec) -> np.ndarray:
+    """Apply a normaliser to (N, D) data; returns float32."""
+    if not spec.scale:
+        return data.astype(np.float32)
+    return (data * np.asarray(spec.scale) + np.asarray(spec.offset)).astype(np.float32)
+
+
+def fit_observation_normalizers(demonstrations: Demonstrations, rows: np.ndarray, config: TrainConfig) -> dict[str, NormalizerSpec]:
+    """Fit one normaliser per observation key on the given rows."""
+    specs, first = {}, 0
+    for key, shape in demonstrations.shapes.items():
+        size = int(np.prod(shape))
+        specs[key] = fit_normalizer(
+            demonstrations.observation[rows, first : first + size], config.data.observations[key].normalizer
+        )
+        first += size
+    return specs
+
+
+def concatenate_normalizers(specs: dict[str, NormalizerSpec], shapes: dict[str, tuple[int, ...]]) -> NormalizerSpec:
+    """One normaliser over the concatenated observation vector."""
+    scale: list[float] = []
+    offset: list[float] = []
+    for key, spec in specs.items():
+        size = int(np.prod(shapes[key]))
+        scale += list(spec.scale) or [1.0] * size
+        offset += list(spec.offset) or [0.0] * size
+    kind = next(iter(specs.values())).kind
+    return NormalizerSpec(kind=kind if kind.value != "identity" else "mean_std", scale=tuple(scale), offset=tuple(offset))
+
+
+class Trainer:
+    """One training run in a folder: ``config.json``, ``checkpoint.pt``, TensorBoard events."""
+
+    def __init__(self, config: TrainConfig, folder: Path, resume: bool = True) -> None:
+        """Read the data, build the network and continue from the folder's checkpoint where there is one.
+
+        Raises:
+            DataError: the data set cannot be used or does not fit the policy.
+            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration.
+        """
+        self.config, self.folder = config, folder
+        torch.set_num_threads(config.run.threads)
+        self.device = torch.device(config.run.device)
+        demonstrations = read_demonstrations(config.data)
+        self.shapes = demonstrations.shapes
+        for label, have, want in (
+            ("observation_dim", demonstrations.observation.shape[1], config.policy.observation_dim),
+            ("action_dim", demonstrations.action.shape[1], config.policy.action_dim),
+        ):
+            if have != want:
+                raise DataError(f"{config.data.path}: the data gives {label} {have}, the policy declares {want}")
+        data = config.data
+        train, held_out = split_episodes(
+            demonstrations.episodes, data.validation_ratio, data.split_seed, data.max_train_episodes
+        )
+        self.train_episodes = len(train)
+        rows = np.concatenate([np.arange(demonstrations.starts[e], demonstrations.ends[e]) for e in train])
+        self.observation_norms = fit_observation_normalizers(demonstrations, rows, config)
+        self.action_norm = fit_normalizer(demonstrations.action[rows], data.action.normalizer)
+        observation_norm = concatenate_normalizers(self.observation_norms, self.shapes)
+        self.windows = WindowSet(demonstrations, train, config, observation_norm, self.action_norm)
+        self.held_out = WindowSet(demonstrations, held_out, config, observation_norm, self.action_norm)
+        if not len(self.windows):
+            raise DataError(f"{data.path}: no training window of {config.policy.horizon} steps; episodes are too short")
+
+        torch.manual_seed(config.run.seed)
+        self.model = DiffusionPolicyT(config.policy).to(self.device)
+        self.forward: torch.nn.Module = torch.compile(self.model) if config.run.compile else self.model  # type: ignore[assignment]
+        self.ema = DiffusionPolicyT(config.policy).to(self.device)
+        self.ema.load_state_dict(self.model.state_dict())
+        self.ema.requires_grad_(False).eval()
+        self.parameters = list(self.model.parameters())
+        opt = config.optimizer
+        decay = [p for p in self.parameters if p.ndim == 2]
+        plain = [p for p in self.parameters if p.ndim != 2]  # biases, norms and position embeddings are not decayed
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": opt.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=opt.learning_rate,
+            betas=opt.betas,
+            fused=True,
+        )
+        abar = alphas_cumprod(squared_cosine_betas(config.diffusion.train_timesteps))
+        self.signal = torch.tensor(np.sqrt(abar), dtype=torch.float32, device=self.device)
+        self.sigma = torch.tensor(np.sqrt(1.0 - abar), dtype=torch.float32, device=self.device)
+        self.step = 0
+        if resume and self.checkpoint_path.exists():
+            self._restore(load_checkpoint(self.checkpoint_path))
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The run's one checkpoint file."""
+        return self.folder / CHECKPOINT
+
+    def _restore(self, payload: dict[str, Any]) -> None:
+        mine, theirs = self._identity(self.config.model_dump(mode="json")), self._identity(payload["config"])
+        if mine != theirs:
+            different = sorted(k for k in mine if mine[k] != theirs.get(k))
+            raise CheckpointError(
+                f"{self.checkpoint_path}: trained with another configuration (differs in {', '.join(different)}); "
+                "give another --out or restore the configuration"
+            )
+        self.model.load_state_dict(payload["model"])
+        self.ema.load_state_dict(payload["ema"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.step = int(payload["step"])
+
+    @staticmethod
+    def _identity(config: dict[str, Any]) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that continues it: all but paths and bookkeeping."""
+        run = {k: v for k, v in config["run"].items() if k in ("steps", "batch", "seed", "precision")}
+        data = {k: v for k, v in config["data"].items() if k not in ("path", "format")}
+        return {**{k: v for k, v in config.items() if k not in ("license", "task")}, "run": run, "data": data}
+
+    def payload(self) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "step": self.step,
+            "train_episodes": self.train_episodes,
+            "shapes": {k: list(v) for k, v in self.shapes.items()},
+            "observation_norms": {k: v.model_dump(mode="json") for k, v in self.observation_norms.items()},
+            "action_norm": self.action_norm.model_dump(mode="json"),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint atomically."""
+        save_checkpoint(self.checkpoint_path, self.payload())
+
+    def loss(self, model: torch.nn.Module, observation: Tensor, action: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error of the predicted noise; inputs (B, To, Do), (B, H, Da), (B,), (B, H, Da)."""
+        noisy = self.signal[timesteps][:, None, None] * action + self.sigma[timesteps][:, None, None] * noise
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            predicted = model(noisy, timesteps, observation)
+        return torch.nn.functional.mse_loss(predicted.float(), noise)
+
+    def _draw(self, windows: WindowSet, seed: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randint(len(windows), (batch,), generator=generator)
+        timesteps = torch.randint(self.config.diffusion.train_timesteps, (batch,), generator=generator)
+        action = windows.action[index]
+        noise = torch.randn(action.shape, generator=generator)
+        return tuple(t.to(self.device) for t in (windows.observation[index], action, timesteps, noise))  # type: ignore[return-value]
+
+    def train_step(self) -> float:
+        """One optimizer step; returns the loss.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing was updated.
+        """
+        config, step = self.config, self.step
+        seed = step_seed(config.run.seed, step)
+        torch.manual_seed(seed)  # dropout
+        batch = self._draw(self.windows, seed, config.run.batch)
+        self.model.train()
+        loss = self.loss(self.forward, *batch)
+        value = loss.item()
+        if not np.isfinite(value):
+            raise TrainingError(
+                f"step {step}: loss is {value} (batch seed {seed}); nothing was updated, "
+                f"the last checkpoint in {self.folder} is kept. Lower optimizer.learning_rate or check the data"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm)
+        opt = config.optimizer
+        factor = learning_rate_factor(
+            step, opt.warmup_steps, config.run.steps, opt.final_learning_rate / opt.learning_rate
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = opt.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = ema_decay(step, config.ema.power, config.ema.maximum)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1.0 - decay)
+        self.step += 1
+        return value
+
+    @torch.no_grad()
+    def validate(self, batches: int = 4) -> float:
+        """Held-out denoising loss of the EMA network on fixed draws; NaN when no episode is held out."""
+        if not len(self.held_out):
+            return float("nan")
+        losses = [
+            self.loss(self.ema, *self._draw(self.held_out, VALIDATION_SEED + i, 256)).item() for i in range(batches)
+        ]
+        return float(np.mean(losses))
+
+    def run(self, log: Callable[[dict[str, float]], None] | None = None) -> bool:
+        """Train to the end or to Ctrl-C; returns True when the run is complete. Progress goes to stderr.
+
+        The checkpoint is written every ``checkpoint_every`` steps, at the end, and on INT and TERM.
+        """
+        run = self.config.run
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=1) + "\n")
+        recent: list[float] = []
+        with stop_on_signal() as stop, tqdm(total=run.steps, initial=self.step, desc="train", mininterval=2.0) as bar:
+            while self.step < run.steps and not stop.is_set():
+                recent.append(self.train_step())
+                bar.update()
+                if self.step % run.log_every == 0:
+                    record = {"step": float(self.step), "loss": float(np.mean(recent)), "lr": self.optimizer.param_groups[0]["lr"]}
+                    recent.clear()
+                    if self.step % run.validate_every == 0:
+                        record["validation_loss"] = self.validate()
+                    bar.set_postfix(loss=f"{record['loss']:.4f}")
+                    if log:
+                        log(record)
+                if self.step % run.checkpoint_every == 0:
+                    self.save()
+            self.save()
+        return self.step >= run.steps
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A well mixed 63-bit seed per (run seed, step)."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Set an event on INT or TERM instead of dying, so that the current step ends and the checkpoint is written."""
+    stop = threading.Event()
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
