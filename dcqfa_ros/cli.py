@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from dcqfa_ros import __version__
-from dcqfa_ros.errors import MissingPackageError, UserError
+from dcqfa_ros.errors import UserError
 
 Register = Callable[[Any], None]
 
@@ -50,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader left (`dcqfa ... | head`). Nothing more can be said; keep the interpreter from trying at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DEFECT
+    except ModuleNotFoundError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        return _complain(_missing(error), EXIT_USER_ERROR)
     except UserError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -78,14 +82,21 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     available = _registry()
     wanted = arguments[0] if arguments else ""
     if wanted in available:
-        _load(wanted, available[wanted])(subparsers)
+        available[wanted]()(subparsers)
         return parser
     for name, load in sorted(available.items()):
         try:
-            _load(name, load)(subparsers)
-        except MissingPackageError as error:
-            subparsers.add_parser(name, help=f"(not available: {error})")
+            load()(subparsers)
+        except ModuleNotFoundError as error:
+            subparsers.add_parser(name, help=f"(not available: {_missing(error)})")
     return parser
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return (
+        f"the Python package {error.name!r} is not installed; "
+        "the files in requirements/ list what each part needs (pip install -r requirements/...)"
+    )
 
 
 def _registry() -> dict[str, Callable[[], Register]]:
@@ -103,21 +114,6 @@ def _built_in(name: str) -> Callable[[], Register]:
         return register
 
     return load
-
-
-def _load(name: str, load: Callable[[], Register]) -> Register:
-    """Import one command.
-
-    Raises:
-        MissingPackageError: it needs a package that is not installed.
-    """
-    try:
-        return load()
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"command {name!r} needs the Python package {error.name!r}, which is not installed; "
-            "the files in requirements/ list what each part needs"
-        ) from error
 
 
 if __name__ == "__main__":

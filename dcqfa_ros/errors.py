@@ -16,4 +16,4 @@ class ConfigNotFoundError(UserError, ValueError):
 
 
 class MissingPackageError(UserError, ImportError):
-    """A command needs a Python package that is not installed."""
+    """A part of the software needs a Python package that is not installed."""

@@ -83,14 +83,15 @@ def find_config(name: str) -> Path:
                 return candidate
     names = sorted({str(f.relative_to(folder)) for folder in folders for f in folder.rglob("*") if f.is_file()})
     looked = ", ".join(str(entry) for entry in [path, *folders])
-    raise ConfigNotFoundError(f"{name}: no such configuration; looked at {looked}; there is {', '.join(names) or 'none'}")
+    raise ConfigNotFoundError(
+        f"{name}: no such configuration; looked at {looked}; there is {', '.join(names) or 'none'}"
+    )
 
 
 def cache_directory() -> Path:
     """Return the user's cache folder of this package (engines, profiles). It may not exist yet."""
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / PACKAGE
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (configured if configured.is_absolute() else Path.home() / ".cache") / PACKAGE
 
 
 def _model_folders() -> Iterator[Path]:

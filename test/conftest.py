@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,22 @@ import pytest
 
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.bundle.write import file_spec, write_bundle
+
+_deselected: list[str] = []
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Remember what was left out; a test never goes missing silently."""
+    _deselected.extend(item.nodeid for item in items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the tests that were left out (skipped ones are listed by pytest with their reasons)."""
+    if _deselected:
+        terminalreporter.section("not exercised: left out by -m or -k")
+        for name in _deselected:
+            terminalreporter.line(name)
+
 
 ROLES = ("encoder", "timestep", "denoiser")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -118,6 +118,28 @@ class TrainConfig(StrictModel):
     run: RunConfig
 
 
+def override(config: TrainConfig, **sections: dict[str, Any]) -> TrainConfig:
+    """Return ``config`` with fields of the named sections replaced; a value of None leaves a field as it is.
+
+    Raises:
+        ConfigError: a value does not fit its field; the message names section and field.
+    """
+    document = config.model_dump(mode="json")
+    for section, fields in sections.items():
+        document[section].update({name: value for name, value in fields.items() if value is not None})
+    return _validate(document, "command line")
+
+
+def _validate(document: Any, where: str) -> TrainConfig:
+    try:
+        return TrainConfig.model_validate_json(json.dumps(document), strict=True)
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):  # YAML knows dates and other things that JSON does not
+            raise ConfigError(f"{where}: {error}") from error
+        lines = [f"{where}: {'.'.join(str(p) for p in e['loc']) or '(document)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
 def load_config(path: Path) -> TrainConfig:
     """Read a training configuration.
 
@@ -126,12 +148,9 @@ def load_config(path: Path) -> TrainConfig:
     """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a training YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a training YAML file") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({error})") from error
-    try:
-        return TrainConfig.model_validate_json(json.dumps(document), strict=True)
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(str(p) for p in e['loc']) or '(document)'}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
+    return _validate(document, str(path))

@@ -1,15 +1,15 @@
 """Closed-loop evaluation by the published Push-T protocol (``algorithms.md`` section 10).
 
-Worlds start in the legacy state of their seed, run at most 300 steps, and score max over time of clip(coverage / 0.95, 0, 1).
-All worlds share one batched policy call per chunk; noise is drawn per (seed, chunk), so variants are compared in pairs.
-A bundle is evaluated without PyTorch; only a checkpoint imports it.
+Worlds start in the legacy state of their seed, run at most 300 steps, and score the maximum over time of
+clip(coverage / 0.95, 0, 1). All worlds share one batched policy call per chunk; noise is drawn per (seed, chunk), so
+variants are compared in pairs. A bundle is evaluated without PyTorch; only a checkpoint imports it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +71,7 @@ def roll_out(
         steps: denoising steps; None for the bundle's own.
         workers: processes that step the worlds.
     """
-    with PushTWorlds(seeds, history, workers) as worlds:
+    with closing(PushTWorlds(seeds, history, workers)) as worlds:
         states = worlds.reset()
         active = list(range(len(seeds)))
         chunk = 0
@@ -91,6 +91,12 @@ def roll_out(
     return Scores(tuple(seeds), tuple(state.score for state in states), tuple(state.steps for state in states))
 
 
+def is_checkpoint(target: str) -> bool:
+    """Whether ``target`` is a run folder or a checkpoint file and not a bundle."""
+    path = Path(target)
+    return path.suffix == ".pt" or (path / "checkpoint.pt").is_file()
+
+
 @contextmanager
 def open_policy(target: str, variant: str | None, threads: int) -> Iterator[tuple[BundleSpec, str, PolicyRuntime]]:
     """Open a bundle's variant, or a run folder or checkpoint file, for in-process inference.
@@ -102,14 +108,14 @@ def open_policy(target: str, variant: str | None, threads: int) -> Iterator[tupl
         UserError: the bundle or checkpoint cannot be read or has no such variant.
     """
     path = Path(target)
-    if path.suffix == ".pt" or (path / "checkpoint.pt").is_file():
+    if is_checkpoint(target):
         if variant not in (None, CHECKPOINT_VARIANT):
             raise EvaluationError(f"--variant {variant}: {path} is a checkpoint and has no variants; export it first")
         from training.torch_engine import TorchEngine  # only a checkpoint needs PyTorch
-        from training.trained import load_trained, unexported_specification
+        from training.trained import load_trained
 
         trained = load_trained(path)
-        spec = unexported_specification(trained)
+        spec = trained.meaning.specification()
         engine: Any = TorchEngine(trained.network, threads)
         name = CHECKPOINT_VARIANT
     else:
@@ -154,13 +160,13 @@ def evaluate(
             )
         history = next(iter(spec.observations.values())).history
         result = roll_out(policy, seeds, history, steps, workers)
-    mean, half_width = mean_interval(result.scores)
+    interval = mean_interval(result.scores)
     return {
         "policy": spec.name,
         "variant": name,
         "metric": "mean over seeds of max over time of clip(coverage / 0.95, 0, 1)",
-        "mean": mean,
-        "ci95": half_width,
+        "mean": interval.estimate,
+        "ci95": interval.half_width,
         "first_seed": min(seeds),
         "seeds": list(result.seeds),
         "scores": list(result.scores),

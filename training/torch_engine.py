@@ -18,6 +18,7 @@ class TorchEngine:
     """
 
     def __init__(self, network: DiffusionPolicyT, threads: int = 1, name: str = "torch") -> None:
+        """Run ``network`` on ``threads`` threads (of the whole process)."""
         self.name = name
         self._network = network.eval()
         torch.set_num_threads(threads)

@@ -1,16 +1,13 @@
 """Training of the full-precision policy by denoising score matching.
 
-Every random draw of a step (batch indices, time steps, noise, dropout) comes from generators seeded by (seed, step), so a
-resumed run repeats the uninterrupted one bit for bit without storing generator states.
+Every random draw of a step (batch indices, time steps, noise, dropout) comes from generators seeded by (seed, step), so
+a resumed run repeats the uninterrupted one bit for bit without storing generator states.
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,89 +16,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dcqfa_ros.bundle.schema import NormalizerSpec
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.schedule import alphas_cumprod, squared_cosine_betas
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.config import TrainConfig
-from training.data.episodes import DataError, Demonstrations, read_demonstrations, split_episodes
-from training.data.normalizer import fit_normalizer
-from training.data.sequences import window_rows
+from training.data.episodes import DataError, read_demonstrations, split_episodes
+from training.data.normalizer import concatenate_normalizers, fit_normalizer
+from training.data.sequences import WindowSet, episode_rows, fit_observation_normalizers
 from training.policies.diffusion_policy_t import DiffusionPolicyT
+from training.schedules import ema_decay, learning_rate_factor, step_seed
+from training.signals import stop_on_signal
+from training.specification import PolicyMeaning
 
 VALIDATION_SEED = 20_000_003  # fixed noise and time steps, the same in every validation
 
 
 class TrainingError(UserError):
     """A run that cannot go on; the last good checkpoint is kept."""
-
-
-def learning_rate_factor(step: int, warmup: int, total: int, floor: float) -> float:
-    """Linear warm-up over ``warmup`` steps, then cosine decay to ``floor`` (a share of the base rate) at ``total``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1.0 - floor) * 0.5 * (1.0 + float(np.cos(np.pi * progress)))
-
-
-def ema_decay(step: int, power: float, maximum: float) -> float:
-    """Decay of the exponential moving average at ``step`` (0 at the first step)."""
-    return min(maximum, 1.0 - (1.0 + step) ** -power)
-
-
-class WindowSet:
-    """Normalised training windows held in memory: observations (N, To, Do) and action chunks (N, H, Da), float32."""
-
-    def __init__(
-        self,
-        demonstrations: Demonstrations,
-        episodes: np.ndarray,
-        config: TrainConfig,
-        observation_norm: NormalizerSpec,
-        action_norm: NormalizerSpec,
-    ) -> None:
-        policy = config.policy
-        rows = window_rows(
-            demonstrations, episodes, policy.horizon, policy.observation_horizon - 1, config.executed_actions - 1
-        )
-        observation = normalize(demonstrations.observation, observation_norm)
-        action = normalize(demonstrations.action, action_norm)
-        self.observation = torch.from_numpy(observation[rows[:, : policy.observation_horizon]])
-        self.action = torch.from_numpy(action[rows])
-
-    def __len__(self) -> int:
-        return len(self.action)
-
-
-def normalize(data: np.ndarray, spec: NormalizerSpec) -> np.ndarray:
-    """Apply a normaliser to (N, D) data; returns float32."""
-    if not spec.scale:
-        return data.astype(np.float32)
-    return (data * np.asarray(spec.scale) + np.asarray(spec.offset)).astype(np.float32)
-
-
-def fit_observation_normalizers(demonstrations: Demonstrations, rows: np.ndarray, config: TrainConfig) -> dict[str, NormalizerSpec]:
-    """Fit one normaliser per observation key on the given rows."""
-    specs, first = {}, 0
-    for key, shape in demonstrations.shapes.items():
-        size = int(np.prod(shape))
-        specs[key] = fit_normalizer(
-            demonstrations.observation[rows, first : first + size], config.data.observations[key].normalizer
-        )
-        first += size
-    return specs
-
-
-def concatenate_normalizers(specs: dict[str, NormalizerSpec], shapes: dict[str, tuple[int, ...]]) -> NormalizerSpec:
-    """One normaliser over the concatenated observation vector."""
-    scale: list[float] = []
-    offset: list[float] = []
-    for key, spec in specs.items():
-        size = int(np.prod(shapes[key]))
-        scale += list(spec.scale) or [1.0] * size
-        offset += list(spec.offset) or [0.0] * size
-    kind = next(iter(specs.values())).kind
-    return NormalizerSpec(kind=kind if kind.value != "identity" else "mean_std", scale=tuple(scale), offset=tuple(offset))
 
 
 class Trainer:
@@ -112,6 +43,7 @@ class Trainer:
 
         Raises:
             DataError: the data set cannot be used or does not fit the policy.
+            ConfigError: the configuration does not describe a policy that a bundle can hold.
             CheckpointError: the folder's checkpoint is damaged or belongs to another configuration.
         """
         self.config, self.folder = config, folder
@@ -130,9 +62,12 @@ class Trainer:
             demonstrations.episodes, data.validation_ratio, data.split_seed, data.max_train_episodes
         )
         self.train_episodes = len(train)
-        rows = np.concatenate([np.arange(demonstrations.starts[e], demonstrations.ends[e]) for e in train])
+        rows = episode_rows(demonstrations, train)
         self.observation_norms = fit_observation_normalizers(demonstrations, rows, config)
         self.action_norm = fit_normalizer(demonstrations.action[rows], data.action.normalizer)
+        PolicyMeaning(
+            config, self.shapes, self.observation_norms, self.action_norm, self.train_episodes, 0
+        ).specification()  # what the bundle would refuse in the end is refused before the first step
         observation_norm = concatenate_normalizers(self.observation_norms, self.shapes)
         self.windows = WindowSet(demonstrations, train, config, observation_norm, self.action_norm)
         self.held_out = WindowSet(demonstrations, held_out, config, observation_norm, self.action_norm)
@@ -141,11 +76,13 @@ class Trainer:
 
         torch.manual_seed(config.run.seed)
         self.model = DiffusionPolicyT(config.policy).to(self.device)
-        self.forward: torch.nn.Module = torch.compile(self.model) if config.run.compile else self.model  # type: ignore[assignment]
+        self.forward: Callable[..., Tensor] = torch.compile(self.model) if config.run.compile else self.model
         self.ema = DiffusionPolicyT(config.policy).to(self.device)
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.requires_grad_(False).eval()
         self.parameters = list(self.model.parameters())
+        self.weights: list[Tensor] = list(self.parameters)
+        self.averaged: list[Tensor] = list(self.ema.parameters())
         opt = config.optimizer
         decay = [p for p in self.parameters if p.ndim == 2]
         plain = [p for p in self.parameters if p.ndim != 2]  # biases, norms and position embeddings are not decayed
@@ -168,24 +105,24 @@ class Trainer:
         return self.folder / CHECKPOINT
 
     def _restore(self, payload: dict[str, Any]) -> None:
-        mine, theirs = self._identity(self.config.model_dump(mode="json")), self._identity(payload["config"])
+        try:
+            trained = TrainConfig.model_validate_json(json.dumps(payload["config"]), strict=True)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.checkpoint_path}: its configuration cannot be read ({error})") from error
+        mine, theirs = _identity(self.config), _identity(trained)
         if mine != theirs:
-            different = sorted(k for k in mine if mine[k] != theirs.get(k))
+            different = sorted(key for key in mine if mine[key] != theirs[key])
             raise CheckpointError(
                 f"{self.checkpoint_path}: trained with another configuration (differs in {', '.join(different)}); "
                 "give another --out or restore the configuration"
             )
-        self.model.load_state_dict(payload["model"])
-        self.ema.load_state_dict(payload["ema"])
-        self.optimizer.load_state_dict(payload["optimizer"])
-        self.step = int(payload["step"])
-
-    @staticmethod
-    def _identity(config: dict[str, Any]) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that continues it: all but paths and bookkeeping."""
-        run = {k: v for k, v in config["run"].items() if k in ("steps", "batch", "seed", "precision")}
-        data = {k: v for k, v in config["data"].items() if k not in ("path", "format")}
-        return {**{k: v for k, v in config.items() if k not in ("license", "task")}, "run": run, "data": data}
+        try:
+            self.model.load_state_dict(payload["model"])
+            self.ema.load_state_dict(payload["ema"])
+            self.optimizer.load_state_dict(payload["optimizer"])
+            self.step = int(payload["step"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.checkpoint_path}: its state does not fit the network ({error})") from error
 
     def payload(self) -> dict[str, Any]:
         """Everything a checkpoint holds."""
@@ -205,7 +142,9 @@ class Trainer:
         """Write the checkpoint atomically."""
         save_checkpoint(self.checkpoint_path, self.payload())
 
-    def loss(self, model: torch.nn.Module, observation: Tensor, action: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    def loss(
+        self, model: Callable[..., Tensor], observation: Tensor, action: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
         """Mean squared error of the predicted noise; inputs (B, To, Do), (B, H, Da), (B,), (B, H, Da)."""
         noisy = self.signal[timesteps][:, None, None] * action + self.sigma[timesteps][:, None, None] * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
@@ -218,13 +157,14 @@ class Trainer:
         timesteps = torch.randint(self.config.diffusion.train_timesteps, (batch,), generator=generator)
         action = windows.action[index]
         noise = torch.randn(action.shape, generator=generator)
-        return tuple(t.to(self.device) for t in (windows.observation[index], action, timesteps, noise))  # type: ignore[return-value]
+        device = self.device
+        return windows.observation[index].to(device), action.to(device), timesteps.to(device), noise.to(device)
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss.
 
         Raises:
-            TrainingError: the loss is not finite; nothing was updated.
+            TrainingError: loss or gradient is not finite; nothing was updated.
         """
         config, step = self.config, self.step
         seed = step_seed(config.run.seed, step)
@@ -234,12 +174,12 @@ class Trainer:
         loss = self.loss(self.forward, *batch)
         value = loss.item()
         if not np.isfinite(value):
-            raise TrainingError(
-                f"step {step}: loss is {value} (batch seed {seed}); nothing was updated, "
-                f"the last checkpoint in {self.folder} is kept. Lower optimizer.learning_rate or check the data"
-            )
+            raise self._diverged("loss", value)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm).item()
+        if not np.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise self._diverged("gradient norm", norm)
         opt = config.optimizer
         factor = learning_rate_factor(
             step, opt.warmup_steps, config.run.steps, opt.final_learning_rate / opt.learning_rate
@@ -250,9 +190,18 @@ class Trainer:
         self.optimizer.zero_grad()
         decay = ema_decay(step, config.ema.power, config.ema.maximum)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1.0 - decay)
+            torch._foreach_lerp_(self.averaged, self.weights, 1.0 - decay)
         self.step += 1
         return value
+
+    def _diverged(self, what: str, value: float) -> TrainingError:
+        kept = f"the last checkpoint, {self.checkpoint_path}, is kept"
+        if not self.checkpoint_path.exists():
+            kept = "no checkpoint had been written yet"
+        return TrainingError(
+            f"step {self.step}: {what} is {value}; nothing was updated and {kept}. "
+            "Lower optimizer.learning_rate or check the data"
+        )
 
     @torch.no_grad()
     def validate(self, batches: int = 4) -> float:
@@ -278,7 +227,8 @@ class Trainer:
                 recent.append(self.train_step())
                 bar.update()
                 if self.step % run.log_every == 0:
-                    record = {"step": float(self.step), "loss": float(np.mean(recent)), "lr": self.optimizer.param_groups[0]["lr"]}
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    record = {"step": float(self.step), "loss": float(np.mean(recent)), "lr": rate}
                     recent.clear()
                     if self.step % run.validate_every == 0:
                         record["validation_loss"] = self.validate()
@@ -291,21 +241,9 @@ class Trainer:
         return self.step >= run.steps
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A well mixed 63-bit seed per (run seed, step)."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """Set an event on INT or TERM instead of dying, so that the current step ends and the checkpoint is written."""
-    stop = threading.Event()
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What must agree between a checkpoint and the run that continues it: all but paths, texts and bookkeeping."""
+    document = config.model_dump(mode="json", exclude={"license": True, "task": True, "data": {"path", "format"}})
+    document["data"]["observations"] = list(document["data"]["observations"].items())  # their order matters too
+    document["run"] = {key: document["run"][key] for key in ("steps", "batch", "seed", "precision")}
+    return document

@@ -109,8 +109,7 @@ def _check_depth(text: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > _MAX_DEPTH:
-                line = event.start_mark.line + 1
-                raise DocumentError([(None, f"nested more than {_MAX_DEPTH} levels deep (line {line})")])
+                raise DocumentError([(None, f"nested more than {_MAX_DEPTH} levels deep")])
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

@@ -2,8 +2,8 @@
 
 Sources: NVIDIA's hardware support matrix by compute capability (INT8 from 7.5, INT4 weights from 8.0, FP8 from 8.9, FP4
 from 10.0); onnxruntime pull request 12088 for the saturation of 8-bit products on x86 without VNNI. Relative times are
-medians measured with ONNX Runtime on one thread: 8 layers of width 256 (2.4, 0.81 and 1.4 ms) and 12 of width 512 (15.5,
-5.1 and 6.6 ms) in FP32, INT8 and INT4 weights.
+medians measured with ONNX Runtime on one thread: 8 layers of width 256 (2.4, 0.81 and 1.4 ms) and 12 of width 512
+(15.5, 5.1 and 6.6 ms) in FP32, INT8 and INT4 weights.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def runtimes(device: Device, version: Callable[[str], str | None] | None = None)
     found = version(ONNXRUNTIME)
     missing = None if found else "the Python package onnxruntime is not installed"
     processor = device.processor
-    cpu = Runtime(
-        ONNXRUNTIME, found, "cpu", missing, lambda bits: _refused_by_cpu(bits, processor), _relative_time
-    )
+    cpu = Runtime(ONNXRUNTIME, found, "cpu", missing, lambda bits: _refused_by_cpu(bits, processor), _relative_time)
     if device.gpu is None:
         return (cpu,)
     capability = device.gpu.compute_capability

@@ -31,6 +31,7 @@ DOT_PRODUCT_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp"
 _ORIN_COMPUTE_CAPABILITY = (8, 7)
 _ARM_PARTS = {"0xd42": "Cortex-A78AE", "0xd0b": "Cortex-A76", "0xd08": "Cortex-A72", "0xd03": "Cortex-A53"}
 _KIB = 1024
+_NO_NVML = "an NVIDIA driver is loaded but the Python package nvidia-ml-py is not installed: the GPU is not described"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +150,7 @@ def nvml_gpus() -> tuple[Sequence[Gpu], Sequence[str]]:
         import pynvml
     except ImportError:
         if Path("/proc/driver/nvidia/version").exists():
-            return (), ("an NVIDIA driver is loaded but the Python package nvidia-ml-py is not installed: "
-                        "the GPU is not described",)  # fmt: skip
+            return (), (_NO_NVML,)
         return (), ()
     try:
         pynvml.nvmlInit()

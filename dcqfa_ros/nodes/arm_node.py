@@ -71,7 +71,7 @@ class ArmNode(ManagedNode):
         self.on_parameter("rate", self._validate_rate)
         self.on_parameter("command_source", self._validate_source, self._apply_source)
         self.executor_core: ArmExecutor | None = None
-        self._thread: threading.Thread | None = None
+        self._control_thread: threading.Thread | None = None
         self._halt = threading.Event()
         self._ticker: Ticker | None = None
 
@@ -107,16 +107,16 @@ class ArmNode(ManagedNode):
         lease = CommandLease(SOURCES, str(self.parameter("command_source")))
         self._seed = int(self.parameter("seed"))
         shared = cell_state_name(self.context.get_domain_id(), self.get_namespace())
-        driver = SimulatedPlanarArm(step_limit=settings.max_steps, seed=self._seed, shared_as=shared)
+        self._cell = driver = SimulatedPlanarArm(step_limit=settings.max_steps, seed=self._seed, shared_as=shared)
         core = ArmExecutor(driver, limits, lease, settings)
         core.connect(self._seed)
         self.executor_core = core
-        self._pose = self.create_interface_publisher("tcp_pose")
-        self._joints = self.create_interface_publisher("joint_states")
-        self._points = self.create_interface_publisher("keypoints")
-        self._judgement = self.create_interface_publisher("judgement")
-        self._state = self.create_interface_publisher("arm_state")
-        self._clock = self.create_interface_publisher("clock")
+        self._pose_publisher = self.create_interface_publisher("tcp_pose")
+        self._joints_publisher = self.create_interface_publisher("joint_states")
+        self._points_publisher = self.create_interface_publisher("keypoints")
+        self._judgement_publisher = self.create_interface_publisher("judgement")
+        self._state_publisher = self.create_interface_publisher("arm_state")
+        self._clock_publisher = self.create_interface_publisher("clock")
         self._chunks = self.create_guarded_subscription("chunk", self._on_chunk)
         self.create_guarded_service("arm", self._on_arm)
         self.create_guarded_service("disarm", self._on_disarm)
@@ -127,14 +127,14 @@ class ArmNode(ManagedNode):
         """Begin to tick; the arm stays disarmed."""
         self._halt.clear()
         self._publish_state(self._core.stamp_ns)
-        self._thread = threading.Thread(target=self.guard(self._run), name="control", daemon=True)
-        self._thread.start()
+        self._control_thread = threading.Thread(target=self.guard(self._run), name="control", daemon=True)
+        self._control_thread.start()
 
     def stop(self, reason: str) -> None:
         """Disarm, publish why, and end the control thread."""
         self._disarm(Stop(StopCode.SHUTDOWN, reason))
         self._halt.set()
-        thread, self._thread = self._thread, None
+        thread, self._control_thread = self._control_thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(2.0)
 
@@ -188,11 +188,11 @@ class ArmNode(ManagedNode):
 
     def _publish(self, tick: Tick) -> None:
         observation, stamp = tick.observation, tick.stamp_ns
-        self._pose.publish(planar_pose_message(stamp, self._frame, observation.agent, self._units))
-        self._points.publish(points_message(stamp, self._frame, observation.keypoints, self._units))
-        self._joints.publish(joint_state_message(stamp, AXES, observation.agent / self._units))
+        self._pose_publisher.publish(planar_pose_message(stamp, self._frame, observation.agent, self._units))
+        self._points_publisher.publish(points_message(stamp, self._frame, observation.keypoints, self._units))
+        self._joints_publisher.publish(joint_state_message(stamp, AXES, observation.agent / self._units))
         if self.parameter("rate") == "max":
-            self._clock.publish(Clock(clock=to_time(stamp)))
+            self._clock_publisher.publish(Clock(clock=to_time(stamp)))
         if tick.advanced:
             self._publish_judgement(tick)
         if tick.advanced and not self._core.armed:
@@ -211,10 +211,10 @@ class ArmNode(ManagedNode):
             "missed_ticks": self._ticker.missed if self._ticker else 0,
             "x": float(o.agent[0]),
             "y": float(o.agent[1]),
-            "state": " ".join(repr(float(v)) for v in core.driver.state),
+            "state": " ".join(repr(float(v)) for v in self._cell.state),
             "target": " ".join(repr(float(v)) for v in o.target),
         }
-        self._judgement.publish(status_message(tick.stamp_ns, "cell", 0, "step judged", values))
+        self._judgement_publisher.publish(status_message(tick.stamp_ns, "cell", 0, "step judged", values))
 
     def _publish_state(self, stamp_ns: int) -> None:
         core = self._core
@@ -229,10 +229,11 @@ class ArmNode(ManagedNode):
             "source": core.lease.holder,
             "seed": self._seed,
             "rate": self.parameter("rate"),
+            "step": core.step,
             "missed_ticks": self._ticker.missed if self._ticker else 0,
             "starved_ticks": core.starved,
         }
-        self._state.publish(status_message(stamp_ns, "arm", level, text, values))
+        self._state_publisher.publish(status_message(stamp_ns, "arm", level, text, values))
 
     def _disarm(self, stop: Stop) -> bool:
         core = self.executor_core

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from rclpy.clock import ROSClock
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CameraInfo
 
@@ -25,7 +26,6 @@ from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.fastdds import use_image_profile
 from dcqfa_ros.ros.images import encode_image, restamp
 from dcqfa_ros.ros.interfaces import interface
-from dcqfa_ros.ros.isolation import ros_domain
 from dcqfa_ros.ros.node import ManagedNode, run_node
 from dcqfa_ros.sim.camera import SimulatedCamera
 from dcqfa_ros.sim.cell_state import cell_state_name
@@ -34,7 +34,7 @@ SOURCES = ("simulated",)
 ENCODING = "rgb8"
 _WINDOW_FRAMES = 120  # frames over which rate and work are reported
 _SLOW_SHARE = 0.9  # a rate below this share of fps is a warning
-_JOIN_S = 1.0
+_JOIN_S = 1.5  # longer than a period at the slowest rate
 
 
 def camera_info(intrinsics: CameraIntrinsics, frame_id: str) -> CameraInfo:
@@ -122,14 +122,13 @@ class CameraNode(ManagedNode):
 
     def declare(self) -> None:
         """Declare the parameters."""
-        fixed = {"read_only": True}
-        self.add_parameter("camera_name", "front", "name of the camera: prefix of topics and frames", **fixed)
-        self.add_parameter("source", "simulated", f"where pictures come from: {', '.join(SOURCES)}", **fixed)
-        self.add_parameter("width", 640, "px", minimum=16, maximum=8192, **fixed)
-        self.add_parameter("height", 480, "px", minimum=16, maximum=8192, **fixed)
-        self.add_parameter("fps", 30.0, "pictures per second", minimum=0.1, maximum=1000.0, **fixed)
+        self.add_parameter("camera_name", "front", "name of the camera: prefix of topics and frames", read_only=True)
+        self.add_parameter("source", "simulated", f"where pictures come from: {', '.join(SOURCES)}", read_only=True)
+        self.add_parameter("width", 640, "px", minimum=16, maximum=8192, read_only=True)
+        self.add_parameter("height", 480, "px", minimum=16, maximum=8192, read_only=True)
+        self.add_parameter("fps", 30.0, "pictures per second", minimum=1.0, maximum=1000.0, read_only=True)
         self.add_parameter(
-            "cell", "", "shared-memory name of the simulated cell; empty: this ROS domain and namespace", **fixed
+            "cell", "", "shared-memory name of the simulated cell; empty: this ROS domain and namespace", read_only=True
         )
         self.add_parameter(
             "stale_after_ms",
@@ -169,7 +168,7 @@ class CameraNode(ManagedNode):
                 f"camera {name}: parameter source is {source!r}, expected one of {', '.join(SOURCES)}; other cameras "
                 "are not available in this version"
             )
-        cell = self.parameter("cell") or cell_state_name(ros_domain(), self.get_namespace())
+        cell = self.parameter("cell") or cell_state_name(self.context.get_domain_id(), self.get_namespace())
         stale_ms = self.parameter("stale_after_ms")
         try:
             return SimulatedCamera(
@@ -192,7 +191,7 @@ class CameraNode(ManagedNode):
         self._capture = threading.Thread(target=self.guard(self._run), args=arguments, name="capture", daemon=True)
         self._capture.start()
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:  # noqa: ARG002 - the base publishes the reason
         """End the capture thread; it may be the caller."""
         self._halt.set()
         capture, self._capture = self._capture, None
@@ -236,8 +235,9 @@ class CameraNode(ManagedNode):
     def _ros_stamp_ns(self, frame: CameraFrame) -> int:
         """Return the time the frame was taken on the node's clock (simulated time stands still in between)."""
         clock = self.get_clock()
-        now = clock.now().nanoseconds
-        return now if clock.ros_time_is_active else now - (time.monotonic_ns() - frame.stamp_ns)
+        now = int(clock.now().nanoseconds)
+        simulated = isinstance(clock, ROSClock) and clock.ros_time_is_active
+        return now if simulated else now - (time.monotonic_ns() - frame.stamp_ns)
 
     # diagnostics
 

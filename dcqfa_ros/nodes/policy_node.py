@@ -61,14 +61,15 @@ class PolicyNode(ManagedNode):
         self._host: VariantHost | None = None
         self._bundle: Bundle | None = None
         self._sync: ObservationSynchronizer | None = None
-        self._thread: threading.Thread | None = None
+        self._inference_thread: threading.Thread | None = None
         self._halt = threading.Event()
         self._choice = ""
         self._wanted = ""
-        self._lock = threading.Lock()
+        self._episode_lock = threading.Lock()
         self._episode: tuple[int, int, int] | None = None  # number, first stamp, seed
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._chunks = 0
+        self._report_of = -1  # episode whose figures are being collected
         self._problem = ""
 
     # parameters
@@ -157,8 +158,8 @@ class PolicyNode(ManagedNode):
             else:
                 timeout = float(self.parameter("selector_timeout_s"))
                 self._fallback = self.create_guarded_timer(timeout, self._use_default)
-        self._thread = threading.Thread(target=self.guard(self._run), name="inference", daemon=True)
-        self._thread.start()
+        self._inference_thread = threading.Thread(target=self.guard(self._run), name="inference", daemon=True)
+        self._inference_thread.start()
 
     def _use_default(self) -> None:
         self._fallback.cancel()
@@ -171,7 +172,7 @@ class PolicyNode(ManagedNode):
         self._halt.set()
         if self._sync is not None:
             self._sync.end()
-        thread, self._thread = self._thread, None
+        thread, self._inference_thread = self._inference_thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(2.0)
 
@@ -231,15 +232,22 @@ class PolicyNode(ManagedNode):
 
     def _on_arm_state(self, message: Any) -> None:
         values = status_values(message)
-        with self._lock:
-            if values.get("state") != "armed":
+        number = int(values["episode"])
+        if values.get("state") != "armed":
+            with self._episode_lock:
                 self._episode = None
-                if self._sync is not None:
-                    self._sync.end()
+                reported, self._report_of = self._report_of == number, -1
+            if self._sync is not None:
+                self._sync.end()
+            if reported:
+                self.event(0, f"episode {number} ended: {values.get('reason', '')}", episode=number, **self._figures())
+            return
+        with self._episode_lock:
+            if self._report_of == number:
                 return
-            number = int(values["episode"])
-            if self._episode is not None and self._episode[0] == number:
-                return
+            self._report_of = number
+            self._latencies.clear()
+            self._chunks = 0
             own = int(self.parameter("noise_seed"))
             seed = own if own >= 0 else int(values.get("seed", "0"))
             stamp = from_time(message.header.stamp)
@@ -250,7 +258,7 @@ class PolicyNode(ManagedNode):
 
     def _halt_episode(self, reason: str) -> None:
         """Send nothing more in this episode; the arm's deadman then stops the arm."""
-        with self._lock:
+        with self._episode_lock:
             first = self._episode is not None and not self._problem
             self._problem = self._problem or reason
             self._episode = None
@@ -270,7 +278,7 @@ class PolicyNode(ManagedNode):
         running: tuple[int, int, int] | None = None
         due = chunk = 0
         while not self._halt.is_set():
-            with self._lock:
+            with self._episode_lock:
                 episode = self._episode
             if episode is None or self._host is None or not self._host.active:
                 running = None
@@ -315,7 +323,7 @@ class PolicyNode(ManagedNode):
             self._halt_episode(str(error))
             return False
         self._latencies.append((time.monotonic() - begin) * 1e3)
-        with self._lock:
+        with self._episode_lock:
             if self._episode != episode or self._halt.is_set():
                 return False  # the arm was disarmed meanwhile: no command after a stop
             self._chunk_publisher.publish(
@@ -324,24 +332,25 @@ class PolicyNode(ManagedNode):
             self._chunks += 1
         return True
 
+    def _figures(self) -> dict[str, object]:
+        latency = np.array(self._latencies or [0.0])
+        p50, p99 = np.percentile(latency, [50, 99])
+        return {"chunks": self._chunks, "inference_p50_ms": f"{p50:.2f}", "inference_p99_ms": f"{p99:.2f}"}
+
     def status(self) -> list[Status]:
         """Variant, latency percentiles, observation ages, drops."""
         host, sync = self._host, self._sync
         if host is None or sync is None:
             return [Status(1, "policy", "not configured", {})]
-        latency = np.array(self._latencies)
         ages = sync.ages_ms(time.monotonic_ns())
         values = {
             "variant": host.active,
             "requested": str(self.parameter("variant")),
-            "chunks": str(self._chunks),
+            **{key: str(value) for key, value in self._figures().items()},
             "swaps": str(host.swaps),
             "dropped_observations": str(sync.dropped),
             **{f"age_ms.{key}": "" if age is None else f"{age:.1f}" for key, age in ages.items()},
         }
-        if len(latency):
-            p50, p99 = np.percentile(latency, [50, 99])
-            values |= {"inference_p50_ms": f"{p50:.2f}", "inference_p99_ms": f"{p99:.2f}"}
         if self._problem:
             return [Status(2, "policy", self._problem, values)]
         text = f"variant {host.active!r} active" if host.active else "no variant loaded yet"

@@ -23,10 +23,10 @@ PROFILE_NAME = "fastdds_images.xml"
 SEGMENT_BYTES = 32 * 2**20
 MESSAGE_BYTES = 4 * 2**20
 _HEADROOM_BYTES = 4 * 2**20
-"""Beyond the segment: Fast DDS' ports and bookkeeping (2.8 MiB measured with one subscriber) and other nodes' segments."""
+"""Beyond the segment: Fast DDS' ports and bookkeeping (2.8 MiB with one subscriber) and other nodes' segments."""
 _WORKING_DIRECTORY_PROFILE = "DEFAULT_FASTRTPS_PROFILES.xml"  # Fast DDS also reads this file where a process starts
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import traceback
@@ -10,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
-from rclpy.clock import Clock, ClockType
+from rclpy.clock import Clock, ClockType  # type: ignore[attr-defined]  # Humble has no rclpy.clock_type
+from rclpy.duration import Duration
 from rclpy.exceptions import InvalidHandle
 from rclpy.lifecycle import LifecycleNode
 from rclpy.parameter import Parameter
@@ -22,7 +24,7 @@ from dcqfa_ros.ros.parameters import Apply, ParameterRules, Validate
 from dcqfa_ros.ros.qos import RELIABILITIES, profile, qos
 
 
-class Refused(UserError):
+class Refused(UserError):  # noqa: N818 - a refusal is an answer, no error
     """Raised by a service callback to refuse a request: the caller gets the text, the node carries on."""
 
 
@@ -38,21 +40,32 @@ class GuardedNode(LifecycleNode):
     def __init__(self, name: str, **kwargs: Any) -> None:
         """Create the node without any parameter, topic or service of its own except ``diagnostics``."""
         super().__init__(name, **kwargs)
-        self._thread = threading.get_ident()
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._closed = False
-        self._error_count = 0
-        self._scope: str | None = None  # what is created now lives until this scope is released; None: for ever
-        self._scopes: dict[str, list[Callable[[], object]]] = {"setup": [], "start": []}
-        self._rules = ParameterRules(self.parameter, self._report_rule)
-        self.add_on_set_parameters_callback(self._rules)
-        self._wake_guard = self.create_guard_condition(self._drain)
-        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self._diagnostics = self.create_interface_publisher("diagnostics")
+        self.__thread = threading.get_ident()
+        self.__inbox: deque[Callable[[], None]] = deque()
+        self.__closed = False
+        self.__error_count = 0
+        self.__scope: str | None = None  # what is created now lives until this scope is released; None: for ever
+        self.__scopes: dict[str, list[Callable[[], object]]] = {"setup": [], "start": []}
+        self.__rules = ParameterRules(self.parameter, self.__report_rule)
+        self.add_on_set_parameters_callback(self.__rules)
+        self.__wake_guard = self.create_guard_condition(self.__drain)
+        self.__steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.__diagnostics = self.create_interface_publisher("diagnostics")
+        self.__types = {key: type(value) for key, value in vars(self).items() if value is not None}
 
     def fault(self, reason: str) -> None:
         """Stop with ``reason``; the lifecycle decides how."""
         raise NotImplementedError
+
+    def check_attributes(self) -> None:
+        """Find subclasses that use an attribute's name of rclpy's node for something else (``_clock``, ``_logger``).
+
+        Raises:
+            TypeError: one does; the message names it.
+        """
+        for key, kind in self.__types.items():
+            if not isinstance(vars(self).get(key), kind):
+                raise TypeError(f"{type(self).__name__}.{key} belongs to rclpy's node: choose another name")
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
@@ -97,7 +110,7 @@ class GuardedNode(LifecycleNode):
             if refusal:
                 raise UserError(f"{self.get_name()}: parameter {name}: {refusal}")
             if not read_only:
-                self._rules.add(name, functools.partial(_not_among, choices), None)
+                self.__rules.add(name, functools.partial(_not_among, choices), None)
         return value
 
     def parameter(self, name: str) -> Any:
@@ -112,19 +125,19 @@ class GuardedNode(LifecycleNode):
             validate: returns None, or why the value is refused; cheap and without side effects.
             apply: takes the new value over, quickly; :meth:`parameter` still gives the old one. Raising refuses.
         """
-        self._rules.remove(name)
-        self._rules.add(name, validate, apply)
+        self.__rules.remove(name)
+        self.__rules.add(name, validate, apply)
 
     def restore_parameter(self, name: str, value: Any) -> None:
         """Set one of the node's own parameters without running its rule (a swap that failed later)."""
-        self._rules.bypass(lambda: self.set_parameters([Parameter(name, value=value)]))
+        self.__rules.bypass(lambda: self.set_parameters([Parameter(name, value=value)]))
 
-    def _report_rule(self, name: str, error: Exception) -> None:
+    def __report_rule(self, name: str, error: Exception) -> None:
         self.event(Level.WARN, f"parameter {name} refused: {one_line(error)}", parameter=name)
 
     # Communication ---------------------------------------------------------------------------------------------------
 
-    def _qos(self, key: str) -> Any:
+    def __qos(self, key: str) -> Any:
         entry = interface(key)
         name = f"qos.{key}.reliability"
         if not self.has_parameter(name):
@@ -138,8 +151,8 @@ class GuardedNode(LifecycleNode):
         It publishes in every lifecycle state: a node must be able to send its last word while it stops.
         """
         entry = interface(key)
-        publisher = self.create_publisher(entry.message_class(), entry.resolve(**fields), self._qos(key))
-        self._own(lambda: self.destroy_publisher(publisher))
+        publisher = self.create_publisher(entry.message_class(), entry.resolve(**fields), self.__qos(key))
+        self.__own(lambda: self.destroy_publisher(publisher))
         return publisher
 
     def create_guarded_subscription(
@@ -148,9 +161,9 @@ class GuardedNode(LifecycleNode):
         """Subscribe to the table's ``key``; ``raw`` hands the callback serialized bytes."""
         entry = interface(key)
         subscription = self.create_subscription(
-            entry.message_class(), entry.resolve(**fields), self.guard(callback), self._qos(key), raw=raw
+            entry.message_class(), entry.resolve(**fields), self.guard(callback), self.__qos(key), raw=raw
         )
-        self._own(lambda: self.destroy_subscription(subscription))
+        self.__own(lambda: self.destroy_subscription(subscription))
         return subscription
 
     def create_guarded_service(self, key: str, callback: Callable[[Any, Any], Any], **fields: str) -> Any:
@@ -167,19 +180,19 @@ class GuardedNode(LifecycleNode):
                 self.event(Level.WARN, f"{entry.name} refused: {text}", service=entry.name)
             except Exception as error:  # noqa: BLE001 - becomes the caller's answer and a fault
                 text = one_line(error)
-                self._raised(error)
+                self.report_exception(error)
             response.success, response.message = False, text
             return response
 
         entry = interface(key)
         service = self.create_service(entry.message_class(), entry.resolve(**fields), serve)
-        self._own(lambda: self.destroy_service(service))
+        self.__own(lambda: self.destroy_service(service))
         return service
 
     def create_guarded_timer(self, period_s: float, callback: Callable[[], None], simulated: bool = False) -> Any:
-        """Call ``callback`` every ``period_s`` seconds of the monotonic clock, or of the node's clock if ``simulated``."""
-        timer = self.create_timer(period_s, self.guard(callback), clock=None if simulated else self._steady)
-        self._own(lambda: self.destroy_timer(timer))
+        """Call ``callback`` every ``period_s`` s of the monotonic clock, or of the node's clock if ``simulated``."""
+        timer = self.create_timer(period_s, self.guard(callback), clock=None if simulated else self.__steady)
+        self.__own(lambda: self.destroy_timer(timer))
         return timer
 
     def guard(self, callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,85 +203,108 @@ class GuardedNode(LifecycleNode):
             try:
                 return callback(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 - the very purpose
-                self._raised(error)
+                self.report_exception(error)
                 return None
 
         return guarded
 
     def post(self, work: Callable[[], None]) -> None:
         """Run ``work``, guarded, on the executor's thread soon; may be called from any thread."""
-        self._inbox.append(work)
+        self.__inbox.append(work)
         self.wake()
 
     def wake(self) -> None:
         """Make the executor look up; may be called from any thread."""
-        if not self._closed:
-            try:
-                self._wake_guard.trigger()
-            except InvalidHandle:  # the node was destroyed between the check and the call
-                pass
+        if not self.__closed:
+            with contextlib.suppress(InvalidHandle):  # the node was destroyed between the check and the call
+                self.__wake_guard.trigger()
 
-    def _drain(self) -> None:
-        while self._inbox:
-            self.guard(self._inbox.popleft())()
+    def __drain(self) -> None:
+        while self.__inbox:
+            self.guard(self.__inbox.popleft())()
 
-    def _own(self, destroy: Callable[[], object]) -> None:
-        if self._scope is not None:
-            self._scopes[self._scope].append(destroy)
+    def __own(self, destroy: Callable[[], object]) -> None:
+        if self.__scope is not None:
+            self.__scopes[self.__scope].append(destroy)
 
-    def _release(self, scope: str) -> None:
-        while self._scopes[scope]:
-            self._tolerate(self._scopes[scope].pop(), "release")
+    def enter_scope(self, scope: str | None) -> None:
+        """Say how long what is created from now on lives: until the scope is released, or for ever (None)."""
+        self.__scope = scope
+
+    def release_scope(self, scope: str) -> None:
+        """Destroy what was created in ``scope`` ("setup" or "start"), newest first."""
+        while self.__scopes[scope]:
+            self.tolerate(self.__scopes[scope].pop(), "release")
 
     # Diagnostics -----------------------------------------------------------------------------------------------------
 
     def event(self, level: int, message: str, **values: Any) -> None:
         """Log ``message`` and publish it in ``diagnostics`` at once, with ``values`` as text; any thread."""
-        log = self.get_logger()
-        (log.info, log.warning, log.error, log.error)[level](message)
-        self._publish([Status(level, EVENT, message, {k: str(v) for k, v in values.items()})])
+        log = self.get_logger()  # rclpy ties each calling line to one severity, hence a line for each
+        if level == Level.OK:
+            log.info(message)
+        elif level == Level.WARN:
+            log.warning(message)
+        else:
+            log.error(message)
+        self.publish_statuses([Status(level, EVENT, message, {k: str(v) for k, v in values.items()})])
 
-    def _publish(self, statuses: Sequence[Status]) -> None:
+    def publish_statuses(self, statuses: Sequence[Status]) -> None:
+        """Publish ``statuses`` in ``diagnostics`` now; any thread."""
         stamp = self.get_clock().now().to_msg()
         message = to_message(self.get_name(), self.get_fully_qualified_name(), statuses, stamp)
-        try:
-            self._diagnostics.publish(message)
-        except InvalidHandle:  # a foreign thread's event after the node was destroyed
-            pass
+        with contextlib.suppress(InvalidHandle):  # a foreign thread's event after the node was destroyed
+            self.__diagnostics.publish(message)
+
+    def flush_diagnostics(self, timeout: Duration) -> None:
+        """Wait until every subscriber has what was published in ``diagnostics``, at most ``timeout``."""
+        self.__diagnostics.wait_for_all_acked(timeout)
 
     # Errors ----------------------------------------------------------------------------------------------------------
 
-    def unexpected(self, error: Exception) -> None:
-        """Report an exception that rclpy itself let out of its executor, and stop."""
-        self._raised(error)
+    @property
+    def errors_caught(self) -> int:
+        """Number of exceptions caught so far."""
+        return self.__error_count
 
-    def _raised(self, error: Exception) -> None:
-        self._error_count += 1
+    @property
+    def on_executor_thread(self) -> bool:
+        """Whether the caller runs on the thread that made the node, which spins it too."""
+        return threading.get_ident() == self.__thread
+
+    def note_exception(self, error: Exception) -> str:
+        """Count ``error``, log its traceback at debug level and return its text in one line."""
+        self.__error_count += 1
         self.get_logger().debug("".join(traceback.format_exception(type(error), error, error.__traceback__)))
-        self.fault(one_line(error))
+        return one_line(error)
 
-    def _tolerate(self, work: Callable[[], object], what: str) -> None:
+    def report_exception(self, error: Exception) -> None:
+        """Treat ``error`` as what a guarded callback raised: a fault."""
+        self.fault(self.note_exception(error))
+
+    def tolerate(self, work: Callable[[], object], what: str) -> None:
         """Run a step of stopping; what it raises is reported, and the stopping goes on."""
         try:
             work()
         except Exception as error:  # noqa: BLE001 - a stop must reach its end
-            self._error_count += 1
-            self.event(Level.ERROR, f"{what} failed: {one_line(error)}")
+            self.event(Level.ERROR, f"{what} failed: {self.note_exception(error)}")
 
-    def _guard_own_services(self) -> None:
+    def guard_own_services(self) -> None:
         """Wrap the services rclpy makes itself: a transition that is not allowed, for one, raises out of them."""
         for service in self.services:
-            service.callback = self._answering(service.callback, service.srv_name)
+            service.callback = functools.partial(self.__answer, service.callback, service.srv_name)
 
-    def _answering(self, callback: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any], Any]:
-        def answer(request: Any, response: Any) -> Any:
-            try:
-                return callback(request, response)
-            except Exception as error:  # noqa: BLE001 - a bad request must not stop the node
-                self.get_logger().warning(f"{name}: request refused: {one_line(error)}")
-                return response
+    def __answer(self, callback: Callable[[Any, Any], Any], name: str, request: Any, response: Any) -> Any:
+        try:
+            return callback(request, response)
+        except Exception as error:  # noqa: BLE001 - a bad request must not stop the node
+            self.get_logger().warning(f"{name}: request refused: {one_line(error)}")
+            return response
 
-        return answer
+    def destroy_node(self) -> None:
+        """Destroy the node; :meth:`event`, :meth:`post` and :meth:`wake` from other threads become harmless."""
+        self.__closed = True
+        super().destroy_node()
 
 
 def _bounds(minimum: float | None, maximum: float | None) -> str:
@@ -289,4 +325,4 @@ def _set_range(descriptor: ParameterDescriptor, default: Any, minimum: float | N
 
 
 def _not_among(choices: Sequence[str], value: Any) -> str | None:
-    return None if value in choices else f"expected one of {', '.join(choices)}, got {value!r}"
+    return None if value in choices else f"expected one of {', '.join(map(repr, choices))}, got {value!r}"

@@ -1,8 +1,9 @@
 """``sensor_msgs/msg/Image`` as raw CDR bytes: the image path without a message object per frame.
 
 A generated Python message holds its pixels in an ``array.array`` that rclpy fills and empties on every conversion; with
-two camera streams that alone moved the control tick by milliseconds. So publishers send the bytes of :func:`encode_image`
-with ``publisher.publish(data)`` and subscribers (``raw=True``) read them with :func:`decode_image`, which copies nothing.
+two camera streams that alone moved the control tick by milliseconds. So publishers send the bytes of
+:func:`encode_image` with ``publisher.publish(data)`` and subscribers (``raw=True``) read them with
+:func:`decode_image`, which copies nothing.
 
 The layout is plain CDR version 1 as every ROS 2 RMW writes it: four bytes of encapsulation (``00 01`` little-endian or
 ``00 00`` big-endian, then two option bytes), after which every number is aligned to its own size, counted from the end
@@ -61,9 +62,9 @@ class ImageView:
         stamp: (seconds, nanoseconds) of the header.
         frame_id: frame of the header.
         encoding: one of :data:`ENCODINGS`.
-        array: read-only, (height, width, channels) uint8 for ``rgb8``, ``bgr8``, ``rgba8``; (height, width) uint8, uint16
-            or float32 for ``mono8``, ``16UC1`` (by ROS convention millimetres of depth) and ``32FC1`` (metres). Byte
-            order is that of the sender; rows may be padded (strides).
+        array: read-only, (height, width, channels) uint8 for ``rgb8``, ``bgr8``, ``rgba8``; (height, width) uint8,
+            uint16 or float32 for ``mono8``, ``16UC1`` (by ROS convention millimetres of depth) and ``32FC1``
+            (metres). Byte order is that of the sender; rows may be padded (strides).
     """
 
     stamp: tuple[int, int]
@@ -105,8 +106,8 @@ def encode_image(stamp: tuple[int, int], frame_id: str, array: NDArray, encoding
     Args:
         stamp: (seconds, nanoseconds) of the header.
         frame_id: frame of the header, the camera's optical frame.
-        array: (height, width, channels) or, for one channel, (height, width); dtype as the encoding says. Any strides and
-            byte order; a C-contiguous array is copied once, into the result.
+        array: (height, width, channels) or, for one channel, (height, width); dtype as the encoding says. Any strides
+            and byte order; a C-contiguous array is copied once, into the result.
         encoding: one of :data:`ENCODINGS`.
 
     Raises:

@@ -1,7 +1,7 @@
 """The one table of the graph's topics and services: names, types, QoS, frames, units, rates.
 
-Nodes create publishers, subscriptions and services from this table only, and ``docs/interfaces.md`` is generated from it
-(``python -m dcqfa_ros.ros.interfaces > docs/interfaces.md``). All names are relative, so a namespace moves the whole
+Nodes create publishers, subscriptions and services from this table only, and ``docs/interfaces.md`` is generated from
+it (``python -m dcqfa_ros.ros.interfaces > docs/interfaces.md``). All names are relative, so a namespace moves the whole
 graph. This module needs no ROS 2 installation; message classes are imported when asked for.
 """
 

@@ -5,6 +5,7 @@ Demonstrations, tests and benchmarks must never meet a real arm on the same netw
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
@@ -14,7 +15,6 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def child_environment(env: Mapping[str, str], python: str = sys.executable) -> d
     """
     fixed = dict(env)
     libraries = fixed.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    complete = os.path.join(sys.prefix, "lib") in libraries and os.path.samefile(python, sys.executable)
+    complete = str(Path(sys.prefix, "lib")) in libraries and Path(python).samefile(sys.executable)
     if not complete:
         fixed.pop(_BOOTSTRAP, None)
     root = str(Path(__file__).resolve().parents[2])
@@ -120,7 +120,7 @@ def child_environment(env: Mapping[str, str], python: str = sys.executable) -> d
     return fixed
 
 
-@contextmanager
+@contextlib.contextmanager
 def claim_namespace(domain: int, namespace: str) -> Iterator[None]:
     """Hold the names of a stack on this host while the body runs.
 
@@ -157,19 +157,21 @@ def _lock_directory() -> Path:
 
 def _try_lock(path: Path) -> int | None:
     """Return an open descriptor that holds the lock (closed on exec), or None when another process holds it."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except PermissionError:  # made by another user: taken, as far as this one can tell
+        try:  # without O_CREAT first: Linux refuses it on another user's file in a shared folder
+            descriptor = os.open(path, flags)
+        except FileNotFoundError:
+            descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+    except OSError:  # not usable: taken, as far as this process can tell
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None
-    try:
+    with contextlib.suppress(PermissionError):  # another user's file, which is open to all already
         os.fchmod(descriptor, 0o666)
-    except PermissionError:
-        pass  # another user's file, which is open to all already
     return descriptor
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
-import traceback
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 
 from dcqfa_ros.ros.diagnostics import LIFECYCLE, Level, Status
-from dcqfa_ros.ros.guarded import GuardedNode, Refused, one_line
+from dcqfa_ros.ros.guarded import GuardedNode, Refused
 from dcqfa_ros.ros.process import SetupInterrupted, run_node
 
 __all__ = ["ManagedNode", "Refused", "run_node"]
@@ -46,15 +45,17 @@ class ManagedNode(GuardedNode):
         self.finish_reason: str | None = None
         self.in_setup = False
         self.instance = uuid.uuid4().hex
-        self._label = "unconfigured"
-        self._in_transition = False
-        self._fault_in_transition: str | None = None
-        self._running = False
-        self._stop_reason = ""
-        self._faulted = False
-        self.create_timer(_DIAGNOSTICS_PERIOD_S, self.guard(self.publish_diagnostics), clock=self._steady)
+        self.started = time.time()
+        self.__label = "unconfigured"
+        self.__in_transition = False
+        self.__fault_in_transition: str | None = None
+        self.__running = False
+        self.__stop_reason = ""
+        self.__faulted = False
+        self.create_guarded_timer(_DIAGNOSTICS_PERIOD_S, self.publish_diagnostics)
         self.declare()
-        self._guard_own_services()
+        self.guard_own_services()
+        self.check_attributes()
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
@@ -77,48 +78,57 @@ class ManagedNode(GuardedNode):
         """Return what to report at 1 Hz in ``diagnostics``."""
         return ()
 
+    def leave(self, reason: str) -> bool:  # noqa: ARG002 - for those who override it
+        """Do what needs the executor before the node is shut down; called again and again until it returns True.
+
+        At most 1.2 s are granted. Most nodes have nothing to do here.
+        """
+        return True
+
     # State -----------------------------------------------------------------------------------------------------------
 
     @property
     def is_active(self) -> bool:
         """Whether the node works: from just before :meth:`start` until just before :meth:`stop`."""
-        return self._running
+        return self.__running
 
     @property
     def lifecycle_label(self) -> str:
         """Primary lifecycle state: unconfigured, inactive, active or finalized."""
-        return self._label
+        return self.__label
 
     @property
     def stop_reason(self) -> str:
         """Why the node last stopped or refused to start; empty while it is active and before the first stop."""
-        return self._stop_reason
+        return self.__stop_reason
 
     def lifecycle_status(self) -> Status:
         """Return the status every node reports about itself.
 
         Values: ``state`` (primary lifecycle state), ``instance`` (differs between any two processes), ``pid``,
+        ``started`` (Unix time, s),
         ``stop_reason``, ``faulted`` (the node stopped itself) and ``errors`` (exceptions caught so far).
         """
         values = {
-            "state": self._label,
+            "state": self.__label,
             "instance": self.instance,
             "pid": str(os.getpid()),
-            "stop_reason": self._stop_reason,
-            "faulted": str(self._faulted).lower(),
-            "errors": str(self._error_count),
+            "started": repr(self.started),
+            "stop_reason": self.__stop_reason,
+            "faulted": str(self.__faulted).lower(),
+            "errors": str(self.errors_caught),
         }
-        message = f"{self._label}: {self._stop_reason}" if self._stop_reason else self._label
-        return Status(Level.ERROR if self._faulted else Level.OK, LIFECYCLE, message, values)
+        message = f"{self.__label}: {self.__stop_reason}" if self.__stop_reason else self.__label
+        return Status(Level.ERROR if self.__faulted else Level.OK, LIFECYCLE, message, values)
 
     def publish_diagnostics(self) -> None:
         """Publish :meth:`lifecycle_status` and :meth:`status` now; done at 1 Hz anyway."""
         try:
             own = list(self.status())
         finally:
-            self._publish([self.lifecycle_status()])
+            self.publish_statuses([self.lifecycle_status()])
         if own:
-            self._publish(own)
+            self.publish_statuses(own)
 
     # Stopping --------------------------------------------------------------------------------------------------------
 
@@ -128,138 +138,133 @@ class ManagedNode(GuardedNode):
         From a thread other than the executor's (a control loop), the stop is handed to the executor and this returns
         at once: such a thread must end its own work after calling.
         """
-        if threading.get_ident() != self._thread:
+        if not self.on_executor_thread:
             self.post(lambda: self.fault(reason))
             return
-        if self._in_transition:
-            self._fault_in_transition = self._fault_in_transition or reason
+        if self.__in_transition:
+            self.__fault_in_transition = self.__fault_in_transition or reason
             return
-        was_active = self._label == "active"
-        if not was_active and self._faulted and reason == self._stop_reason:
+        was_active = self.__label == "active"
+        if not was_active and self.__faulted and reason == self.__stop_reason:
             return  # said already; a callback that raises at 30 Hz must not flood the log
-        self._faulted = True
-        self._halt(reason, Level.ERROR)
+        self.__faulted = True
+        self.__halt(reason, Level.ERROR)
         if was_active:
-            self._tolerate(self.trigger_deactivate, "deactivate")
+            self.tolerate(self.trigger_deactivate, "deactivate")
 
     def finish(self, reason: str, exit_code: int = 0) -> None:
-        """End the process from inside: :func:`run_node` shuts the node down with ``reason`` and returns ``exit_code``."""
+        """End the process: :func:`run_node` shuts the node down with ``reason`` and returns ``exit_code``."""
         self.exit_code = exit_code
         self.finish_reason = reason
         self.wake()
 
     def shut_down(self, reason: str) -> None:
         """Stop with ``reason``, clean up, finalize, and wait until the last words are delivered (at most 0.2 s)."""
-        self._halt(reason, Level.OK)
+        self.__halt(reason, Level.OK)
         for label, trigger in (
             ("active", self.trigger_deactivate),
             ("inactive", self.trigger_cleanup),
             ("unconfigured", self.trigger_shutdown),
         ):
-            if self._label == label:
-                self._tolerate(trigger, f"leaving {label}")
-        self._tolerate(lambda: self._diagnostics.wait_for_all_acked(_FLUSH), "sending the last diagnostics")
+            if self.__label == label:
+                self.tolerate(trigger, f"leaving {label}")
+        self.tolerate(lambda: self.flush_diagnostics(_FLUSH), "sending the last diagnostics")
 
-    def destroy_node(self) -> None:
-        """Destroy the node; calls of :meth:`event`, :meth:`post` and :meth:`wake` from other threads become harmless."""
-        self._closed = True
-        super().destroy_node()
-
-    def _halt(self, reason: str, level: int) -> None:
+    def __halt(self, reason: str, level: int) -> None:
         """Stop if running, and publish the reason; callbacks see the node inactive before :meth:`stop` begins."""
-        was_running, self._running = self._running, False
-        self._stop_reason = reason
+        was_running, self.__running = self.__running, False
+        self.__stop_reason = reason
         if was_running:
-            self._tolerate(lambda: self.stop(reason), "stop")
-            self._release("start")
+            self.tolerate(lambda: self.stop(reason), "stop")
+            self.release_scope("start")
         text = f"stopped: {reason}" if was_running else f"not active: {reason}"
         self.event(level, text, stop_reason=reason, was_active=str(was_running).lower())
 
     # Transitions, called by rclpy ------------------------------------------------------------------------------------
 
-    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def on_configure(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Run :meth:`setup`; on failure report it, run :meth:`teardown` and stay unconfigured."""
         try:
             self.in_setup = True
             try:
-                problem = self._attempt(self.setup, "setup")
+                problem = self.__attempt(self.setup, "setup")
             finally:
                 self.in_setup = False
         except SetupInterrupted as interruption:
             problem = str(interruption)
         if problem is None:
-            return self._arrive("inactive")
-        self._refuse(f"setup failed: {problem}")
-        self._clean_up()
-        return self._arrive("unconfigured", TransitionCallbackReturn.FAILURE)
+            return self.__arrive("inactive")
+        self.__refuse(f"setup failed: {problem}")
+        self.__clean_up()
+        return self.__arrive("unconfigured", TransitionCallbackReturn.FAILURE)
 
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def on_activate(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Run :meth:`start`; on failure report it, run :meth:`stop` and stay inactive."""
         # What exists now lives as long as the node. A full collection while it works would hold the interpreter for
         # 100 ms and miss control ticks, so it is done here, and later ones need not look at any of this again.
         gc.unfreeze()
         gc.collect()
         gc.freeze()
-        self._running, self._stop_reason, self._faulted = True, "", False
-        problem = self._attempt(self.start, "start")
+        self.__running, self.__stop_reason, self.__faulted = True, "", False
+        problem = self.__attempt(self.start, "start")
         if problem is None:
-            return self._arrive("active")
-        self._running = False
-        self._refuse(f"start failed: {problem}")
-        self._tolerate(lambda: self.stop(self._stop_reason), "stop")
-        self._release("start")
-        return self._arrive("inactive", TransitionCallbackReturn.FAILURE)
+            return self.__arrive("active")
+        self.__running = False
+        self.__refuse(f"start failed: {problem}")
+        self.tolerate(lambda: self.stop(self.__stop_reason), "stop")
+        self.release_scope("start")
+        return self.__arrive("inactive", TransitionCallbackReturn.FAILURE)
 
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def on_deactivate(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Run :meth:`stop` unless a fault or a signal has done so."""
-        if self._running:
-            self._halt("deactivated on request", Level.OK)
-        return self._arrive("inactive")
+        if self.__running:
+            self.__halt("deactivated on request", Level.OK)
+        return self.__arrive("inactive")
 
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def on_cleanup(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Run :meth:`teardown`."""
-        self._clean_up()
-        return self._arrive("unconfigured")
+        self.__clean_up()
+        return self.__arrive("unconfigured")
 
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def on_shutdown(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Stop and clean up, from whatever state."""
-        if self._running:
-            self._halt("shut down on request", Level.OK)
-        if self._label != "unconfigured":
-            self._clean_up()
-        return self._arrive("finalized")
+        if self.__running:
+            self.__halt("shut down on request", Level.OK)
+        if self.__label != "unconfigured":
+            self.__clean_up()
+        return self.__arrive("finalized")
 
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def on_error(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Stop and clean up after an error that rclpy met in a transition; the node can be configured again."""
-        self._halt("error in a lifecycle transition", Level.ERROR)
-        self._clean_up()
-        return self._arrive("unconfigured")
+        self.__halt("error in a lifecycle transition", Level.ERROR)
+        self.__clean_up()
+        return self.__arrive("unconfigured")
 
-    def _attempt(self, hook: Callable[[], None], scope: str) -> str | None:
+    def __attempt(self, hook: Callable[[], None], scope: str) -> str | None:
         """Run a hook; return None, or what went wrong."""
-        self._scope, self._in_transition, self._fault_in_transition = scope, True, None
+        self.enter_scope(scope)
+        self.__in_transition, self.__fault_in_transition = True, None
         try:
             hook()
+            self.check_attributes()
         except Exception as error:  # noqa: BLE001 - hooks raise to refuse
-            self._error_count += 1
-            self.get_logger().debug("".join(traceback.format_exception(type(error), error, error.__traceback__)))
-            return one_line(error)
+            return self.note_exception(error)
         finally:
-            self._scope, self._in_transition = None, False
-        return self._fault_in_transition
+            self.__in_transition = False
+        return self.__fault_in_transition
 
-    def _refuse(self, reason: str) -> None:
-        self._stop_reason, self._faulted = reason, True
+    def __refuse(self, reason: str) -> None:
+        self.__stop_reason, self.__faulted = reason, True
         self.event(Level.ERROR, reason, stop_reason=reason)
 
-    def _clean_up(self) -> None:
-        self._tolerate(self.teardown, "teardown")
-        self._release("setup")
+    def __clean_up(self) -> None:
+        self.tolerate(self.teardown, "teardown")
+        self.release_scope("setup")
 
-    def _arrive(
+    def __arrive(
         self, label: str, result: TransitionCallbackReturn = TransitionCallbackReturn.SUCCESS
     ) -> TransitionCallbackReturn:
-        self._label = label
-        self._scope = _SCOPES.get(label)
-        self._publish([self.lifecycle_status()])
+        self.__label = label
+        self.enter_scope(_SCOPES.get(label))
+        self.publish_statuses([self.lifecycle_status()])
         return result

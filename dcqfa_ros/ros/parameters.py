@@ -1,4 +1,4 @@
-"""Rules for parameters that may change while a node runs; a rule that fails refuses the value and never ends the node."""
+"""Rules for parameters that change while a node runs: a rule that fails refuses the value and never ends the node."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ PARENT_VARIABLE = "DCQFA_PARENT_PID"
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+LEAVE_S = 1.2
+"""How long :meth:`ManagedNode.leave` may take; a graph must be down within 3 s."""
 _POLL_S = 0.5  # bounds the delay of a stop should a wake-up ever be lost
 _MAX_CONSECUTIVE_ERRORS = 10
 
@@ -42,7 +45,7 @@ def die_with_parent() -> bool:
 
 
 class StopRequest:
-    """Turns INT, TERM and HUP into a reason and a wake-up, without invalidating the ROS context as rclpy's handler does.
+    """Turns INT, TERM and HUP into a reason and a wake-up; the ROS context stays valid, unlike with rclpy's handler.
 
     The kernel's signal is written to a socket by CPython at once, even while the main thread waits inside DDS; a small
     thread reads it and wakes the executor, and then the Python handler runs.
@@ -51,8 +54,9 @@ class StopRequest:
     def __init__(self) -> None:
         """Install the handlers; call from the main thread. HUP stays ignored if it was (nohup)."""
         self.reason: str | None = None
-        self.may_interrupt: Callable[[], bool] = lambda: False
-        self.wake: Callable[[], None] = lambda: None
+        self.attached = False
+        self._may_interrupt: Callable[[], bool] = lambda: False
+        self._wake: Callable[[], None] = lambda: None
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
@@ -62,21 +66,30 @@ class StopRequest:
             signal.signal(number, self._handle)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
+    def attach(self, may_interrupt: Callable[[], bool], wake: Callable[[], None]) -> None:
+        """Wake by ``wake`` from now on, and raise :class:`SetupInterrupted` where ``may_interrupt`` says yes."""
+        self.attached, self._may_interrupt, self._wake = True, may_interrupt, wake
+
+    def detach(self) -> None:
+        """Wake nobody any more: the node is about to be destroyed."""
+        self._may_interrupt = lambda: False
+        self._wake = lambda: None
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         first = self.reason is None
         if first:
             self.reason = f"signal {signal.Signals(number).name}"
-        if first and self.may_interrupt():
+        if first and self._may_interrupt():
             raise SetupInterrupted(self.reason)
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError):
             while self._receive.recv(64):
-                self.wake()
+                self._wake()
 
     def close(self) -> None:
         """Leave the handlers in place (a second signal stays harmless) but stop waking."""
-        self.wake = lambda: None
+        self.detach()
         signal.set_wakeup_fd(-1)
         with contextlib.suppress(OSError):
             self._receive.shutdown(socket.SHUT_RDWR)
@@ -88,12 +101,13 @@ class StopRequest:
 def _context(argv: Sequence[str]) -> Iterator[None]:
     import rclpy
     from rclpy.signals import SignalHandlerOptions
+    from rclpy.utilities import try_shutdown
 
     rclpy.init(args=list(argv), signal_handler_options=SignalHandlerOptions.NO)
     try:
         yield
     finally:
-        rclpy.try_shutdown()
+        try_shutdown()
 
 
 def run_node(factory: Callable[[], ManagedNode], argv: Sequence[str] | None = None) -> int:
@@ -113,16 +127,17 @@ def run_node(factory: Callable[[], ManagedNode], argv: Sequence[str] | None = No
         if not die_with_parent():
             return 0
         with _context(sys.argv if argv is None else argv):
-            return _run(factory, name, stop)
+            return _run(factory, stop)
     except Exception as error:  # noqa: BLE001 - last resort: a user sees one line, never a traceback
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{name}: could not start: {text}", file=sys.stderr, flush=True)
+        what = "failed" if stop.attached else "could not start"
+        print(f"{name}: {what}: {text}", file=sys.stderr, flush=True)
         return 1
     finally:
         stop.close()
 
 
-def _run(factory: Callable[[], ManagedNode], name: str, stop: StopRequest) -> int:
+def _run(factory: Callable[[], ManagedNode], stop: StopRequest) -> int:
     from rclpy.executors import SingleThreadedExecutor
 
     if stop.reason is not None:
@@ -130,8 +145,7 @@ def _run(factory: Callable[[], ManagedNode], name: str, stop: StopRequest) -> in
     node = factory()
     executor = SingleThreadedExecutor()
     executor.add_node(node)
-    stop.may_interrupt = lambda: node.in_setup
-    stop.wake = node.wake
+    stop.attach(lambda: node.in_setup, node.wake)
     errors = 0
     try:
         while stop.reason is None and node.finish_reason is None and errors < _MAX_CONSECUTIVE_ERRORS:
@@ -142,13 +156,16 @@ def _run(factory: Callable[[], ManagedNode], name: str, stop: StopRequest) -> in
                 break
             except Exception as error:  # noqa: BLE001 - rclpy's own callbacks are not ours to wrap
                 errors += 1
-                node.unexpected(error)
+                node.report_exception(error)
         if errors:
             node.exit_code = 1
         reason = stop.reason or node.finish_reason or "executor failed repeatedly"
+        deadline = time.monotonic() + LEAVE_S
+        while not errors and not node.leave(reason) and time.monotonic() < deadline:
+            executor.spin_once(timeout_sec=0.02)
         node.shut_down(reason)
         return node.exit_code
     finally:
-        stop.wake = lambda: None
+        stop.detach()
         executor.shutdown(timeout_sec=0.2)
         node.destroy_node()

@@ -49,7 +49,13 @@ class StopCode(str, Enum):
     @property
     def normal(self) -> bool:
         """Whether this is how a healthy trial ends."""
-        return self in (StopCode.NEVER_ARMED, StopCode.OPERATOR, StopCode.SUCCESS, StopCode.STEP_LIMIT, StopCode.SHUTDOWN)
+        return self in (
+            StopCode.NEVER_ARMED,
+            StopCode.OPERATOR,
+            StopCode.SUCCESS,
+            StopCode.STEP_LIMIT,
+            StopCode.SHUTDOWN,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +127,14 @@ class ArmExecutor:
         return self.mode is ArmMode.ARMED
 
     @property
+    def step(self) -> int:
+        """Steps done in the present episode."""
+        return self._now.step if self._now else 0
+
+    @property
     def stamp_ns(self) -> int:
         """Stamp of the present observation: start of the episode plus steps times the period."""
-        return self._origin_ns + (self._now.step if self._now else 0) * self.settings.period_ns
+        return self._origin_ns + self.step * self.settings.period_ns
 
     def connect(self, seed: int) -> ArmObservation:
         """Connect the driver and put the cell into the start state of ``seed``; the arm stays disarmed.
@@ -186,7 +197,9 @@ class ArmExecutor:
                 self._condition.notify_all()
             return was
 
-    def submit(self, source: str, stamp_ns: int, period_ns: int, actions: NDArray[np.floating], now_ns: int) -> Refusal | None:
+    def submit(
+        self, source: str, stamp_ns: int, period_ns: int, actions: NDArray[np.floating], now_ns: int
+    ) -> Refusal | None:
         """Offer a chunk (n, D) computed from the observation with ``stamp_ns``.
 
         NaN and infinities disarm the arm: a policy that produced them must not go on.
@@ -203,7 +216,9 @@ class ArmExecutor:
             self._condition.notify_all()
             return None
 
-    def _examine(self, source: str, stamp_ns: int, period_ns: int, actions: NDArray[np.floating], now_ns: int) -> Refusal | None:
+    def _examine(
+        self, source: str, stamp_ns: int, period_ns: int, actions: NDArray[np.floating], now_ns: int
+    ) -> Refusal | None:
         if not self.lease.admits(source):
             return Refusal.SOURCE
         if not self.armed:

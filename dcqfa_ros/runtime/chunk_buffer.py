@@ -1,8 +1,8 @@
 """The arm's buffer of actions: chunks are merged by actions consumed, never by estimated time.
 
-Actions of an episode are numbered from 0 in the order of execution. A chunk says which number its first action has; what the
-arm has already consumed of it is dropped, the rest replaces what is buffered from there on. A slow or jittering policy can so
-never make the arm repeat or skip an action.
+Actions of an episode are numbered from 0 in the order of execution. A chunk says which number its first action has;
+what the arm has already consumed of it is dropped, the rest replaces what is buffered from there on. A slow or
+jittering policy can so never make the arm repeat or skip an action.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class ChunkBuffer:
             actions: (n, action_dim), finite.
 
         Raises:
-            PolicyError: wrong shape, NaN or infinity (named), a chunk whose actions have all been consumed, one that leaves a
-                gap after the buffered actions, or one that reaches beyond the capacity. The buffer is then unchanged.
+            PolicyError: wrong shape, NaN or infinity (named), a chunk whose actions have all been consumed, one that
+                leaves a gap after the buffered actions, or one that reaches beyond the capacity. The buffer is then
+                unchanged.
         """
         actions = np.asarray(actions, np.float64)
         capacity, dim = self._actions.shape
@@ -62,12 +63,18 @@ class ChunkBuffer:
             raise PolicyError(f"chunk: expected actions of shape ('n', {dim}), got {actions.shape}")
         if not np.isfinite(actions).all():
             row, column = (int(i) for i in np.argwhere(~np.isfinite(actions))[0])
-            raise PolicyError(f"chunk: action {first + row} is {actions[row, column]} in dimension {column}; expected finite")
+            raise PolicyError(
+                f"chunk: action {first + row} is {actions[row, column]} in dimension {column}; expected finite"
+            )
         end = first + len(actions)
         if first < 0 or end <= self.consumed:
-            raise PolicyError(f"chunk: actions {first} to {end - 1} are older than the {self.consumed} already consumed")
+            raise PolicyError(
+                f"chunk: actions {first} to {end - 1} are older than the {self.consumed} already consumed"
+            )
         if first > self._end:
-            raise PolicyError(f"chunk: starts at action {first}, but the buffer ends before {self._end}: actions are missing")
+            raise PolicyError(
+                f"chunk: starts at action {first}, but the buffer ends before {self._end}: actions are missing"
+            )
         if end - self.consumed > capacity:
             raise PolicyError(f"chunk: reaches {end - self.consumed} actions ahead; the buffer holds {capacity}")
         start = max(first, self.consumed)

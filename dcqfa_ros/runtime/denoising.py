@@ -1,8 +1,8 @@
 """The denoising loop: DDIM (eta 0) and DDPM samplers of a variance-preserving diffusion policy.
 
-Sources: Ho et al. 2020, equation 7 (DDPM posterior, "fixed small" variance); Song et al. 2021, equation 12 with eta 0 (DDIM).
-Both clip the predicted clean sample and agree with ``diffusers``' schedulers (leading spacing, ``set_alpha_to_one``) within
-1e-5. One step is written as ::
+Sources: Ho et al. 2020, equation 7 (DDPM posterior, "fixed small" variance); Song et al. 2021, equation 12 with eta 0
+(DDIM). Both clip the predicted clean sample and agree with ``diffusers``' schedulers (leading spacing,
+``set_alpha_to_one``) within 1e-5. One step is written as ::
 
     x0 = clip(from_sample * x + from_noise * eps)
     x  = to_clean * x0 + to_direction * (eps for DDIM, x for DDPM) + sigma * z
@@ -70,6 +70,8 @@ class DenoisingLoop:
         timesteps: noise levels visited, (steps,), int64: the argument of ``Engine.timestep_kv``.
         batch: number of chunks denoised together.
         tokens: action tokens computed per chunk.
+        sample: the current sample x, (batch, tokens, action_dim).
+        prediction: the noise the engine predicted in it, same shape.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class DenoisingLoop:
         self._ancestral = spec.sampler == "ddpm"
         self._clip = np.float32(spec.clip_sample)
         shape = (batch, tokens, action_dim)
-        self._x, self._eps = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self.sample, self.prediction = np.empty(shape, np.float32), np.empty(shape, np.float32)
         self._clean, self._scratch = np.empty(shape, np.float32), np.empty(shape, np.float32)
 
     @property
@@ -98,17 +100,18 @@ class DenoisingLoop:
         return len(self.timesteps)
 
     def step(self, index: int, noise: Float32 | None = None) -> None:
-        """Apply update ``index`` to the current sample, given the prediction in the noise buffer.
+        """Apply update ``index`` to ``sample``, in place, given ``prediction``.
 
         Args:
             index: denoising step, from 0.
             noise: DDPM's standard normal z, shape of the sample; ignored where sigma is 0.
         """
-        c, x, eps, clean, scratch = self.coefficients, self._x, self._eps, self._clean, self._scratch
+        c, x, eps, clean, scratch = self.coefficients, self.sample, self.prediction, self._clean, self._scratch
         np.multiply(x, c.from_sample[index], out=clean)
         np.multiply(eps, c.from_noise[index], out=scratch)
         np.add(clean, scratch, out=clean)
-        # Not np.clip: its Python wrapper costs more than the two ufuncs. Both let NaN through, to be refused at the end.
+        # Not np.clip: its Python wrapper costs more than the two ufuncs. Both let NaN through, to be refused at the
+        # end.
         np.minimum(clean, self._clip, out=clean)
         np.maximum(clean, -self._clip, out=clean)
         np.multiply(x if self._ancestral else eps, c.to_direction[index], out=scratch)
@@ -143,11 +146,11 @@ class DenoisingLoop:
         """
         if self._ancestral and step_noise is None:
             raise ValueError("sampler ddpm needs step_noise")
-        np.copyto(self._x, initial_noise)
+        np.copyto(self.sample, initial_noise)
         for index in range(len(self.timesteps)):
-            engine.denoise(self._x, timestep_kv[index : index + 1], observation_kv, self._eps)
+            engine.denoise(self.sample, timestep_kv[index : index + 1], observation_kv, self.prediction)
             if self._ancestral and step_noise is not None and self.coefficients.sigma[index] > 0.0:
                 self.step(index, step_noise(index))
             else:
                 self.step(index)
-        return self._x
+        return self.sample

@@ -1,10 +1,10 @@
 """The engine: the three parts of a diffusion policy's network as a runtime executes them.
 
 The parts run at different rates: the observation encoder once per chunk, the time-step encoder once per step count (its
-result is tabulated), the denoiser at every denoising step. Arrays are C-contiguous NumPy arrays; ``B`` is the batch, ``To``
-the observation history, ``Do`` and ``Da`` the widths of observation and action vectors, ``T`` the number of action tokens
-computed (attention is causal, so the first T tokens of a chunk do not depend on the later ones), ``S`` the number of noise
-levels, ``L`` layers, ``H`` heads, ``D`` the width of a head.
+result is tabulated), the denoiser at every denoising step. Arrays are C-contiguous NumPy arrays; ``B`` is the batch,
+``To`` the observation history, ``Do`` and ``Da`` the widths of observation and action vectors, ``T`` the number of
+action tokens computed (attention is causal, so the first T tokens of a chunk do not depend on the later ones), ``S``
+the number of noise levels, ``L`` layers, ``H`` heads, ``D`` the width of a head.
 """
 
 from __future__ import annotations

@@ -25,5 +25,6 @@ class WorkerDiedError(PolicyError):
     """
 
     def __init__(self, message: str, returncode: int | None) -> None:
+        """Hold the message for the user and the exit status."""
         super().__init__(message)
         self.returncode = returncode

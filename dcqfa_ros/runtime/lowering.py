@@ -1,8 +1,9 @@
 """Lowering of canonical ONNX graphs to what ONNX Runtime executes fast on a CPU.
 
-A canonical graph quantizes activations to int8 with zero point 0. ONNX Runtime's CPU kernels multiply uint8 by int8: with int8
-activations they are about five times slower. Adding 128 to code and zero point changes no value, since rounding happens
-before the zero point is added and int8's range -128..127 becomes exactly uint8's 0..255. Weights stay int8.
+A canonical graph quantizes activations to int8 with zero point 0. ONNX Runtime's CPU kernels multiply uint8 by int8:
+with int8 activations they are about five times slower. Adding 128 to code and zero point changes no value, since
+rounding happens before the zero point is added and int8's range -128..127 becomes exactly uint8's 0..255. Weights stay
+int8.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from collections import defaultdict
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from dcqfa_ros.runtime.errors import LoweringError
 
 _ZERO_POINT = 128
 # Operators that only move elements: a code passes through them unchanged.
-_MOVERS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Gather", "Expand"})
+_MOVERS = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Gather", "Expand"}
+)
 _OPSET_IR = ((21, 10), (20, 9), (19, 9), (18, 8), (17, 8))  # the oldest IR version that can hold an opset
 
 
 def parse_model(data: bytes, label: str) -> ModelProto:
-    """Parse ONNX bytes and load the graph's older IR version where its opset allows.
+    """Parse ONNX bytes and set the oldest IR version that the opset allows.
 
     Writers stamp the newest IR version they know, which older runtimes refuse although nothing in the file needs it.
 
@@ -42,7 +45,9 @@ def parse_model(data: bytes, label: str) -> ModelProto:
         raise LoweringError(f"{label}: the ONNX graph has no nodes")
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
-            raise LoweringError(f"{label}: tensor {tensor.name!r} is stored outside the file; export with embedded weights")
+            raise LoweringError(
+                f"{label}: tensor {tensor.name!r} is stored outside the file; export with embedded weights"
+            )
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     for version, ir in _OPSET_IR:
         if opset == version and model.ir_version > ir:
@@ -136,7 +141,8 @@ class _Lowering:
                     pending.append(consumer.output[0])
                 else:
                     raise LoweringError(
-                        f"{self.label}: int8 codes of {self._name(node)} reach {self._name(consumer)}; expected DequantizeLinear"
+                        f"{self.label}: int8 codes of {self._name(node)} reach {self._name(consumer)}; "
+                        "expected DequantizeLinear"
                     )
 
     def _dequantizer_must_be_symmetric(self, node: NodeProto) -> None:
@@ -166,7 +172,8 @@ class _Lowering:
         tensor = self.constants.get(name)
         if tensor is None:
             raise LoweringError(
-                f"{self.label}: {self._name(node)} takes {name!r} from the graph; scales and zero points must be constants"
+                f"{self.label}: {self._name(node)} takes {name!r} from the graph; "
+                "scales and zero points must be constants"
             )
         return numpy_helper.to_array(tensor)
 
@@ -178,8 +185,3 @@ class _Lowering:
 def serialize(model: ModelProto) -> bytes:
     """Serialize a lowered model."""
     return model.SerializeToString()
-
-
-def opset(model: ModelProto) -> int:
-    """Return the version of the default operator set."""
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", helper.defs.ONNX_DOMAIN)), 0)

@@ -1,8 +1,8 @@
 """Noise as a pure function of (seed, chunk, step), so that runs are paired and repeatable on every machine.
 
 The bits come from Philox-4x64 (Salmon et al. 2011), whose stream NumPy guarantees; they become normal variates by the
-Box-Muller transform in float64. ``numpy.random.Generator`` is not used for that second part because its methods may change
-from one NumPy version to the next.
+Box-Muller transform in float64. ``numpy.random.Generator`` is not used for that second part because its methods may
+change from one NumPy version to the next.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def chunk_noise(seed: int, chunk: int, shape: Sequence[int]) -> Float32:
 
 
 def step_noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> Float32:
-    """Return the standard normal noise added by ancestral sampling (DDPM) after denoising step ``step`` (from 0), float32.
+    """Return the standard normal noise, float32, that DDPM adds after denoising step ``step`` (from 0).
 
     Independent of :func:`chunk_noise` and of every other step.
 

@@ -25,8 +25,8 @@ class Normalizer:
         """
         self.shape = tuple(shape)
         size = int(np.prod(self.shape))
-        self._scale: NDArray[np.float64] | None = None
-        self._offset: NDArray[np.float64] | None = None
+        self._scale: NDArray[np.float64] = np.ones(())
+        self._offset: NDArray[np.float64] = np.zeros(())
         if not spec.scale:
             return
         if len(spec.scale) not in (size, self.shape[-1]):
@@ -41,12 +41,8 @@ class Normalizer:
 
     def normalize(self, raw: NDArray[Any]) -> NDArray[np.float32]:
         """Map raw values (..., *shape) to the policy's range, float32."""
-        if self._scale is None:
-            return raw.astype(np.float32)
-        return (raw * self._scale + self._offset).astype(np.float32)
+        return np.asarray(raw * self._scale + self._offset, np.float32)
 
     def denormalize(self, normalised: NDArray[Any]) -> NDArray[np.float32]:
         """Map values in the policy's range (..., *shape) back to raw units, float32."""
-        if self._scale is None:
-            return normalised.astype(np.float32)
-        return ((normalised - self._offset) / self._scale).astype(np.float32)
+        return np.asarray((normalised - self._offset) / self._scale, np.float32)

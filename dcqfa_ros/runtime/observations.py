@@ -67,8 +67,12 @@ class ObservationLayout:
         names = {key.name for key in self.keys}
         if observation.keys() != names:
             missing, unknown = sorted(names - observation.keys()), sorted(observation.keys() - names)
-            parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
-            raise PolicyError(f"observation {' and '.join(parts)}; the policy takes {', '.join(k.name for k in self.keys)}")
+            parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
+                unknown
+            )
+            raise PolicyError(
+                f"observation {' and '.join(parts)}; the policy takes {', '.join(k.name for k in self.keys)}"
+            )
         batch = None
         for key in self.keys:
             array = observation[key.name]
@@ -94,11 +98,11 @@ class ObservationLayout:
         for key in self.keys:
             array = observation[key.name]
             if not np.isfinite(array).all():
-                row, step, *element = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
-                value = array[(row, step, *element)]
+                index = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
+                row, step, *element = index
                 raise PolicyError(
-                    f"observation {key.name!r} is {value} at element {tuple(element)} of history step {step}, batch row {row}; "
-                    f"expected finite {key.units}"
+                    f"observation {key.name!r} is {array[tuple(index)]} at element {tuple(element)} of history step "
+                    f"{step}, batch row {row}; expected finite {key.units}"
                 )
             flat = key.normalizer.normalize(array).reshape(len(array), self.history, key.size)
             out[:, :, first : first + key.size] = flat

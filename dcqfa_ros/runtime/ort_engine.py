@@ -1,14 +1,15 @@
 """ONNX Runtime on the CPU: the default engine.
 
-Measured on ONNX Runtime 1.23.2 and 1.31.1: fixing batch and tokens by ``add_free_dimension_override_by_name`` gains nothing
-over symbolic dimensions, nor does switching the memory arena or pattern off, so one session serves every shape. Spinning is
-off because an idle engine must leave the cores to the control tick.
+Measured on ONNX Runtime 1.23.2 and 1.31.1: fixing batch and tokens by ``add_free_dimension_override_by_name`` gains
+nothing over symbolic dimensions, nor does switching the memory arena or pattern off, so one session serves every shape.
+Spinning is off because an idle engine must leave the cores to the control tick.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -18,12 +19,12 @@ from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.lowering import is_quantized, lower_for_onnxruntime_cpu, parse_model, serialize
 
-# MatMulAddFusion turns MatMul + bias into Gemm before Q/DQ fusion looks for MatMul: quantized products would run in float.
+# MatMulAddFusion makes Gemm of MatMul and bias before Q/DQ fusion looks for MatMul: integer products would be float.
 _DISABLED_IF_QUANTIZED = ("MatMulAddFusion",)
 _CACHED_BINDINGS = 8
 
-# Role -> input or output name -> (element type, axes). A letter is a dimension any size of which the graph must take or that
-# all graphs share; a number is that size. Symbolic in the graph: B, T and S.
+# The contract: role -> name of an input or output -> (element type, axes). B, T and S must be symbolic: a graph takes
+# any size. Every other letter is a size that the graphs fix and share.
 _INPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
     "encoder": {"observation": ("tensor(float)", ("B", "To", "Do"))},
     "timestep": {"timesteps": ("tensor(int64)", ("S",))},
@@ -59,8 +60,8 @@ class _DenoiserBinding:
 class OnnxRuntimeEngine:
     """An :class:`~dcqfa_ros.runtime.engine.Engine` on ONNX Runtime's CPU provider.
 
-    Loading holds the interpreter lock for tens to hundreds of milliseconds: a real-time process loads engines in a worker
-    (``dcqfa_ros.runtime.worker``).
+    Loading holds the interpreter lock for tens to hundreds of milliseconds: a real-time process loads engines in a
+    worker (``dcqfa_ros.runtime.worker``).
 
     Attributes:
         name: ``onnxruntime/<name given>``.
@@ -77,8 +78,8 @@ class OnnxRuntimeEngine:
             name: the variant, for reports.
 
         Raises:
-            EngineError: a role is missing, a graph cannot be parsed, lowered or loaded, or its inputs and outputs are not
-                those of the contract (``docs/bundle.md``); the message names the file.
+            EngineError: a role is missing, a graph cannot be parsed, lowered or loaded, or its inputs and outputs are
+                not those of the contract (the tables above); the message names the file.
         """
         if threads < 1:
             raise EngineError(f"threads: expected at least 1, got {threads}")
@@ -93,17 +94,17 @@ class OnnxRuntimeEngine:
         for role in ROLES:
             sessions[role] = self._load(role, files[role])
             self._check_contract(role, sessions[role])
-        self._encoder, self._timestep, self._denoiser = (sessions[role] for role in ROLES)
+        self._sessions = sessions
         self._bindings: OrderedDict[tuple[int, int], _DenoiserBinding] = OrderedDict()
         self._closed = False
 
     def observation_kv(self, observation: Float32) -> Float32:
         """See :meth:`Engine.observation_kv`."""
-        return self._run("encoder", self._encoder, {"observation": observation})
+        return self._run("encoder", {"observation": observation})
 
     def timestep_kv(self, timesteps: Int64) -> Float32:
         """See :meth:`Engine.timestep_kv`."""
-        return self._run("timestep", self._timestep, {"timesteps": timesteps})
+        return self._run("timestep", {"timesteps": timesteps})
 
     def denoise(
         self, noisy: Float32, timestep_kv: Float32, observation_kv: Float32, out: Float32 | None = None
@@ -118,10 +119,12 @@ class OnnxRuntimeEngine:
         if binding is None:
             binding = self._bind(batch, tokens)
         arrays = binding.arrays
+        for label, given in (("noisy", noisy), ("timestep_kv", timestep_kv), ("observation_kv", observation_kv)):
+            bound = arrays[label]
+            if given.shape != bound.shape:
+                raise EngineError(f"engine {self.name}: {label} has shape {given.shape}, expected {bound.shape}")
+            np.copyto(bound, given)
         try:
-            np.copyto(arrays["noisy"], noisy)
-            np.copyto(arrays["timestep_kv"], timestep_kv)
-            np.copyto(arrays["observation_kv"], observation_kv)
             binding.run()
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise self._failed("denoiser", error) from error
@@ -135,8 +138,7 @@ class OnnxRuntimeEngine:
         """Drop sessions and buffers."""
         self._closed = True
         self._bindings.clear()
-        for attribute in ("_encoder", "_timestep", "_denoiser"):
-            self.__dict__.pop(attribute, None)
+        self._sessions.clear()
 
     def _load(self, role: str, data: bytes) -> ort.InferenceSession:
         label = f"{role}.onnx"
@@ -148,13 +150,17 @@ class OnnxRuntimeEngine:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3  # warnings about folded initializers are not for users
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits, which saturates: make them exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         disabled = list(_DISABLED_IF_QUANTIZED) if is_quantized(model) else []
         try:
             return ort.InferenceSession(
                 serialize(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
             )
         except Exception as error:  # as above
-            raise EngineError(f"{label}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}") from error
+            raise EngineError(
+                f"{label}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}"
+            ) from error
 
     def _check_contract(self, role: str, session: ort.InferenceSession) -> None:
         for kind, expected, actual in (
@@ -170,7 +176,8 @@ class OnnxRuntimeEngine:
                 if value.type != element or len(shape) != len(axes) or not self._axes_fit(kind, axes, shape):
                     raise EngineError(
                         f"{role}.onnx: {kind} {value.name!r} is {value.type} {shape}; expected {element} "
-                        f"{tuple(self.dims.get(a, a) if isinstance(a, str) else a for a in axes)}, letters B, T and S symbolic"
+                        f"{tuple(self.dims.get(a, a) if isinstance(a, str) else a for a in axes)}, "
+                        "with symbolic B, T and S"
                     )
 
     def _axes_fit(self, kind: str, axes: tuple[str | int, ...], shape: tuple[int | str | None, ...]) -> bool:
@@ -194,14 +201,15 @@ class OnnxRuntimeEngine:
             name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
             for name, (_, axes) in (_INPUTS["denoiser"] | _OUTPUTS["denoiser"]).items()
         }
-        binding = self._bindings[batch, tokens] = _DenoiserBinding(self._denoiser, shapes)
+        binding = self._bindings[batch, tokens] = _DenoiserBinding(self._sessions["denoiser"], shapes)
         if len(self._bindings) > _CACHED_BINDINGS:
             self._bindings.popitem(last=False)
         return binding
 
-    def _run(self, role: str, session: ort.InferenceSession, feeds: dict[str, NDArray[np.generic]]) -> Float32:
+    def _run(self, role: str, feeds: dict[str, NDArray[Any]]) -> Float32:
+        self._require_open()
         try:
-            result: Float32 = session.run(None, feeds)[0]
+            result: Float32 = self._sessions[role].run(None, feeds)[0]
         except Exception as error:  # as above
             raise self._failed(role, error) from error
         return result
@@ -211,8 +219,6 @@ class OnnxRuntimeEngine:
             raise EngineError(f"engine {self.name} is closed")
 
     def _failed(self, role: str, error: Exception) -> EngineError:
-        if isinstance(error, EngineError):
-            return error
         return EngineError(f"engine {self.name}: {role}.onnx failed: {_first_line(error)}")
 
 

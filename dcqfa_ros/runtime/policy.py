@@ -54,8 +54,8 @@ class PolicyRuntime:
     ) -> Float32:
         """Predict the actions to execute.
 
-        The result depends on each row's observation, seed and chunk only: not on the other rows beyond float rounding, and
-        not on ``tokens``, because attention is causal and noise is always drawn for the whole horizon.
+        The result depends on each row's observation, seed and chunk only: not on the other rows beyond float rounding,
+        and not on ``tokens``, because attention is causal and noise is always drawn for the whole horizon.
 
         Args:
             observation: key -> (B, history, *shape), float32, raw units; oldest time step first.
@@ -68,8 +68,8 @@ class PolicyRuntime:
             Actions (B, executed, action_dim), float32, raw units; row 0 belongs to the observation's time.
 
         Raises:
-            PolicyError: a key is missing or unknown, has a wrong shape or dtype, or holds NaN or infinity; steps or tokens
-                is out of range; the network's output is not finite.
+            PolicyError: a key is missing or unknown, has a wrong shape or dtype, or holds NaN or infinity; steps or
+                tokens is out of range; the network's output is not finite.
         """
         batch = self.observations.check(observation)
         for label, values in (("seeds", seeds), ("chunks", chunks)):
@@ -100,8 +100,8 @@ class PolicyRuntime:
         if not np.isfinite(actions).all():
             row, step, dim = (int(i) for i in np.argwhere(~np.isfinite(actions))[0])
             raise PolicyError(
-                f"engine {self.engine.name} gave action {self.spec.action.names[dim]!r} = {actions[row, step, dim]} at action "
-                f"{step} of batch row {row}; the chunk is discarded"
+                f"engine {self.engine.name} gave action {self.spec.action.names[dim]!r} = {actions[row, step, dim]} "
+                f"at action {step} of batch row {row}; the chunk is discarded"
             )
         return actions
 

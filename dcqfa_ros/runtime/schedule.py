@@ -25,12 +25,12 @@ def squared_cosine_betas(train_timesteps: int) -> Float:
         raise ValueError(f"train_timesteps: expected at least 1, got {train_timesteps}")
     t = np.arange(train_timesteps + 1, dtype=np.float64) / train_timesteps
     alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+    return np.asarray(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA), np.float64)
 
 
 def alphas_cumprod(betas: Float) -> Float:
     """Return the cumulative signal share (alpha bar) per training time step, shape and dtype of ``betas``."""
-    return np.cumprod(1.0 - betas)
+    return np.asarray(np.cumprod(1.0 - betas), np.float64)
 
 
 def leading_timesteps(train_timesteps: int, steps: int) -> Int:

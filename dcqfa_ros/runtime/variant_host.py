@@ -147,5 +147,3 @@ class VariantHost:
 
 def _ms(begin: float) -> float:
     return (time.monotonic() - begin) * 1e3
-
-

@@ -16,18 +16,8 @@ MAX_FPS = 1000.0
 class SimulatedCamera:
     """Color camera (no depth) looking straight down at the cell's table from 0.5 m.
 
-    Pictures come at ``fps`` whether the cell moves or not, as from a real camera. A cell that is not there is an error of
-    ``read``, not of ``connect``: it may start later or restart, and the next ``read`` looks again.
-
-    Args:
-        name: the cell's shared name, see ``cell_state.cell_state_name``.
-        width, height: picture size in px, 16..8192.
-        fps: frames per second, above 0 and at most 1000.
-        maximum_age_s: refuse a state older than this; None accepts any age while the cell's process lives.
-        reader: where the state is read; by default the shared record ``name``.
-
-    Raises:
-        ValueError: a size, the rate or the name is out of range.
+    Pictures come at ``fps`` whether the cell moves or not, as from a real camera. A cell that is not there is an error
+    of ``read``, not of ``connect``: it may start later or restart, and the next ``read`` looks again.
     """
 
     def __init__(
@@ -39,6 +29,19 @@ class SimulatedCamera:
         maximum_age_s: float | None = None,
         reader: CellStateReader | None = None,
     ) -> None:
+        """Choose the cell, the picture and the rate.
+
+        Args:
+            name: the cell's shared name, see ``cell_state.cell_state_name``.
+            width: picture width in px, 16..8192.
+            height: picture height in px, likewise.
+            fps: frames per second, above 0 and at most 1000.
+            maximum_age_s: refuse a state older than this; None accepts any age while the cell's process lives.
+            reader: where the state is read; by default the shared record ``name``.
+
+        Raises:
+            ValueError: a size, the rate or the name is out of range.
+        """
         for field, size in (("width", width), ("height", height)):
             if not MIN_SIZE_PX <= size <= MAX_SIZE_PX:
                 raise ValueError(f"{field}: expected {MIN_SIZE_PX} to {MAX_SIZE_PX} px, got {size}")

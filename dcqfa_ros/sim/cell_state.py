@@ -1,10 +1,10 @@
 """The simulated cell's state in shared memory: written by the process that owns the world, read by simulated cameras.
 
-One small record per cell lies in ``/dev/shm``. Nobody waits for anybody: the writer marks the record odd while it
-changes (a sequence lock), a reader copies it and tries again when it changed underneath. A checksum guards against
-processors that reorder stores (ARM), where the sequence number alone would not. The writer holds a file lock for as long as it
-lives, so a reader can tell a cell that stands still from one whose process has died, and the record of a killed cell is
-taken over by the next one.
+One small record per cell lies in ``/dev/shm``. Nobody waits for anybody: the record has two slots, the writer fills the
+one that is not current and then names it current, and a reader copies the current one and tries again when the writer
+has come round meanwhile. A checksum guards against processors that reorder stores (ARM). The writer holds a file lock
+for as long as it lives, so a reader can tell a cell that stands still from one whose process has died, and the record
+of a killed cell is taken over by the next one.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from numpy.typing import ArrayLike
 from dcqfa_ros.drivers.protocols import DriverError
 from dcqfa_ros.sim.tee import Float64, check_state
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - files are opened without following links, for their owner only
 _MAGIC = b"DCQFAc1\0"
-_SEQUENCE = struct.Struct("<Q")  # odd while the record is being written
+_CURRENT = struct.Struct("<Q")  # number of the newest complete write; its slot is the number modulo 2
 _PAYLOAD = struct.Struct("<Qq5d2d")  # number of the write, monotonic ns, state, target (NaN: none yet)
 _CHECKSUM = struct.Struct("<I")
-_SEQUENCE_AT = len(_MAGIC)
-_PAYLOAD_AT = _SEQUENCE_AT + _SEQUENCE.size
-_CHECKSUM_AT = _PAYLOAD_AT + _PAYLOAD.size
-_SIZE = _CHECKSUM_AT + _CHECKSUM.size
-_READ_ATTEMPTS = 1000
+_CURRENT_AT = len(_MAGIC)
+_SLOTS_AT = _CURRENT_AT + _CURRENT.size
+_SLOT_SIZE = _PAYLOAD.size + 8  # the checksum, padded
+_SIZE = _SLOTS_AT + 2 * _SLOT_SIZE
+_READ_ATTEMPTS = 200
 _LOCK_ATTEMPTS = 20
 _LOCK_PAUSE_S = 0.005
 _MAX_DOMAIN = 232
@@ -65,7 +65,7 @@ def cell_state_name(domain: int, namespace: str) -> str:
     """Return the record's name for a ROS domain and namespace: two cells share one only if they share both.
 
     Raises:
-        ValueError: the domain is outside 0..232 or the namespace is not a ROS namespace (letters, digits, ``_``, ``/``).
+        ValueError: the domain is outside 0..232, or the namespace is not names of letters, digits and ``_`` with ``/``.
     """
     if not 0 <= domain <= _MAX_DOMAIN:
         raise ValueError(f"domain: expected 0 to {_MAX_DOMAIN}, got {domain}")
@@ -81,25 +81,31 @@ def _path(name: str, directory: Path) -> Path:
     return directory / name
 
 
+def _slot_at(number: int) -> int:
+    return _SLOTS_AT + (number % 2) * _SLOT_SIZE
+
+
 class CellStateWriter:
-    """Owns the record ``name`` and writes to it. One writer per name and host; a dead one's record is taken over.
-
-    Args:
-        name: see ``cell_state_name``.
-        directory: where shared memory is mounted.
-
-    Raises:
-        CellStateError: another process owns the name, or shared memory cannot be used.
-    """
+    """Owns the record ``name`` and writes to it. One writer per name and host; a dead one's record is taken over."""
 
     def __init__(self, name: str, directory: Path = SHARED_MEMORY) -> None:
+        """Take the name.
+
+        Args:
+            name: see ``cell_state_name``.
+            directory: where shared memory is mounted.
+
+        Raises:
+            CellStateError: another process owns the name, or shared memory cannot be used.
+        """
         self._path = _path(name, directory)
         self._file = self._take()
         try:
             os.ftruncate(self._file, _SIZE)
             self._memory = mmap.mmap(self._file, _SIZE)
+            self._memory[:_CURRENT_AT] = _MAGIC
         except OSError as error:
-            os.unlink(self._path)
+            self._path.unlink()
             os.close(self._file)
             raise CellStateError(f"{self._path}: cannot hold {_SIZE} bytes of shared memory: {error}") from error
         self._number = 0
@@ -117,10 +123,10 @@ class CellStateWriter:
                 raise CellStateError(f"{self._path}: cannot create the simulated cell's record: {error}") from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(file), os.stat(self._path)):
+                if os.path.samestat(os.fstat(file), self._path.stat()):
                     if os.fstat(file).st_size == 0:
                         return file
-                    os.unlink(self._path)
+                    self._path.unlink()
             except BlockingIOError:
                 time.sleep(_LOCK_PAUSE_S)  # a cell that is stopping, or a reader that looks whether its cell lives
             except FileNotFoundError:
@@ -147,12 +153,10 @@ class CellStateWriter:
         stamp = time.monotonic_ns() if stamp_ns is None else stamp_ns
         number = self._number + 1
         payload = _PAYLOAD.pack(number, stamp, *values.tolist(), *goal.tolist())
-        memory = self._memory
-        _SEQUENCE.pack_into(memory, _SEQUENCE_AT, 2 * number - 1)
-        memory[_PAYLOAD_AT:_CHECKSUM_AT] = payload
-        _CHECKSUM.pack_into(memory, _CHECKSUM_AT, zlib.crc32(payload))
-        memory[:_SEQUENCE_AT] = _MAGIC
-        _SEQUENCE.pack_into(memory, _SEQUENCE_AT, 2 * number)
+        slot = payload + _CHECKSUM.pack(zlib.crc32(payload))
+        memory, start = self._memory, _slot_at(number)
+        memory[start : start + len(slot)] = slot
+        memory[_CURRENT_AT:_SLOTS_AT] = _CURRENT.pack(number)
         self._number = number
 
     def close(self) -> None:
@@ -166,16 +170,17 @@ class CellStateWriter:
 
 
 class CellStateReader:
-    """Reads the record ``name``. The cell may start after, stop before, or restart under the reader.
-
-    Args:
-        name: see ``cell_state_name``.
-        maximum_age_s: refuse a record older than this; None accepts any age while the cell's process lives (a cell in
-            lockstep stands still for as long as the policy thinks).
-        directory: where shared memory is mounted.
-    """
+    """Reads the record ``name``. The cell may start after, stop before, or restart under the reader."""
 
     def __init__(self, name: str, maximum_age_s: float | None = None, directory: Path = SHARED_MEMORY) -> None:
+        """Choose the cell; it is looked for when it is read.
+
+        Args:
+            name: see ``cell_state_name``.
+            maximum_age_s: refuse a record older than this; None accepts any age while the cell's process lives (a
+                cell in lockstep stands still for as long as the policy thinks).
+            directory: where shared memory is mounted.
+        """
         if maximum_age_s is not None and not maximum_age_s > 0:
             raise ValueError(f"maximum_age_s: expected a positive number of seconds or None, got {maximum_age_s}")
         self._path = _path(name, directory)
@@ -244,21 +249,19 @@ class CellStateReader:
     def _copy(self) -> CellState:
         memory = self._memory
         assert memory is not None  # read() attaches first
+        if memory[:_CURRENT_AT] != _MAGIC:
+            raise CellStateError(f"{self._path}: written by another version; stop the cell and start it again")
+        number = 0
         for _ in range(_READ_ATTEMPTS):
-            record = memory[:]
-            (before,) = _SEQUENCE.unpack_from(record, _SEQUENCE_AT)
-            (after,) = _SEQUENCE.unpack_from(memory, _SEQUENCE_AT)
-            if before == 0:
-                raise CellStateError(f"{self._path}: the simulated cell has not shown a state yet: reset it first")
-            payload = record[_PAYLOAD_AT:_CHECKSUM_AT]
-            (checksum,) = _CHECKSUM.unpack_from(record, _CHECKSUM_AT)
-            if before % 2 or before != after or checksum != zlib.crc32(payload):
-                continue
-            if record[:_SEQUENCE_AT] != _MAGIC:
-                raise CellStateError(f"{self._path}: written by another version; stop the cell and start it again")
-            number, stamp, *numbers = _PAYLOAD.unpack(payload)
-            if before != 2 * number:
-                continue
-            target = np.array(numbers[5:])
-            return CellState(number, stamp, np.array(numbers[:5]), None if np.isnan(target).any() else target)
+            (number,) = _CURRENT.unpack_from(memory, _CURRENT_AT)
+            start = _slot_at(number)
+            slot = memory[start : start + _PAYLOAD.size + _CHECKSUM.size]
+            payload = slot[: _PAYLOAD.size]
+            found, stamp, *numbers = _PAYLOAD.unpack(payload)
+            (checksum,) = _CHECKSUM.unpack_from(slot, _PAYLOAD.size)
+            if number != 0 and found == number and checksum == zlib.crc32(payload):
+                target = np.array(numbers[5:])
+                return CellState(number, stamp, np.array(numbers[:5]), None if np.isnan(target).any() else target)
+        if number == 0:
+            raise CellStateError(f"{self._path}: the simulated cell has not shown a state yet: reset it first")
         raise CellStateError(f"{self._path}: no consistent state in {_READ_ATTEMPTS} attempts: the record is damaged")

@@ -18,15 +18,17 @@ class SimulatedPlanarArm:
 
     After an episode's end the cell stands still: further ticks return the final observation unchanged until ``reset``,
     so late commands can neither move the block nor change the score.
-
-    Args:
-        step_limit: ticks after which an episode ends.
-        seed: start state in which ``connect`` puts the cell.
-        shared_as: name under which the cell shows its state to simulated cameras on this host
-            (``cell_state.cell_state_name``), or None to show it to nobody.
     """
 
     def __init__(self, step_limit: int = EPISODE_STEPS, seed: int = 0, shared_as: str | None = None) -> None:
+        """Choose the episode's length and who sees the cell; ``connect`` loads the simulator.
+
+        Args:
+            step_limit: ticks after which an episode ends.
+            seed: start state in which ``connect`` puts the cell.
+            shared_as: name under which the cell shows its state to simulated cameras on this host
+                (``cell_state.cell_state_name``), or None to show it to nobody.
+        """
         if step_limit < 1:
             raise ValueError(f"step_limit: expected at least 1, got {step_limit}")
         self._step_limit = step_limit
@@ -41,6 +43,15 @@ class SimulatedPlanarArm:
     def name(self) -> str:
         """Short name for messages."""
         return "simulated planar arm"
+
+    @property
+    def state(self) -> Float64:
+        """Agent x, y, block x, y [px] and block angle [rad], shape (5,), float64: what a picture is drawn from.
+
+        Raises:
+            DriverError: not connected.
+        """
+        return self._connected().state
 
     def connect(self) -> None:
         """Load the simulator, reset the cell and start showing its state; nothing happens when already connected.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dcqfa_ros.errors import MissingPackageError
+from dcqfa_ros.errors import UserError
 from dcqfa_ros.sim.tee import GOAL_POSE, SUCCESS_COVERAGE, Float32, Float64, check_state, key_points, legacy_state
 
 __all__ = [
@@ -31,7 +31,7 @@ EPISODE_STEPS = 300
 STEP_SECONDS = 0.1  # one action is held for this long
 
 
-class SimulatorMissingError(MissingPackageError):
+class SimulatorMissingError(UserError, ImportError):
     """The simulator's packages are not installed."""
 
 
@@ -82,16 +82,18 @@ class PushTWorld:
     The physics bodies and constants are the environment's own. Only the loop around them is written out here, with the
     same arithmetic in the same order, because the environment builds observations, contact counts and the goal's
     geometry anew at every step (tests hold the two bit-identical; this one is about four times as fast).
-
-    Args:
-        step_limit: steps after which an episode ends.
-
-    Raises:
-        SimulatorMissingError: ``gym_pusht`` or a package it needs is not installed.
-        ValueError: ``step_limit`` is below 1.
     """
 
     def __init__(self, step_limit: int = EPISODE_STEPS) -> None:
+        """Load the simulator; ``reset`` starts an episode.
+
+        Args:
+            step_limit: steps after which an episode ends.
+
+        Raises:
+            SimulatorMissingError: ``gym_pusht`` or a package it needs is not installed.
+            ValueError: ``step_limit`` is below 1.
+        """
         if step_limit < 1:
             raise ValueError(f"step_limit: expected at least 1, got {step_limit}")
         self.step_limit = step_limit

@@ -38,6 +38,7 @@ BLOCK_EDGE: Color = (72, 85, 105)
 AGENT: Color = (52, 108, 232)
 AGENT_EDGE: Color = (255, 255, 255)
 TARGET: Color = (226, 62, 76)
+CROSS_ARM_PX = 9.0
 SHADOW_STRENGTH = 0.28
 SHADOW_OFFSET_PX = (3.0, 5.0)
 SHADOW_BLUR_PX = 4.0
@@ -123,7 +124,8 @@ def render(state: ArrayLike, width: int, height: int, target: ArrayLike | None =
 
     Args:
         state: agent x, y, block x, y [px], block theta [rad]; shape (5,). What lies outside the picture is cut off.
-        width, height: size of the picture, 16..8192; the square table is centred in it.
+        width: width of the picture, 16..8192 px; the square table is centred in it.
+        height: height of the picture, likewise.
         target: the agent's commanded position (2,) px, marked with a cross; None draws none.
 
     Raises:
@@ -147,9 +149,8 @@ def render(state: ArrayLike, width: int, height: int, target: ArrayLike | None =
     canvas.disc(agent, AGENT_RADIUS_PX + 2.0, AGENT_EDGE)
     canvas.disc(agent, AGENT_RADIUS_PX, AGENT)
     if target is not None:
-        arm = 9.0
-        canvas.line(goal - (arm, 0), goal + (arm, 0), TARGET, 3.0)
-        canvas.line(goal - (0, arm), goal + (0, arm), TARGET, 3.0)
+        for arm in np.array([(CROSS_ARM_PX, 0.0), (0.0, CROSS_ARM_PX)]):
+            canvas.line(goal - arm, goal + arm, TARGET, 3.0)
     return canvas.image
 
 

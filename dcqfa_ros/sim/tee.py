@@ -102,7 +102,7 @@ def legacy_state(seed: int) -> Float64:
 
 
 def block_pose(keypoints: ArrayLike) -> tuple[float, float, float]:
-    """Return the block's (x px, y px, theta rad) that fits its key points (9, 2) px best: the inverse of ``key_points``.
+    """Return the block's (x px, y px, theta rad) that fits its key points (9, 2) px best; inverts ``key_points``.
 
     Theta lies in (-pi, pi]. Least squares over rigid motions (Procrustes in the plane).
 

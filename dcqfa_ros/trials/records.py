@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -78,8 +79,6 @@ class TrialRecord(StrictModel):
     @field_validator("started")
     @classmethod
     def _is_utc(cls, value: str) -> str:
-        from datetime import datetime, timedelta
-
         try:
             time = datetime.fromisoformat(value)
         except ValueError as error:
@@ -169,7 +168,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

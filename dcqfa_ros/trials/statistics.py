@@ -87,6 +87,9 @@ def student_t_cdf(t: float, degrees: float) -> float:
     if not degrees > 0:
         raise ValueError(f"degrees of freedom: expected a positive number, got {degrees}")
     square = t * t
+    if square < degrees:  # measured from the centre: no cancellation for small t
+        centre = 0.5 * regularized_incomplete_beta(0.5, degrees / 2, square / (degrees + square))
+        return 0.5 - centre if t < 0 else 0.5 + centre
     tail = 0.5 * regularized_incomplete_beta(degrees / 2, 0.5, degrees / (degrees + square))
     return tail if t < 0 else 1.0 - tail
 
@@ -162,9 +165,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     return Interval(rate, low, high, confidence, n)
 
 
-def paired_difference(
-    first: Mapping[int, float], second: Mapping[int, float], confidence: float = 0.95
-) -> Interval:
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float], confidence: float = 0.95) -> Interval:
     """Return the mean of ``first - second`` over the seeds of both, with its Student t interval.
 
     The maps go from seed to score. Pairing by seed takes out how hard a start state is.

@@ -39,7 +39,7 @@ def test_loading_without_verification_still_checks_bundle_yaml(tiny_bundle: Any)
 def test_an_unknown_variant_or_role_is_refused_with_those_there_are(tiny_bundle: Any, variant: str, role: str) -> None:
     bundle = load_bundle(tiny_bundle())
     for method in (bundle.read, bundle.file):
-        with pytest.raises(BundleError, match="there is (fp32, w8a8|encoder, timestep, denoiser)"):
+        with pytest.raises(BundleError, match=r"there is (fp32, w8a8|encoder, timestep, denoiser)"):
             method(variant, role)
 
 

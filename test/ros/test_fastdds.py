@@ -21,9 +21,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
     """Set how many MiB the file system behind /dev/shm has free."""
 
     def set_free(mib: int) -> None:
-        monkeypatch.setattr(
-            fastdds.os, "statvfs", lambda _: SimpleNamespace(f_bavail=mib * MIB // 4096, f_frsize=4096)
-        )
+        monkeypatch.setattr(fastdds.os, "statvfs", lambda _: SimpleNamespace(f_bavail=mib * MIB // 4096, f_frsize=4096))
 
     set_free(1024)
     return set_free
@@ -51,18 +49,21 @@ def test_a_users_own_profile_is_kept_and_said_so(free, tmp_path: Path) -> None:
     environment = {PROFILE_VARIABLE: str(own)}
     transport = use_image_profile(environment)
     assert (transport.profile, transport.problem, environment) == ("user", None, {PROFILE_VARIABLE: str(own)})
-    assert str(own) in transport.message and "kept" in transport.message
+    assert str(own) in transport.message
+    assert "kept" in transport.message
 
 
 def test_a_users_profile_that_does_not_exist_is_a_problem(free, tmp_path: Path) -> None:
     transport = image_transport({PROFILE_VARIABLE: str(tmp_path / "none.xml")})
-    assert transport.profile == "user" and "does not exist" in (transport.problem or "")
+    assert transport.profile == "user"
+    assert "does not exist" in (transport.problem or "")
 
 
 def test_a_profile_in_the_working_directory_is_kept(free, tmp_path: Path) -> None:
     (tmp_path / "DEFAULT_FASTRTPS_PROFILES.xml").write_text("<profiles/>")
     transport = image_transport({}, working_directory=tmp_path)
-    assert transport.profile == "user" and transport.environment == {}
+    assert transport.profile == "user"
+    assert transport.environment == {}
 
 
 @pytest.mark.parametrize("rmw", ["rmw_cyclonedds_cpp", "rmw_zenoh_cpp"])
@@ -70,7 +71,8 @@ def test_another_rmw_is_kept_and_said_so(free, rmw: str) -> None:
     environment = {"RMW_IMPLEMENTATION": rmw}
     transport = use_image_profile(environment)
     assert (transport.profile, transport.rmw) == ("none", rmw)
-    assert rmw in transport.message and PROFILE_VARIABLE not in environment
+    assert rmw in transport.message
+    assert PROFILE_VARIABLE not in environment
 
 
 @pytest.mark.parametrize("rmw", ["rmw_fastrtps_cpp", "rmw_fastrtps_dynamic_cpp", ""])
@@ -82,14 +84,17 @@ def test_small_shared_memory_is_reported_with_the_cure(free) -> None:
     free(20)
     environment = {PROFILE_VARIABLE: str(find_config(fastdds.PROFILE_NAME))}
     transport = use_image_profile(environment)
-    assert transport.profile == "none" and transport.problem is not None
-    assert "20 MiB free, expected at least 36 MiB" in transport.problem and "--shm-size" in transport.problem
+    assert transport.profile == "none"
+    assert transport.problem is not None
+    assert "20 MiB free, expected at least 36 MiB" in transport.problem
+    assert "--shm-size" in transport.problem
     assert PROFILE_VARIABLE not in environment, "the profile would only make Fast DDS fail"
 
 
 def test_missing_shared_memory_is_reported(tmp_path: Path) -> None:
     transport = image_transport({}, folder=tmp_path / "none")
-    assert transport.shared_memory_free is None and "does not exist" in (transport.problem or "")
+    assert transport.shared_memory_free is None
+    assert "does not exist" in (transport.problem or "")
 
 
 def test_free_bytes_are_those_of_the_file_system(tmp_path: Path) -> None:

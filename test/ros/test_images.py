@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from array import array as byte_array
 
@@ -72,7 +73,8 @@ def test_decoding_copies_no_pixels() -> None:
     start = view.array.__array_interface__["data"][0]
     whole = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
     assert whole < start < whole + len(data)
-    assert view.array.flags.c_contiguous and not view.array.flags.writeable
+    assert view.array.flags.c_contiguous
+    assert not view.array.flags.writeable
     assert view.stamp_ns == 1_000_000_002
 
 
@@ -117,10 +119,8 @@ def test_non_contiguous_pixels_are_written_in_order() -> None:
 @given(st.binary(max_size=200))
 @settings(max_examples=300, deadline=None)
 def test_random_bytes_are_an_image_error_or_an_image(data: bytes) -> None:
-    try:
+    with contextlib.suppress(ImageError):
         assert isinstance(decode_image(data), ImageView)
-    except ImageError:
-        pass
 
 
 @given(st.data(), st.sampled_from(sorted(ENCODINGS)))
@@ -140,7 +140,7 @@ def test_damaged_messages_are_an_image_error_or_an_image(data, encoding: str) ->
 @pytest.mark.parametrize("cut", [0, 3, 4, 10, 17, 30, 50, -1])
 def test_a_truncated_message_is_refused(cut: int) -> None:
     data = encode_image((1, 2), "cam", picture("rgb8", 3, 4), "rgb8")
-    with pytest.raises(ImageError, match="message|encapsulation|ends"):
+    with pytest.raises(ImageError, match=r"message|encapsulation|ends"):
         decode_image(data[:cut])
 
 

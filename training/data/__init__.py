@@ -1,0 +1,1 @@
+"""Demonstrations: readers, splits, windows, normalisers."""

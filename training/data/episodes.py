@@ -112,11 +112,13 @@ def read_demonstrations(config: DataConfig) -> Demonstrations:
     return Demonstrations(np.concatenate(parts, axis=1), action.reshape(rows, -1), shapes, starts, ends)
 
 
-def split_episodes(episodes: int, ratio: float, seed: int, limit: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_episodes(
+    episodes: int, ratio: float, seed: int, limit: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split episode indices into (train, validation) as the published Push-T references do.
 
-    Validation takes max(1, round(episodes * ratio)) episodes drawn without replacement; ``limit`` keeps at most that many
-    training episodes, drawn with the same seed. ``ratio`` 0 leaves validation empty.
+    Validation takes max(1, round(episodes * ratio)) episodes drawn without replacement; ``limit`` keeps at most that
+    many training episodes, drawn with the same seed. ``ratio`` 0 leaves validation empty.
     """
     validation = np.zeros(episodes, dtype=bool)
     if ratio > 0.0 and episodes > 1:

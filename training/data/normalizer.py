@@ -1,6 +1,8 @@
-"""Fitting of the normalisers that travel in the bundle."""
+"""Fitting and applying the normalisers that travel in the bundle."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,3 +31,26 @@ def fit_normalizer(data: NDArray[np.float32], kind: NormalizerKind) -> Normalize
         scale = np.where(still, 1.0, 2.0 / np.where(still, 1.0, high - low))
         offset = np.where(still, -(low + high) / 2, -1.0 - low * scale)
     return NormalizerSpec(kind=kind, scale=tuple(scale.tolist()), offset=tuple(offset.tolist()))
+
+
+def normalize(data: NDArray[np.float32], spec: NormalizerSpec) -> NDArray[np.float32]:
+    """Apply a normaliser to (N, D) data; returns float32."""
+    if not spec.scale:
+        return data.astype(np.float32)
+    return (data * np.asarray(spec.scale) + np.asarray(spec.offset)).astype(np.float32)
+
+
+def concatenate_normalizers(
+    specs: Mapping[str, NormalizerSpec], shapes: Mapping[str, tuple[int, ...]]
+) -> NormalizerSpec:
+    """One normaliser over the concatenated observation vector, in the order of ``specs``."""
+    scale: list[float] = []
+    offset: list[float] = []
+    for key, spec in specs.items():
+        size = int(np.prod(shapes[key]))
+        scale += list(spec.scale) or [1.0] * size
+        offset += list(spec.offset) or [0.0] * size
+    kind = next(iter(specs.values())).kind
+    if kind is NormalizerKind.IDENTITY:
+        kind = NormalizerKind.MEAN_STD  # the identity written out: scale 1, offset 0
+    return NormalizerSpec(kind=kind, scale=tuple(scale), offset=tuple(offset))

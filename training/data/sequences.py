@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from dcqfa_ros.bundle.schema import NormalizerSpec
+from training.config import TrainConfig
 from training.data.episodes import Demonstrations
+from training.data.normalizer import fit_normalizer, normalize
 
 
 def window_rows(
@@ -22,3 +26,46 @@ def window_rows(
         first = np.arange(start - pad_before, end - horizon + pad_after + 1, dtype=np.int64)
         parts.append(np.clip(first[:, None] + np.arange(horizon), start, end - 1))
     return np.concatenate(parts) if parts else np.zeros((0, horizon), dtype=np.int64)
+
+
+class WindowSet:
+    """Normalised training windows held in memory: observations (N, To, Do) and action chunks (N, H, Da), float32."""
+
+    def __init__(
+        self,
+        demonstrations: Demonstrations,
+        episodes: NDArray[np.int64],
+        config: TrainConfig,
+        observation_norm: NormalizerSpec,
+        action_norm: NormalizerSpec,
+    ) -> None:
+        """Normalise and cut the windows of ``episodes``."""
+        policy = config.policy
+        rows = window_rows(
+            demonstrations, episodes, policy.horizon, policy.observation_horizon - 1, config.executed_actions - 1
+        )
+        observation = normalize(demonstrations.observation, observation_norm)
+        action = normalize(demonstrations.action, action_norm)
+        self.observation = torch.from_numpy(observation[rows[:, : policy.observation_horizon]])
+        self.action = torch.from_numpy(action[rows])
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+
+def fit_observation_normalizers(
+    demonstrations: Demonstrations, rows: NDArray[np.int64], config: TrainConfig
+) -> dict[str, NormalizerSpec]:
+    """Fit one normaliser per observation key on the given rows."""
+    specs, first = {}, 0
+    for key, shape in demonstrations.shapes.items():
+        size = int(np.prod(shape))
+        data = demonstrations.observation[rows, first : first + size]
+        specs[key] = fit_normalizer(data, config.data.observations[key].normalizer)
+        first += size
+    return specs
+
+
+def episode_rows(demonstrations: Demonstrations, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """All rows of the given episodes, in order."""
+    return np.concatenate([np.arange(demonstrations.starts[e], demonstrations.ends[e]) for e in episodes])

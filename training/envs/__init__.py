@@ -1,0 +1,1 @@
+"""Simulated environments, stepped many at a time."""

@@ -9,11 +9,11 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dcqfa_ros.errors import UserError
 from dcqfa_ros.sim.pusht import PushTWorld
 
 
@@ -63,25 +63,28 @@ class _Group:
 
 def _serve(connection: Connection, seeds: dict[int, int], history: int) -> None:
     """Body of a pool process: answer chunk by chunk until the parent closes the pipe."""
-    group = _Group(seeds, history)
     try:
+        group = _Group(seeds, history)
         connection.send(group.reset())
         while True:
             connection.send(group.step(connection.recv()))
+    except UserError as error:  # the simulator is not installed
+        connection.send(error)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # the parent is gone or shutting down
 
 
 class PushTWorlds:
-    """Push-T worlds of the given start seeds; a context manager that ends its processes.
-
-    Args:
-        seeds: one legacy start seed per world.
-        history: number of newest observations reported per world.
-        workers: processes that step the worlds; 1 steps them here.
-    """
+    """Push-T worlds of the given start seeds; ``close`` ends its processes (``contextlib.closing``)."""
 
     def __init__(self, seeds: Sequence[int], history: int, workers: int = 1) -> None:
+        """Make the worlds.
+
+        Args:
+            seeds: one legacy start seed per world.
+            history: number of newest observations reported per world.
+            workers: processes that step the worlds; 1 steps them here.
+        """
         self.seeds = tuple(seeds)
         workers = max(1, min(workers, len(self.seeds)))
         shares = [{i: self.seeds[i] for i in range(first, len(self.seeds), workers)} for first in range(workers)]
@@ -101,10 +104,7 @@ class PushTWorlds:
 
     def reset(self) -> list[WorldState]:
         """Put every world into its seed's start state (once) and return the states in seed order."""
-        if self._local is not None:
-            states = self._local.reset()
-        else:
-            states = self._gather(range(len(self._pipes)))
+        states = self._local.reset() if self._local is not None else self._gather(range(len(self._pipes)))
         return [states[index] for index in range(len(self.seeds))]
 
     def step(self, chunks: Mapping[int, NDArray[np.float32]]) -> dict[int, WorldState]:
@@ -115,7 +115,10 @@ class PushTWorlds:
         for number, (pipe, share) in enumerate(zip(self._pipes, self._shares, strict=True)):
             part = {index: chunk for index, chunk in chunks.items() if index in share}
             if part:
-                pipe.send(part)
+                try:
+                    pipe.send(part)
+                except BrokenPipeError as error:
+                    raise self._died(number) from error
                 busy.append(number)
         return self._gather(busy)
 
@@ -123,14 +126,18 @@ class PushTWorlds:
         states: dict[int, WorldState] = {}
         for number in numbers:
             try:
-                states.update(self._pipes[number].recv())
-            except EOFError as error:
-                process = self._processes[number]
-                process.join(1.0)
-                raise RuntimeError(
-                    f"environment process {process.pid} ended with exit code {process.exitcode}"
-                ) from error
+                answer = self._pipes[number].recv()
+            except (EOFError, ConnectionResetError) as error:
+                raise self._died(number) from error
+            if isinstance(answer, UserError):
+                raise answer
+            states.update(answer)
         return states
+
+    def _died(self, number: int) -> RuntimeError:
+        process = self._processes[number]
+        process.join(1.0)
+        return RuntimeError(f"environment process {process.pid} ended with exit code {process.exitcode}")
 
     def close(self) -> None:
         """End the pool's processes."""
@@ -141,11 +148,3 @@ class PushTWorlds:
             if process.is_alive():
                 process.kill()
                 process.join()
-
-    def __enter__(self) -> PushTWorlds:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

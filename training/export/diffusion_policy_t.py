@@ -1,7 +1,8 @@
 """DiffusionPolicy-T as the three ONNX graphs of a variant: encoder, timestep, denoiser.
 
-B, T and S are symbolic. The work that depends neither on the noise level nor on the action tokens is in the encoder; what
-depends on the noise level alone is a table over all training time steps, so neither is repeated at every denoising step.
+B, T and S are symbolic. The work that depends neither on the noise level nor on the action tokens is in the encoder;
+what depends on the noise level alone is a table over all training time steps. Neither is repeated at every denoising
+step.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def encoder_graph(network: DiffusionPolicyT) -> bytes:
     kv = concatenate(
         [
             LinearWeights.of(module)
-            for block in _blocks(network)
+            for block in network.decoder_blocks()
             for module in (block.cross_attn.k, block.cross_attn.v)
         ]
     )
@@ -98,7 +99,7 @@ def denoiser_graph(network: DiffusionPolicyT) -> bytes:
     position_name = g.constant("action_position", position)
     position_name = g.node("Slice", [position_name, g.index(0), tokens, g.index(0)], "position")
     x = g.node("Add", [g.linear(noisy, embedding, "action_embedding", bias=False), position_name], "action_tokens")
-    for i, block in enumerate(_blocks(network)):
+    for i, block in enumerate(network.decoder_blocks()):
         x = _block(g, x, block, f"blocks.{i}", pairs[2 * i], pairs[2 * i + 1], self_mask, cross_mask)
     x = g.layer_norm(x, network.norm, "norm")
     x = g.linear(x, LinearWeights.of(network.head), "head", bias=False)
@@ -107,21 +108,15 @@ def denoiser_graph(network: DiffusionPolicyT) -> bytes:
     return g.serialize()
 
 
-def _blocks(network: DiffusionPolicyT) -> list[DecoderBlock]:
-    blocks: list[DecoderBlock] = []
-    for block in network.blocks:
-        assert isinstance(block, DecoderBlock)
-        blocks.append(block)
-    return blocks
-
-
 def _block(
     g: GraphBuilder, x: str, block: DecoderBlock, name: str, keys: str, values: str, self_mask: str, cross_mask: str
 ) -> str:
     """One pre-norm decoder block on (B, T, dim)."""
     attention, prefix = block.self_attn, f"{name}.self_attn"
     h = g.layer_norm(x, block.norm1, f"{name}.norm1")
-    qkv = g.linear(h, concatenate([_query(attention), *(LinearWeights.of(m) for m in (attention.k, attention.v))]), f"{prefix}.qkv")
+    qkv = g.linear(
+        h, concatenate([_query(attention), *(LinearWeights.of(m) for m in (attention.k, attention.v))]), f"{prefix}.qkv"
+    )
     heads = _split_heads(g, qkv, 3 * attention.heads, attention.head_dim, f"{prefix}.qkv")
     q, k, v = g.nodes("Split", [heads], [f"{prefix}.{p}" for p in "qkv"], f"{prefix}.split", axis=1, num_outputs=3)
     x = g.node("Add", [x, _attend(g, q, k, v, self_mask, attention.o, prefix)], f"{prefix}.residual")
@@ -152,6 +147,8 @@ def _attend(g: GraphBuilder, q: str, k: str, v: str, mask: str, output: nn.Modul
     transposed = g.node("Transpose", [k], f"{name}.k_transposed", perm=[0, 1, 3, 2])
     scores = g.node("Add", [g.node("MatMul", [q, transposed], f"{name}.scores"), mask], f"{name}.masked")
     weights = g.node("Softmax", [scores], f"{name}.softmax", axis=-1)
-    mixed = g.node("Transpose", [g.node("MatMul", [weights, v], f"{name}.mixed")], f"{name}.mixed_last", perm=[0, 2, 1, 3])
+    mixed = g.node(
+        "Transpose", [g.node("MatMul", [weights, v], f"{name}.mixed")], f"{name}.mixed_last", perm=[0, 2, 1, 3]
+    )
     merged = g.node("Reshape", [mixed, g.index(0, 0, -1)], f"{name}.merged")
     return g.linear(merged, LinearWeights.of(output), f"{name}.o")

@@ -82,6 +82,7 @@ class GraphBuilder:
     """Collects nodes and constants of one graph; every method returns the name of the tensor it makes."""
 
     def __init__(self, name: str) -> None:
+        """Begin a graph called ``name``."""
         self._name = name
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}

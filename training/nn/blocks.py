@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 
@@ -17,6 +16,7 @@ class Attention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        """Make the projections of ``heads`` heads on ``dim`` channels; ``dropout`` acts on the attention weights."""
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
@@ -40,7 +40,7 @@ class Attention(nn.Module):
         """Attend from ``x`` (B, T, dim) to keys and values (B, H, S, D) under an additive mask (T, S)."""
         q = self.split_heads(self.q(x)) * (1.0 / math.sqrt(self.head_dim))
         weights = torch.softmax(q @ keys.transpose(-1, -2) + mask.to(q.dtype), dim=-1).to(values.dtype)
-        weights = F.dropout(weights, self.dropout, self.training)
+        weights = nn.functional.dropout(weights, self.dropout, self.training)
         return self.o((weights @ values).transpose(1, 2).flatten(-2))
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
@@ -53,6 +53,7 @@ class DecoderBlock(nn.Module):
     """Pre-norm decoder block: causal self-attention, cross-attention, GELU MLP."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int, attention_dropout: float) -> None:
+        """Make a block on ``dim`` channels."""
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = Attention(dim, heads, attention_dropout)
@@ -67,4 +68,4 @@ class DecoderBlock(nn.Module):
         h = self.norm1(x)
         x = x + self.self_attn(h, h, self_mask)
         x = x + self.cross_attn.attend(self.norm2(x), keys, values, cross_mask)
-        return x + self.fc2(F.gelu(self.fc1(self.norm3(x))))
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm3(x))))

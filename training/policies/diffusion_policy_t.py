@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dcqfa_ros.bundle.strict import StrictModel
@@ -29,6 +29,12 @@ class DiffusionPolicyTConfig(StrictModel):
     ffn_ratio: int = Field(default=4, ge=1)
     attention_dropout: float = Field(default=0.01, ge=0.0, lt=1.0)
 
+    @model_validator(mode="after")
+    def _divisible(self) -> DiffusionPolicyTConfig:
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
+        return self
+
 
 def additive_mask(allowed: Tensor) -> Tensor:
     """Turn a boolean mask into an additive one: 0 where allowed, a large negative number elsewhere."""
@@ -38,8 +44,8 @@ def additive_mask(allowed: Tensor) -> Tensor:
 class DiffusionPolicyT(nn.Module):
     """Noise predictor eps(x_t, t, o) split into the three parts that the robot runs at different rates.
 
-    ``observation_keys_values`` runs once per chunk, ``timestep_keys_values`` once per noise level (tabulated), ``denoise``
-    at every step. ``forward`` composes them for training.
+    ``observation_keys_values`` runs once per chunk, ``timestep_keys_values`` once per noise level (tabulated),
+    ``denoise`` at every step. ``forward`` composes them for training.
     """
 
     self_mask: Tensor
@@ -47,6 +53,7 @@ class DiffusionPolicyT(nn.Module):
     frequencies: Tensor
 
     def __init__(self, config: DiffusionPolicyTConfig) -> None:
+        """Make the network with random weights from PyTorch's global generator."""
         super().__init__()
         self.config = config
         d = config.dim
@@ -63,7 +70,9 @@ class DiffusionPolicyT(nn.Module):
         self.head = nn.Linear(d, config.action_dim)
         tokens, memory = config.horizon, 1 + config.observation_horizon
         i, j = torch.arange(tokens)[:, None], torch.arange(memory)[None, :]
-        self.register_buffer("self_mask", additive_mask(torch.tril(torch.ones(tokens, tokens, dtype=torch.bool))), False)
+        self.register_buffer(
+            "self_mask", additive_mask(torch.tril(torch.ones(tokens, tokens, dtype=torch.bool))), False
+        )
         self.register_buffer("cross_mask", additive_mask(j <= i + 1), False)
         half = d // 2
         self.register_buffer("frequencies", torch.exp(torch.arange(half) * (-math.log(10000.0) / (half - 1))), False)
@@ -76,6 +85,10 @@ class DiffusionPolicyT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
+
+    def decoder_blocks(self) -> list[DecoderBlock]:
+        """The blocks in order, typed."""
+        return [block for block in self.blocks if isinstance(block, DecoderBlock)]
 
     def _memory_mlp(self, tokens: Tensor) -> Tensor:
         return self.memory_fc2(nn.functional.mish(self.memory_fc1(tokens)))
@@ -92,7 +105,7 @@ class DiffusionPolicyT(nn.Module):
 
     def keys_values(self, memory: Tensor) -> Tensor:
         """Cross-attention keys and values (B, depth, 2, H, S, D) of memory tokens (B, S, dim)."""
-        pairs = [torch.stack(block.cross_attn.keys_values(memory), dim=1) for block in self.blocks]
+        pairs = [torch.stack(block.cross_attn.keys_values(memory), dim=1) for block in self.decoder_blocks()]
         return torch.stack(pairs, dim=1)
 
     def timestep_keys_values(self, timesteps: Tensor) -> Tensor:
@@ -120,22 +133,22 @@ class DiffusionPolicyT(nn.Module):
         shape = (noisy.shape[0], *timestep_kv.shape[1:])
         kv = torch.cat([timestep_kv.expand(shape), observation_kv], dim=-2)
         self_mask, cross_mask = self.self_mask[:tokens, :tokens], self.cross_mask[:tokens]
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.decoder_blocks()):
             x = block(x, kv[:, index, 0], kv[:, index, 1], self_mask, cross_mask)
         return self.head(self.norm(x))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> Tensor:
-        """Predict the noise (B, T, action_dim) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, obs_dim)."""
+        """Predict the noise (B, T, action_dim) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, Do)."""
         memory = torch.cat([self.time_tokens(timesteps), self.observation_tokens(observation)], dim=1)
         tokens = noisy.shape[1]
         x = self.action_embedding(noisy) + self.action_position[:, :tokens]
         self_mask, cross_mask = self.self_mask[:tokens, :tokens], self.cross_mask[:tokens]
-        for block in self.blocks:
+        for block in self.decoder_blocks():
             keys, values = block.cross_attn.keys_values(memory)
             x = block(x, keys, values, self_mask, cross_mask)
         return self.head(self.norm(x))
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of trainable parameters."""
+    """Number of parameters (buffers are not counted)."""
     return sum(p.numel() for p in module.parameters())

@@ -44,6 +44,7 @@ class ActivationStatistics:
     """Absolute maximum and a deterministic sample of the values of one tensor over many calls."""
 
     def __init__(self) -> None:
+        """Begin with nothing observed."""
         self.maximum = 0.0
         self.samples: list[Tensor] = []
 
@@ -63,9 +64,7 @@ class ActivationStatistics:
 
 
 @contextmanager
-def observed_inputs(
-    network: nn.Module, groups: Sequence[InputGroup]
-) -> Iterator[dict[str, ActivationStatistics]]:
+def observed_inputs(network: nn.Module, groups: Sequence[InputGroup]) -> Iterator[dict[str, ActivationStatistics]]:
     """Record the input of every group while the network runs inside the ``with`` block."""
     statistics = {group.name: ActivationStatistics() for group in groups}
     handles = []
@@ -93,6 +92,7 @@ def quantized_copy(
 
     Raises:
         ValueError: a group was never observed.
+        TypeError: a group names something other than a linear layer in full precision.
     """
     result = copy.deepcopy(network)
     for group in groups:
@@ -103,6 +103,6 @@ def quantized_copy(
             parent, _, child = name.rpartition(".")
             linear = network.get_submodule(name)
             if not isinstance(linear, nn.Linear):
-                raise ValueError(f"{name!r} is a {type(linear).__name__}, expected a linear layer in full precision")
+                raise TypeError(f"{name!r} is a {type(linear).__name__}, expected a linear layer in full precision")
             setattr(result.get_submodule(parent), child, QuantizedLinear(linear, scale, bits))
     return result.eval()

@@ -25,8 +25,8 @@ class LinearBits:
 class QuantizedLinear(nn.Module):
     """``y = (codes(x) @ codes(W)^T) * (scale_x * scale_W) + b``: static per-tensor input, per-output-channel weight.
 
-    The products of integer codes are summed exactly (whole numbers below 2^24 in float32) for up to 1,024 inputs; beyond
-    that the sum is rounded like any float32 sum.
+    The products of integer codes are summed exactly (whole numbers below 2^24 in float32) for up to 1,024 inputs;
+    beyond that the sum is rounded like any float32 sum.
     """
 
     codes: Tensor

@@ -31,7 +31,7 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def absmax_scale(x: Tensor, bits: int, dim: int | None = None) -> Tensor:
-    """Scale that just reaches the absolute maximum of ``x``: a scalar, or one per index of all dimensions but ``dim``."""
+    """Scale that just reaches the absolute maximum of ``x``: a scalar, or one per index of all other dimensions."""
     maximum = x.abs().amax() if dim is None else x.abs().amax(dim=dim, keepdim=True)
     return (maximum / code_range(bits)[1]).clamp_min(TINY)
 

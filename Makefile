@@ -1,0 +1,101 @@
+# make demo       finished Push-T trials on a machine without ROS, GPU or robot; creates .venv by itself
+# make test       the test suite (slow tests left out); make test-slow runs those
+# make lint       ruff and mypy
+# make venv       .venv with what the demo needs; make venv-test: with what the tests need
+# make clean      remove .venv and everything generated
+#
+# Variables: PYTHON (interpreter of .venv, 3.10 to 3.12), TORCH (requirement of the torch build), ARGS (for demo, pytest).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow lint venv venv-test clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# A sourced ROS is used as it is, which needs the interpreter it was built for.
+PYTHON ?= $(shell for p in $(if $(ROS_DISTRO),/usr/bin/python3) python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+# "system" or "wheels": where rclpy comes from, decided when .venv is created.
+ROS := $(shell cat $(VENV)/.ros 2>/dev/null || { $(PYTHON) -c 'import rclpy' 2>/dev/null && echo system; } || echo wheels)
+ifeq ($(ROS),wheels)
+# What a sourced ROS puts here would be found before the wheels.
+unexport PYTHONPATH AMENT_PREFIX_PATH
+ifdef ROS_DISTRO
+unexport LD_LIBRARY_PATH RMW_IMPLEMENTATION
+endif
+REQUIREMENTS := requirements/robot.txt requirements/ros.txt requirements/sim.txt
+else
+REQUIREMENTS := requirements/robot.txt requirements/sim.txt
+endif
+
+# The build for CPUs by its full name: a plain version would pull gigabytes of CUDA libraries from the public index.
+TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
+
+demo: venv
+	$(BIN)/dcqfa demo $(ARGS)
+
+test: venv-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: venv-test
+	$(BIN)/python -m pytest -m slow --timeout=900 $(ARGS)
+
+lint: venv-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+venv: $(STAMPS)/package $(STAMPS)/libraries
+
+venv-test: venv $(STAMPS)/test
+
+$(STAMPS)/created:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.12 found; install one or run: make PYTHON=/path/to/python3"; exit 1; }
+	@test "$(ROS)" = system || test "$$(uname -m)" = x86_64 || { \
+		echo "error: the ROS 2 wheels exist for x86_64 only; install ROS 2 Humble or Jazzy, source its setup file, try again"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		echo "creating $(VENV) with $(PYTHON), ROS from $(ROS)"; \
+		$(PYTHON) -m venv --clear $(if $(filter system,$(ROS)),--system-site-packages) $(VENV) || { \
+			rm -rf $(VENV); echo "error: on Debian and Ubuntu run: sudo apt-get install -y python3-venv"; exit 1; }; }
+	@echo $(ROS) >$(VENV)/.ros
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/demo: $(STAMPS)/created requirements/robot.txt requirements/ros.txt requirements/sim.txt
+	@echo "installing $(REQUIREMENTS)"
+	@$(PIP) $(addprefix -r ,$(REQUIREMENTS))
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/demo setup.py setup.cfg pyproject.toml
+	@$(PIP) --no-deps --editable .
+	@touch $@
+
+# cv2 loads two system libraries that bare containers lack.
+$(STAMPS)/libraries: $(STAMPS)/demo
+	@if ! reason=$$($(BIN)/python -c 'import cv2' 2>&1); then \
+		install="apt-get install -y --no-install-recommends libgl1 libglib2.0-0"; \
+		case "$$reason" in *libGL*|*libgthread*|*libglib*) ;; *) echo "$$reason" >&2; exit 1;; esac; \
+		if ! command -v apt-get >/dev/null; then \
+			echo "error: cv2 needs libGL.so.1 and libgthread-2.0.so.0; install them with this system's package manager"; exit 1; \
+		elif test "$$(id -u)" = 0; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$install >/dev/null; \
+		elif sudo -n true 2>/dev/null; then sudo -n apt-get update -qq && sudo -n $$install >/dev/null; \
+		else echo "error: cv2 needs two system libraries; run: sudo $$install"; exit 1; fi; \
+		$(BIN)/python -c 'import cv2'; \
+	fi
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/demo requirements/train.txt requirements/test.txt
+	@echo "installing $(TORCH)"
+	@$(PIP) $(TORCH) || { echo "error: no $(TORCH) for this Python in the configured package indexes. Set PIP_EXTRA_INDEX_URL to" \
+		"PyTorch's index for CPUs (its installation page names it), or accept another build: make $(MAKECMDGOALS) TORCH=torch==2.13.0"; exit 1; }
+	@echo "installing requirements/test.txt"
+	@$(PIP) -r requirements/test.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build install log out dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find dcqfa_ros training test launch -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,225 @@
+"""Latency of whole action chunks: engines measured in turn, so that drift and other load hit all alike."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dcqfa_ros.bundle.load import Bundle
+from dcqfa_ros.bundle.schema import BundleSpec
+from dcqfa_ros.errors import UserError
+from dcqfa_ros.runtime.engine import ROLES
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.policy import PolicyRuntime
+
+ENTRY_POINT_GROUP = "dcqfa.bench_engines"
+_WARM_UP_RUNS = 3
+_PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
+
+
+class BenchError(UserError, ValueError):
+    """A benchmark that cannot be run as asked."""
+
+
+class ReferenceEngine(Protocol):
+    """What a function registered in ``dcqfa.bench_engines`` returns: something to compare with."""
+
+    name: str
+
+    def run(self) -> object:
+        """Compute one whole chunk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One thing to measure; ``run`` computes one whole chunk at batch 1."""
+
+    engine: str
+    variant: str
+    precision: str
+    threads: int
+    steps: int
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Latency of one contender, milliseconds per chunk over ``samples`` chunks."""
+
+    engine: str
+    variant: str
+    threads: int
+    steps: int
+    p50_ms: float
+    p99_ms: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What else went on: load average before, and the share of processor time that the hypervisor took meanwhile."""
+
+    load_1min: float
+    steal_share: float
+    scheduler: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """Result of :func:`compare_engines`; ``ratios`` say how many times faster, None where a row is missing."""
+
+    rows: tuple[Row, ...]
+    ratios: dict[str, float | None]
+    notes: tuple[str, ...]
+    conditions: Conditions
+    versions: dict[str, str]
+    batch: int = 1
+
+
+def compare_engines(
+    bundle: Bundle, *, variants: Sequence[str] = (), steps: int | None = None, threads: int = 1, rounds: int = 60
+) -> EngineReport:
+    """Measure every variant on ONNX Runtime and every registered reference, one chunk each per round.
+
+    Args:
+        bundle: the policy.
+        variants: names; all where empty.
+        steps: denoising steps; default: the bundle's.
+        threads: threads of every engine.
+        rounds: chunks per contender, at least 2.
+
+    Raises:
+        BenchError: rounds or steps is out of range, or there is no such variant.
+        BundleError: a file is missing or altered.
+        PolicyError: a variant cannot be loaded or run.
+    """
+    if rounds < 2:
+        raise BenchError(f"rounds: expected at least 2, got {rounds}")
+    spec = bundle.spec
+    count = spec.diffusion.steps if steps is None else steps
+    if not 1 <= count <= spec.diffusion.train_timesteps:
+        raise BenchError(f"steps: expected 1 to {spec.diffusion.train_timesteps}, got {count}")
+    known = [variant.name for variant in spec.variants]
+    for name in variants:
+        if name not in known:
+            raise BenchError(f"bundle {spec.name} has no variant {name!r}; it has {', '.join(known)}")
+    contenders = [_onnxruntime(bundle, name, count, threads) for name in (variants or known)]
+    references, notes = _references(spec, count, threads)
+    contenders += references
+    ticks = _cpu_ticks()
+    load = os.getloadavg()[0]
+    rows = measure(contenders, rounds)
+    conditions = Conditions(load, _steal_share(ticks, _cpu_ticks()), _scheduler())
+    return EngineReport(tuple(rows), _ratios(contenders, rows), tuple(notes), conditions, _versions())
+
+
+def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
+    """Time ``rounds`` chunks of each contender; every round runs all of them, starting with another one each time."""
+    for contender in contenders:
+        for _ in range(_WARM_UP_RUNS):
+            contender.run()
+    times = np.empty((len(contenders), rounds))
+    with _no_garbage_collection():
+        for number in range(rounds):
+            for place in range(len(contenders)):
+                index = (number + place) % len(contenders)
+                begin = time.perf_counter()
+                contenders[index].run()
+                times[index, number] = time.perf_counter() - begin
+    p50, p99 = 1e3 * np.percentile(times, [50, 99], axis=1)
+    return [
+        Row(c.engine, c.variant, c.threads, c.steps, round(float(a), 4), round(float(b), 4), rounds)
+        for c, a, b in zip(contenders, p50, p99, strict=True)
+    ]
+
+
+def _onnxruntime(bundle: Bundle, variant: str, steps: int, threads: int) -> Contender:
+    engine = OnnxRuntimeEngine({role: bundle.read(variant, role) for role in ROLES}, threads, variant)
+    policy = PolicyRuntime(bundle.spec, engine)
+    generator = np.random.default_rng(0)
+    observation = {}
+    for key in policy.observations.keys:
+        normalised = generator.uniform(-1.0, 1.0, (1, policy.observations.history, *key.shape))
+        observation[key.name] = key.normalizer.denormalize(normalised)
+    precision = bundle.spec.variant(variant).precision
+    return Contender(
+        "onnxruntime", variant, precision, threads, steps, lambda: policy.predict(observation, [0], [0], steps)
+    )
+
+
+def _references(spec: BundleSpec, steps: int, threads: int) -> tuple[list[Contender], list[str]]:
+    """Load what other distributions registered for comparison; what cannot be loaded becomes a note."""
+    contenders: list[Contender] = []
+    notes: list[str] = []
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        try:
+            reference: ReferenceEngine = entry.load()(spec, steps, threads)
+        except ImportError as error:
+            notes.append(f"no row {entry.name}: {error}")
+            continue
+        contenders.append(Contender(reference.name, "fp32", entry.name, threads, steps, reference.run))
+    if not contenders and not notes:
+        notes.append("no row torch_eager: nothing is registered for comparison (install the training requirements)")
+    return contenders, notes
+
+
+def _ratios(contenders: Sequence[Contender], rows: Sequence[Row]) -> dict[str, float | None]:
+    p50 = {c.precision: row.p50_ms for c, row in reversed(list(zip(contenders, rows, strict=True)))}
+
+    def times_faster(other: str) -> float | None:
+        return round(p50[other] / p50["w8a8"], 3) if other in p50 and "w8a8" in p50 else None
+
+    return {"w8a8_vs_torch_eager": times_faster("torch_eager"), "w8a8_vs_fp32": times_faster("fp32")}
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _cpu_ticks() -> list[int]:
+    """Return the processor time counters of ``/proc/stat`` (user, nice, system, idle, iowait, irq, softirq, steal)."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return []
+    return [int(field) for field in first.split()[1:9]]
+
+
+def _steal_share(before: list[int], after: list[int]) -> float:
+    spent = [b - a for a, b in zip(before, after, strict=True)]
+    total = sum(spent)
+    return round(spent[7] / total, 4) if total else 0.0
+
+
+def _scheduler() -> str:
+    names = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_BATCH: "batch"}
+    return f"{names.get(os.sched_getscheduler(0), 'unknown')}, nice {os.nice(0)}"
+
+
+def _versions() -> dict[str, str]:
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

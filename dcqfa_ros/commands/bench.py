@@ -1,0 +1,102 @@
+"""``dcqfa bench engine|image``: how fast this computer is at what the robot needs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dcqfa_ros.bundle.load import Bundle, load_bundle
+from dcqfa_ros.paths import find_bundle
+
+if TYPE_CHECKING:
+    from dcqfa_ros.bench.engine import EngineReport
+    from dcqfa_ros.devices.detect import Device
+
+DEFAULT_BUNDLE = "pusht_keypoints"
+
+
+def register(subparsers: Any) -> None:
+    """Add ``bench`` and its subcommands."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure engines and image transport on this computer",
+        description="Measure engines and image transport on this computer.",
+        epilog="example: dcqfa bench engine --json",
+    )
+    actions = parser.add_subparsers(metavar="WHAT", required=True)
+    engine = actions.add_parser(
+        "engine",
+        help="latency of one action chunk per variant, and beside PyTorch where that is installed",
+        description=(
+            "Time whole action chunks (observation encoder and all denoising steps, batch 1) of each variant, and of "
+            "PyTorch eager with diffusers where those are installed. All are measured in turn in one run; ratios are "
+            "of medians."
+        ),
+        epilog="example: dcqfa bench engine --bundle pusht_keypoints --steps 16 --threads 1 --json",
+    )
+    engine.add_argument("--bundle", default=DEFAULT_BUNDLE, metavar="DIR", help="folder or name (default: %(default)s)")
+    engine.add_argument("--variants", default="", metavar="A,B", help="variants to measure (default: all)")
+    engine.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
+    engine.add_argument("--threads", type=int, default=1, metavar="N", help="threads per engine (default: %(default)s)")
+    engine.add_argument("--rounds", type=int, default=60, metavar="N", help="chunks per engine (default: %(default)s)")
+    engine.add_argument("--save", action="store_true", help="keep the latencies for the selector, in the user's cache")
+    engine.add_argument("--json", action="store_true", help="print JSON")
+    engine.set_defaults(func=_engine)
+    importlib.import_module("dcqfa_ros.commands.bench_image").register(actions)
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from dcqfa_ros.bench.engine import compare_engines
+    from dcqfa_ros.devices.detect import detect
+
+    bundle = load_bundle(find_bundle(args.bundle), verify=False)
+    device = detect()
+    variants = [name for name in args.variants.split(",") if name]
+    report = compare_engines(bundle, variants=variants, steps=args.steps, threads=args.threads, rounds=args.rounds)
+    if args.json:
+        facts = {"bundle": bundle.spec.name, "device": device.name, **dataclasses.asdict(report)}
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join(_describe(bundle, device, report)))
+    if args.save:
+        _save(bundle, device, report)
+    return 0
+
+
+def _describe(bundle: Bundle, device: Device, report: EngineReport) -> Iterator[str]:
+    yield f"{bundle.spec.name} on {device.name}, batch {report.batch}, load {report.conditions.load_1min:.1f}"
+    yield f"{'engine':<14}{'variant':<12}{'threads':>8}{'steps':>7}{'p50 ms':>10}{'p99 ms':>10}"
+    for row in report.rows:
+        yield (f"{row.engine:<14}{row.variant:<12}{row.threads:>8}{row.steps:>7}{row.p50_ms:>10.2f}{row.p99_ms:>10.2f}")
+    for name, ratio in report.ratios.items():
+        if ratio is not None:
+            yield f"{name}: {ratio:.2f} times faster"
+    yield from report.notes
+
+
+def _save(bundle: Bundle, device: Device, report: EngineReport) -> None:
+    from dcqfa_ros.bundle.schema import LatencyRecord
+    from dcqfa_ros.devices.records import LocalRecord, save_records
+
+    records = []
+    for row in report.rows:
+        if row.engine != "onnxruntime":
+            continue
+        command = f"dcqfa bench engine --bundle {bundle.spec.name} --steps {row.steps} --threads {row.threads}"
+        record = LatencyRecord(
+            device=device.fingerprint,
+            runtime=f"onnxruntime {report.versions['onnxruntime']}",
+            kind="measured",
+            threads=row.threads,
+            steps=row.steps,
+            p50_ms=row.p50_ms,
+            p99_ms=row.p99_ms,
+            command=command,
+        )
+        weights = bundle.spec.variant(row.variant).files["denoiser"].sha256
+        records.append(LocalRecord(variant=row.variant, weights=weights, record=record))
+    save_records(records)

@@ -1,0 +1,147 @@
+"""selector_node: detects its device, ranks a bundle's variants against budgets, publishes the choice and why.
+
+It runs on the policy's host. ``choice`` is latched: who joins late gets it. It is decided again when the node is
+activated and whenever one of the budget parameters is set, also to the value it has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import ClassVar
+
+from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.bundle.schema import BundleSpec
+from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.devices.records import LocalRecords, RecordsError, load_records
+from dcqfa_ros.devices.select import Choice, budget_for, choose
+from dcqfa_ros.errors import UserError
+from dcqfa_ros.paths import find_bundle
+from dcqfa_ros.ros.diagnostics import Level, Status, to_message
+from dcqfa_ros.ros.node import ManagedNode, run_node
+
+STATUS_NAME = "selector"
+BUDGETS = ("control_rate", "denoising_steps", "engine_threads", "budget_latency_ms", "budget_memory_mb")
+"""Parameters that decide again when they are set."""
+
+
+class SelectorError(UserError):
+    """The node's parameters name no bundle; says what to set."""
+
+
+class SelectorNode(ManagedNode):
+    """Publishes which variant of the bundle this device should run."""
+
+    NODE_NAME: ClassVar[str] = "selector_node"
+
+    def declare(self) -> None:
+        """Declare the parameters."""
+        add = self.add_parameter
+        add("bundle", "", "bundle whose variants are ranked: a name in models/ or a folder", read_only=True)
+        add("control_rate", 0.0, "actions per second; 0: the bundle's own", minimum=0.0, maximum=10_000.0)
+        add("denoising_steps", 0, "denoising steps per chunk; 0: the bundle's own", minimum=0, maximum=10_000)
+        add("engine_threads", 1, "threads of the engine", minimum=1, maximum=64)
+        add("budget_latency_ms", 0.0, "time a chunk may take, ms; 0: what its executed actions last", minimum=0.0)
+        add("budget_memory_mb", 0.0, "memory a variant may take, MiB; 0: half of the free memory", minimum=0.0)
+        for name in BUDGETS:
+            self.on_parameter(name, None, lambda _: self.post(self._decide))  # after the new value is stored
+        self._spec: BundleSpec | None = None
+        self._choice: Choice | None = None
+        self._notes: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        """Read the bundle's description; its weights are the policy node's to check.
+
+        Raises:
+            SelectorError: no bundle is named.
+            BundleError: the bundle is missing, damaged or not of this version.
+        """
+        name = self.parameter("bundle")
+        if not name:
+            raise SelectorError("parameter bundle is empty, expected the name or the folder of a bundle")
+        self._spec = load_bundle(find_bundle(name), verify=False).spec
+        self._publisher = self.create_interface_publisher("choice")
+
+    def start(self) -> None:
+        """Decide and publish."""
+        self._decide()
+
+    def teardown(self) -> None:
+        """Forget the bundle and the choice."""
+        self._spec, self._choice, self._notes = None, None, ()
+
+    def _decide(self) -> None:
+        """Look at the device, choose and publish; values that make no sense together leave the last choice standing."""
+        if self._spec is None or not self.is_active:
+            return
+        device = detect()
+        notes = list(device.notes)
+        try:
+            local = load_records()
+        except RecordsError as error:
+            local = LocalRecords()
+            notes.append(f"measurements are not used: {error}")
+        try:
+            budget = budget_for(
+                self._spec,
+                device,
+                self.parameter("control_rate"),
+                self.parameter("budget_latency_ms"),
+                self.parameter("budget_memory_mb"),
+            )
+            self._choice = choose(
+                self._spec,
+                device,
+                budget,
+                local,
+                steps=self.parameter("denoising_steps"),
+                threads=self.parameter("engine_threads"),
+            )
+        except UserError as error:
+            self.event(Level.ERROR, f"no new choice: {error}", bundle=self._spec.name)
+            return
+        self._notes = tuple(notes)
+        status = choice_status(self._choice, self._notes)
+        stamp = self.get_clock().now().to_msg()
+        self._publisher.publish(to_message(self.get_name(), self.get_fully_qualified_name(), [status], stamp))
+        self.event(status.level, self._choice.reason, variant=self._choice.variant or "", device=self._choice.device)
+        for note in self._notes:
+            self.event(Level.WARN, note)
+
+    def status(self) -> Sequence[Status]:
+        """Report the choice that stands."""
+        return () if self._choice is None else (choice_status(self._choice, self._notes),)
+
+
+def choice_status(choice: Choice, notes: Sequence[str] = ()) -> Status:
+    """Return the status published in ``choice``.
+
+    Values: ``variant`` (empty when none fits), ``basis`` (measured, predicted, modelled), ``device``, ``runtime``,
+    ``budget_ms``, ``budget_mb``, ``steps``, ``threads``, ``ranking`` (accepted variants, best first), ``rejected``,
+    ``candidate.<variant>`` (why it has its rank or was rejected) and ``notes``.
+    """
+    memory = choice.budget.memory_bytes
+    values = {
+        "variant": choice.variant or "",
+        "basis": choice.basis or "",
+        "device": choice.device,
+        "runtime": choice.runtime,
+        "budget_ms": f"{choice.budget.latency_ms:.1f}",
+        "budget_mb": "" if memory is None else str(memory >> 20),
+        "steps": str(choice.steps),
+        "threads": str(choice.threads),
+        "ranking": ",".join(c.variant for c in choice.ranking if c.accepted),
+        "rejected": ",".join(c.variant for c in choice.ranking if not c.accepted),
+        **{f"candidate.{c.variant}": c.reason for c in choice.ranking},
+        "notes": "; ".join(notes),
+    }
+    return Status(Level.OK if choice.variant else Level.ERROR, STATUS_NAME, choice.reason, values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the node; see ``run_node`` for the exit code."""
+    return run_node(SelectorNode, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""trial_node: runs planned trials of the cell's task through the graph, judged by the cell, and writes the records.
+
+The node acts as the operator: per trial it sets the cell's seed and pace, resets the cell, arms the arm, and waits until the
+arm is disarmed. After the last trial it ends the run (exit code 0, or 3 when a trial did not end normally).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rcl_interfaces.msg import Parameter as ParameterMessage
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
+from std_srvs.srv import Trigger
+
+from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.errors import UserError
+from dcqfa_ros.ros.conversions import status_values
+from dcqfa_ros.ros.diagnostics import EVENT, Status, from_message
+from dcqfa_ros.ros.interfaces import interface
+from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.trials.collector import NORMAL_STOPS, PlannedTrial, TrialCollector
+from dcqfa_ros.trials.records import TrialMode, TrialRecord
+from dcqfa_ros.trials.session import TrialSession
+
+READY_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 10.0
+SETTLE_S = 2.0
+POLL_S = 0.02
+ABNORMAL_EXIT = 3
+
+
+class TrialError(UserError):
+    """A trial that could not be run; the message says which call failed and why."""
+
+
+class TrialNode(ManagedNode):
+    """Conducts trials."""
+
+    NODE_NAME = "trial_node"
+
+    def declare(self) -> None:
+        """Declare the parameters (see ``config/pusht_cell.yaml``)."""
+        add = self.add_parameter
+        add("trials", [""], "trials in order: realtime:SEED or lockstep:SEED", read_only=True)
+        add("output", "", "folder for records and report; empty: out/trials/<UTC time>", read_only=True)
+        add("overwrite", False, "replace the records of an earlier series in that folder", read_only=True)
+        add("bundle", "pusht_keypoints", "bundle named in the records", read_only=True)
+        add("cell", "pusht", "cell named in the records", read_only=True)
+        add("autostart", True, "start the trials when the graph is ready; else wait for ~/start", read_only=True)
+        add("exit_when_done", True, "end this process after the last trial", read_only=True)
+        add("timeout_s", 120.0, "wall-clock limit of one trial, seconds", minimum=1.0, maximum=3600.0)
+        add("videos", 1, "how many trials to embed as video in the report", minimum=0, maximum=100, read_only=True)
+        self._halt = threading.Event()
+        self._go = threading.Event()
+        self._trial_lock = threading.Lock()
+        self._trial_thread: threading.Thread | None = None
+        self._current: TrialCollector | None = None
+        self._arm: dict[str, str] = {}
+        self._variant = ""
+        self._progress = "idle"
+        self._finished = False
+        self._problems: dict[str, str] = {}
+        self._service_clients: list[Any] = []
+
+    def setup(self) -> None:
+        """Read the plan, open the session folder, create clients and subscriptions."""
+        texts = [str(text) for text in self.parameter("trials") if text]
+        if not texts:
+            raise TrialError("parameter trials is empty: name trials such as lockstep:200000")
+        try:
+            self._plan = [PlannedTrial.parse(text) for text in texts]
+        except ValueError as error:
+            raise TrialError(f"parameter trials: {error}") from error
+        self._device = detect().name
+        default = f"out/trials/{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+        folder = Path(str(self.parameter("output")) or default)
+        self._session = TrialSession(folder, str(self.parameter("bundle")), bool(self.parameter("overwrite")))
+        self.create_guarded_subscription("judgement", self._on_judgement)
+        self.create_guarded_subscription("arm_state", self._on_arm_state)
+        self.create_guarded_subscription("active_variant", self._on_variant)
+        self.create_guarded_subscription("diagnostics", self._on_diagnostics)
+        self.create_guarded_service("trial_start", self._on_start)
+        self._triggers = {key: self._client(Trigger, interface(key).name) for key in ("arm", "disarm", "reset_cell")}
+        self._setters = {
+            node: self._client(SetParameters, f"{node}/set_parameters") for node in ("arm_node", "policy_node")
+        }
+
+    def _client(self, kind: Any, name: str) -> Any:
+        client = self.create_client(kind, name)
+        self._service_clients.append(client)
+        return client
+
+    def start(self) -> None:
+        """Begin to conduct the trials on an own thread."""
+        self._halt.clear()
+        if self.parameter("autostart"):
+            self._go.set()
+        self._trial_thread = threading.Thread(target=self.guard(self._conduct), name="trials", daemon=True)
+        self._trial_thread.start()
+
+    def stop(self, reason: str) -> None:
+        """Abandon the trials not yet done; the arm node disarms by itself when it is deactivated."""
+        self._halt.set()
+        thread, self._trial_thread = self._trial_thread, None
+        if thread is not None and not self._finished:
+            self._end(ABNORMAL_EXIT, f"trials abandoned: {reason}")
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(1.0)
+
+    def teardown(self) -> None:
+        """Let go of the service clients."""
+        while self._service_clients:
+            self.destroy_client(self._service_clients.pop())
+
+    # callbacks
+
+    def _on_judgement(self, message: Any) -> None:
+        with self._trial_lock:
+            if self._current is not None:
+                self._current.judgement(status_values(message))
+
+    def _on_arm_state(self, message: Any) -> None:
+        with self._trial_lock:
+            self._arm = status_values(message)
+            if self._current is not None:
+                self._current.arm_state(self._arm)
+
+    def _on_variant(self, message: Any) -> None:
+        with self._trial_lock:
+            self._variant = str(message.data)
+            if self._current is not None:
+                self._current.variant(self._variant)
+
+    def _on_diagnostics(self, message: Any) -> None:
+        for report in from_message(message):
+            status = report.status
+            with self._trial_lock:
+                if report.node == "policy_node" and status.name == EVENT and "inference_p50_ms" in status.values:
+                    if self._current is not None:
+                        self._current.policy_report(status.values)
+                elif status.level >= 2 and report.node != self.get_name() and status.name == EVENT:
+                    self._problems[report.node] = status.message
+
+    def _on_start(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._go.set()
+        response.success, response.message = True, f"{len(self._plan)} trials"
+        return response
+
+    # trial thread
+
+    def _conduct(self) -> None:
+        while not self._go.wait(POLL_S):
+            if self._halt.is_set():
+                return
+        try:
+            self._await_ready()
+            for number, planned in enumerate(self._plan, start=1):
+                self._progress = f"trial {number} of {len(self._plan)} ({planned})"
+                record, collector = self._run_trial(planned)
+                if self._halt.is_set():
+                    return
+                self._session.add(record, collector.states, collector.targets)
+                reason = "" if record.stop_reason in NORMAL_STOPS else f" ({collector.stop_reason})"
+                self.event(
+                    0 if not reason else 2,
+                    f"{self._progress}: score {record.score:.3f} after {record.steps} steps, {record.stop_reason}{reason}",
+                    seed=record.seed,
+                    score=record.score,
+                )
+        except TrialError as error:
+            if not self._halt.is_set():
+                self.event(2, str(error))
+            if not self._halt.is_set():
+                self._end(ABNORMAL_EXIT, str(error))
+            return
+        summary = self._session.finish(videos=int(self.parameter("videos")))
+        for note in self._session.notes:
+            self.event(1, note)
+        self._progress = f"done: mean score {summary.mean_score:.3f} over {len(summary.trials)} trials"
+        self.event(0, self._progress, report=summary.report)
+        abnormal = any(t.stop_reason not in NORMAL_STOPS for t in summary.trials)
+        self._end(ABNORMAL_EXIT if abnormal else 0, self._progress)
+
+    def _end(self, code: int, reason: str) -> None:
+        self._finished = True
+        if self.parameter("exit_when_done"):
+            self.post(lambda: self.finish(reason, code))
+
+    def _await(self, what: str, condition: Any, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self._halt.is_set():
+                raise TrialError("stopped")
+            if time.monotonic() > deadline:
+                with self._trial_lock:
+                    problems = "; ".join(f"{node}: {text}" for node, text in self._problems.items())
+                raise TrialError(f"{what} within {timeout_s:.0f} s" + (f" ({problems})" if problems else ""))
+            time.sleep(POLL_S)
+
+    def _await_ready(self) -> None:
+        self._progress = "waiting for the graph"
+        clients = [*self._triggers.values(), *self._setters.values()]
+        self._await("arm and policy nodes did not come up", lambda: all(c.service_is_ready() for c in clients), READY_TIMEOUT_S)
+        self._await("no variant was loaded", lambda: bool(self._variant) and bool(self._arm), READY_TIMEOUT_S)
+
+    def _run_trial(self, planned: PlannedTrial) -> tuple[TrialRecord, TrialCollector]:
+        pace = "max" if planned.mode is TrialMode.LOCKSTEP else "realtime"
+        if self._arm.get("state") == "armed":
+            self._trigger("disarm")
+        self._set("arm_node", seed=planned.seed, rate=pace)
+        self._set("policy_node", rate=pace)
+        self._trigger("reset_cell")
+        with self._trial_lock:
+            collector = TrialCollector(planned, int(self._arm["episode"]) + 1)
+            collector.variant(self._variant)
+            self._current = collector
+        self._trigger("arm")
+        limit = float(self.parameter("timeout_s"))
+        try:
+            self._await(f"trial {planned}: not finished", lambda: collector.stopped, limit)
+        except TrialError:
+            if not self._halt.is_set():
+                self._trigger("disarm")
+                collector.stop_code, collector.stop_reason = "trial_timeout", f"not finished within {limit:g} s"
+        deadline = time.monotonic() + SETTLE_S
+        while not collector.complete and time.monotonic() < deadline and not self._halt.is_set():
+            time.sleep(POLL_S / 4)
+        with self._trial_lock:
+            self._current = None
+        if collector.lost:
+            self.event(1, f"trial {planned}: {collector.lost} judgements were lost on the way")
+        return collector.record(self._device, str(self.parameter("cell"))), collector
+
+    def _trigger(self, key: str) -> None:
+        response = self._call(self._triggers[key], Trigger.Request(), interface(key).name)
+        if not response.success:
+            raise TrialError(f"{interface(key).name} refused: {response.message}")
+
+    def _set(self, node: str, **values: Any) -> None:
+        messages: list[ParameterMessage] = [Parameter(k, value=v).to_parameter_msg() for k, v in values.items()]
+        response = self._call(self._setters[node], SetParameters.Request(parameters=messages), f"{node}/set_parameters")
+        for message, result in zip(messages, response.results, strict=True):
+            if not result.successful:
+                raise TrialError(f"{node} refused parameter {message.name}: {result.reason}")
+
+    def _call(self, client: Any, request: Any, name: str) -> Any:
+        answered = threading.Event()
+        future = client.call_async(request)
+        future.add_done_callback(lambda _: answered.set())
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while not answered.wait(POLL_S):
+            if self._halt.is_set() or time.monotonic() > deadline:
+                client.remove_pending_request(future)
+                raise TrialError("stopped" if self._halt.is_set() else f"{name} did not answer within {CALL_TIMEOUT_S:g} s")
+        return future.result()
+
+    def status(self) -> list[Status]:
+        """What the trials are at."""
+        return [Status(0, "trials", self._progress, {"trials": str(len(getattr(self, "_plan", [])))})]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``trial_node``."""
+    return run_node(TrialNode, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,225 @@
+"""The node set of each cell, described once; ``launch/policy.launch.py`` and ``dcqfa up`` both start what is said here.
+
+Nothing here imports ROS. Parameters live in ``config/*.yaml``; the options are deployment choices only.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.errors import UserError
+from dcqfa_ros.paths import find_bundle, find_config
+from dcqfa_ros.ros.interfaces import INTERFACES
+
+AUTO = "auto"
+MANAGER = "lifecycle_manager_node"
+_NAMESPACE = re.compile(r"/?([A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*)?")
+_NOT_YET = ("real", "emulated")
+
+
+class BringupError(UserError, ValueError):
+    """An option that cannot be brought up; the message names it and the possible values."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One deployment choice, as ``name:=value`` on the command line and as launch argument."""
+
+    name: str
+    default: str
+    description: str
+    choices: tuple[str, ...] = ()
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option("bundle", "pusht_keypoints", "policy: name in models/ or DCQFA_MODELS, or a folder"),
+    Option("variant", AUTO, "variant of the bundle; auto lets the selector choose for this device"),
+    Option("cell", "pusht", "the cell to run", ("pusht",)),
+    Option("namespace", "", "namespace of every node and topic, so that several stacks run side by side"),
+    Option("autostart", "true", "configure and activate the nodes at once", ("true", "false")),
+    Option("record", "false", "record all topics of the graph with ros2 bag", ("true", "false")),
+    Option("rate", "realtime", "pace of the simulated cell: realtime, or max for lockstep", ("realtime", "max")),
+    Option("restart", "false", "restart a node that dies instead of ending the run", ("true", "false")),
+    Option("parameters_file", "", "YAML file whose parameters replace those of the cell's own file"),
+)
+
+
+@dataclass(frozen=True)
+class TrialOptions:
+    """A series of trials to run.
+
+    Attributes:
+        trials: in order, ``realtime:SEED`` or ``lockstep:SEED``.
+        output: folder for records and report.
+        overwrite: replace the records of an earlier series in that folder.
+        parameters: further parameters of ``trial_node``.
+    """
+
+    trials: tuple[str, ...]
+    output: Path
+    overwrite: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BringupOptions:
+    """What to bring up; see :data:`OPTIONS`. ``trials`` adds a ``trial_node``, whose end ends the run."""
+
+    bundle: str = "pusht_keypoints"
+    variant: str = AUTO
+    cell: str = "pusht"
+    namespace: str = ""
+    autostart: bool = True
+    record: bool = False
+    rate: str = "realtime"
+    restart: bool = False
+    parameters_file: str = ""
+    trials: TrialOptions | None = None
+
+
+@dataclass(frozen=True)
+class NodeDescription:
+    """One process of the graph.
+
+    Attributes:
+        name: node name.
+        module: Python module to run (``python -m module``); empty where ``command`` is given.
+        parameters: parameters of this node; they replace those of the files.
+        parameter_files: parameter files, later ones win.
+        remappings: from -> to.
+        env: additional environment variables.
+        needed: whether losing it stops the graph.
+        stops_first: on shutdown it is told first and given time to bring the others down in order.
+        command: a whole command line, for what is no node of this package.
+    """
+
+    name: str
+    module: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameter_files: tuple[Path, ...] = ()
+    remappings: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    needed: bool = True
+    stops_first: bool = False
+    command: tuple[str, ...] = ()
+
+
+def options_from_text(values: Mapping[str, str]) -> BringupOptions:
+    """Return the options given as text (launch arguments, ``name:=value``); missing ones take their defaults.
+
+    Raises:
+        BringupError: an unknown name or a value that is not among the choices.
+    """
+    known = {o.name: o for o in OPTIONS}
+    parsed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise BringupError(f"{name}:= is no option; there are {', '.join(known)}")
+        parsed[name] = _parse(known[name], value)
+    return BringupOptions(**parsed)
+
+
+def _parse(option: Option, value: str) -> str | bool:
+    if option.choices == ("true", "false"):
+        if value.lower() not in option.choices:
+            raise BringupError(f"{option.name}:= expects true or false, got {value!r}")
+        return value.lower() == "true"
+    return value
+
+
+def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
+    """Return the processes of the graph in the order of bring-up, the lifecycle manager last.
+
+    Raises:
+        BringupError: an option has no such value, or is not available in this version or on this machine.
+        BundleError: the bundle does not exist or cannot be read.
+        ConfigNotFoundError: a parameter file does not exist.
+    """
+    _check(options)
+    folder = find_bundle(options.bundle).resolve()
+    spec = load_bundle(folder, verify=False).spec
+    variants = [v.name for v in spec.variants]
+    if options.variant not in (AUTO, *variants):
+        raise BringupError(
+            f"variant:={options.variant}: bundle {spec.name} has no such variant; there are {', '.join(variants)}, "
+            f"and {AUTO}"
+        )
+    files = [find_config(f"{options.cell}_cell")]
+    if options.parameters_file:
+        files.append(find_config(options.parameters_file))
+    nodes = [
+        _node("arm_node", files, {"rate": options.rate}),
+        _node("camera_node", files, {}, needed=False),
+        _node("selector_node", files, {"bundle": str(folder)}, needed=False),
+        _node("policy_node", files, {"bundle": str(folder), "variant": options.variant, "rate": options.rate}),
+    ]
+    if options.trials is not None:
+        nodes.append(_node("trial_node", files, _trial_parameters(options, options.trials, spec.name)))
+    manager = NodeDescription(
+        name=MANAGER,
+        module=f"dcqfa_ros.nodes.{MANAGER}",
+        parameters={
+            "node_names": [n.name for n in nodes],
+            "optional_names": [n.name for n in nodes if not n.needed],
+            "autostart": options.autostart,
+        },
+        parameter_files=tuple(files),
+        stops_first=True,
+    )
+    recorder = [_recorder(options.namespace)] if options.record else []
+    return (*nodes, *recorder, manager)
+
+
+def _check(options: BringupOptions) -> None:
+    if options.cell in _NOT_YET:
+        raise BringupError(f"cell:={options.cell} is not available in this version; there is pusht")
+    for option in OPTIONS:
+        value = getattr(options, option.name)
+        if option.choices and not isinstance(value, bool) and value not in option.choices:
+            raise BringupError(f"{option.name}:= expects {' or '.join(option.choices)}, got {value!r}")
+    if not _NAMESPACE.fullmatch(options.namespace):
+        raise BringupError(
+            f"namespace:= expects letters, digits and underscores, parts divided by /, got {options.namespace!r}"
+        )
+
+
+def _node(name: str, files: Sequence[Path], parameters: Mapping[str, Any], needed: bool = True) -> NodeDescription:
+    return NodeDescription(name, f"dcqfa_ros.nodes.{name}", dict(parameters), tuple(files), needed=needed)
+
+
+def _trial_parameters(options: BringupOptions, trials: TrialOptions, bundle: str) -> dict[str, Any]:
+    return {
+        "trials": list(trials.trials),
+        "output": str(trials.output.resolve()),
+        "overwrite": trials.overwrite,
+        "bundle": bundle,
+        "cell": options.cell,
+        **trials.parameters,
+    }
+
+
+def _recorder(namespace: str) -> NodeDescription:
+    program = shutil.which("ros2")
+    if program is None:
+        raise BringupError(
+            "record:=true needs ros2 bag, which is not on this machine: install ros-<distro>-rosbag2 and source ROS 2, "
+            "or leave record:=false"
+        )
+    prefix = f"/{namespace.strip('/')}" if namespace.strip("/") else ""
+    topics = [f"{prefix}/{e.name}" for e in INTERFACES if e.kind == "topic" and "{" not in e.name]
+    return NodeDescription("recorder", command=(program, "bag", "record", *topics), needed=False)
+
+
+def _assert_options_match() -> None:
+    names = {f.name for f in fields(BringupOptions)} - {"trials"}
+    if names != {o.name for o in OPTIONS}:
+        raise AssertionError(f"OPTIONS and BringupOptions differ: {names ^ {o.name for o in OPTIONS}}")
+
+
+_assert_options_match()

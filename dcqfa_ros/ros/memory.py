@@ -1,0 +1,55 @@
+"""Memory of this process and all its descendants, sampled while a graph runs (Linux)."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+SAMPLE_PERIOD_S = 1.0
+_PROC = Path("/proc")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def tree_memory(root: int | None = None) -> int:
+    """Sum of the resident memory of process ``root`` (this one if None) and its descendants, bytes.
+
+    Pages that several processes share count once for each, so this is an upper bound. Processes that end meanwhile count
+    as 0.
+    """
+    children: dict[int, list[int]] = {}
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                after_name = (entry / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue
+            children.setdefault(int(after_name[1]), []).append(int(entry.name))
+    total, queue = 0, [os.getpid() if root is None else root]
+    while queue:
+        pid = queue.pop()
+        queue += children.get(pid, [])
+        total += _resident(pid)
+    return total
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int((_PROC / str(pid) / "statm").read_text(encoding="ascii").split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+class MemoryWatch:
+    """Keeps the highest sample; ``sample`` is cheap to call often and looks once per ``SAMPLE_PERIOD_S``."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._next = 0.0
+
+    def sample(self) -> None:
+        """Take a sample when one is due."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + SAMPLE_PERIOD_S
+            self.peak_bytes = max(self.peak_bytes, tree_memory())

@@ -1,0 +1,104 @@
+"""Detection names the device, its memory, release and 8-bit support from the files of a recorded tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dcqfa_ros.devices.detect import Gpu, detect
+
+
+@pytest.mark.parametrize(
+    ("tree_name", "name", "l4t"),
+    [
+        ("orin_nx_16", "Jetson Orin NX 16 GB", "36.4.3"),
+        ("orin_nx_16_super", "Jetson Orin NX 16 GB Super", "36.4.3"),
+        ("orin_nx_8", "Jetson Orin NX 8 GB", "36.4.3"),
+        ("orin_nx_8_jetpack_5", "Jetson Orin NX 8 GB", "35.4.1"),
+        ("orin_nano_8", "Jetson Orin Nano 8 GB", "36.4.3"),
+        ("orin_nano_4", "Jetson Orin Nano 4 GB", "36.4.3"),
+        ("orin_nano_devkit", "Jetson Orin Nano developer kit 8 GB Super", "36.4.3"),
+        ("agx_orin_32", "Jetson AGX Orin 32 GB", "36.4.3"),
+        ("agx_orin_64", "Jetson AGX Orin 64 GB", "36.4.3"),
+    ],
+)
+def test_jetson_modules_are_told_apart_by_their_number(recorded, tree_name: str, name: str, l4t: str) -> None:
+    device = recorded(tree_name)
+    assert (device.kind, device.name, device.l4t, device.notes) == ("jetson", name, l4t, ())
+    assert device.gpu == Gpu("Orin (nvgpu)", (8, 7), None, None)
+    assert (device.processor.architecture, device.processor.model) == ("aarch64", "Cortex-A78AE")
+    assert device.processor.features == ("asimddp",)
+
+
+def test_every_recorded_device_has_its_own_fingerprint(recorded) -> None:
+    names = ["orin_nx_16", "orin_nx_8", "orin_nx_8_jetpack_5", "orin_nano_8", "agx_orin_64", "cpu_vnni", "cpu_avx2"]
+    assert len({recorded(name).fingerprint for name in names}) == len(names)
+
+
+def test_an_unknown_module_is_named_and_its_memory_measured(recorded) -> None:
+    device = recorded("orin_unknown_module")
+    assert device.kind == "jetson"
+    assert device.name.endswith("15 GB")
+    assert device.l4t is None
+    assert any("p3767-0099" in note for note in device.notes)
+    assert any("nv_tegra_release" in note for note in device.notes)
+
+
+def test_a_processor_with_vnni_says_so(recorded) -> None:
+    device = recorded("cpu_vnni")
+    assert (device.kind, device.gpu, device.processor.cores) == ("cpu", None, 2)
+    assert device.processor.features == ("amx_int8", "avx512_vnni", "avx_vnni")
+    assert "amx_int8" in device.fingerprint
+    assert "2 cores" in device.fingerprint
+    assert "family 6 model 158" in device.name, "a nameless virtual processor is told apart by its model number"
+
+
+def test_a_processor_without_vnni_says_so(recorded) -> None:
+    device = recorded("cpu_avx2")
+    assert device.processor.features == ()
+    assert "no 8-bit dot product" in device.fingerprint
+    assert device.name == "Intel(R) Core(TM) i7-7700K CPU @ 4.20GHz"
+
+
+def test_memory_is_that_of_meminfo_in_bytes(recorded) -> None:
+    device = recorded("cpu_vnni")
+    assert device.memory_bytes == pytest.approx(23.5 * 2**30, rel=1e-6)
+    assert device.memory_available_bytes == pytest.approx(21 * 2**30, rel=1e-6)
+
+
+def test_an_unknown_device_is_described_with_what_is_missing(recorded) -> None:
+    device = recorded("unknown")
+    assert (device.kind, device.memory_bytes, device.processor.cores) == ("cpu", 0, 0)
+    assert "unknown" in device.fingerprint
+    assert len(device.notes) == 2
+
+
+def test_a_cuda_device_comes_from_the_probe(tree) -> None:
+    gpu = Gpu("NVIDIA RTX 4090", (8, 9), 24 * 2**30, "550.54")
+    device = detect(tree("cpu_vnni"), lambda: ((gpu, gpu), ("a note",)))
+    assert (device.kind, device.gpu) == ("gpu", gpu)
+    assert device.fingerprint.startswith("NVIDIA RTX 4090 | x86_64")
+    assert device.notes == ("a note", "2 CUDA devices: the first is described")
+
+
+def test_this_computer_is_detected_the_same_way_twice() -> None:
+    first, second = detect(), detect()
+    assert first.processor.cores >= 1
+    assert first.memory_bytes > 0
+    assert dataclasses.replace(first, memory_available_bytes=0) == dataclasses.replace(second, memory_available_bytes=0)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["cpuinfo", "meminfo", "device-tree/model", "device-tree/compatible"]), st.binary())
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_never_raise(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> None:
+    root: Path = tmp_path_factory.mktemp("damaged")
+    for name, data in files.items():
+        (root / "proc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "proc" / name).write_bytes(data)
+    assert detect(root).fingerprint

@@ -1,0 +1,89 @@
+"""Arrays survive the way through ROS messages bit for bit; messages that break their promise are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from geometry_msgs.msg import PoseStamped
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from rclpy.serialization import deserialize_message, serialize_message
+from trajectory_msgs.msg import MultiDOFJointTrajectory
+
+from dcqfa_ros.ros import conversions as c
+
+PIXELS = st.floats(-600, 600, width=32)
+UNITS = 1024.0  # px per metre: a power of two, so that the conversion is exact
+
+
+def through_the_wire(message):
+    return deserialize_message(serialize_message(message), type(message))
+
+
+@given(st.integers(0, 2**31 * c.NS - 1))
+def test_stamps_keep_every_nanosecond(stamp):
+    assert c.from_time(c.to_time(stamp)) == stamp
+
+
+@given(arrays(np.float32, (9, 2), elements=PIXELS))
+def test_key_points_come_back_bit_for_bit(points):
+    message = through_the_wire(c.points_message(5, "table", points, UNITS))
+    assert (c.observation_array(message, (9, 2), UNITS).astype(np.float32) == points).all()
+
+
+@given(arrays(np.float32, (2,), elements=PIXELS))
+def test_the_tool_position_comes_back_bit_for_bit(xy):
+    message = through_the_wire(c.planar_pose_message(5, "table", xy, UNITS))
+    assert (c.observation_array(message, (2,), UNITS).astype(np.float32) == xy).all()
+    assert message.header.frame_id == "table"
+
+
+@given(arrays(np.float32, st.tuples(st.integers(1, 16), st.just(2)), elements=PIXELS), st.integers(1, 10**9))
+def test_a_chunk_comes_back_bit_for_bit_with_its_period(actions, period):
+    message = through_the_wire(c.planar_chunk_message(7, "table", actions, period, UNITS))
+    back, back_period = c.planar_chunk_actions(message, "table", UNITS)
+    assert (back == actions).all() and c.from_time(message.header.stamp) == 7
+    assert back_period == (period if len(actions) > 1 else 0)
+
+
+def chunk() -> MultiDOFJointTrajectory:
+    return c.planar_chunk_message(7, "table", np.zeros((3, 2)), 10, UNITS)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda m: setattr(m.header, "frame_id", "world"), "frame_id is 'world', expected 'table'"),
+        (lambda m: setattr(m, "joint_names", ["elbow"]), "joint_names"),
+        (lambda m: setattr(m, "points", []), "at least one point"),
+        (lambda m: setattr(m.points[1], "transforms", []), "exactly one transform"),
+        (lambda m: setattr(m.points[2].time_from_start, "nanosec", 25), "rise evenly"),
+        (lambda m: setattr(m.points[0].time_from_start, "nanosec", 5), "begin at 0"),
+    ],
+)
+def test_a_malformed_chunk_is_refused_by_field(spoil, text):
+    message = chunk()
+    spoil(message)
+    with pytest.raises(c.MessageError, match=text):
+        c.planar_chunk_actions(message, "table", UNITS)
+
+
+def test_an_observation_of_another_size_or_type_is_refused():
+    with pytest.raises(c.MessageError, match=r"\(2,\).*\(9, 2\)"):
+        c.observation_array(PoseStamped(), (9, 2), UNITS)
+    with pytest.raises(c.MessageError, match="cannot be read"):
+        c.observation_array(chunk(), (2,), UNITS)
+
+
+def test_status_values_are_text_that_reads_back_as_the_same_number():
+    message = through_the_wire(c.status_message(1, "cell", 0, "text", {"score": 0.1 + 0.2, "step": 3, "done": False}))
+    values = c.status_values(message)
+    assert float(values["score"]) == 0.1 + 0.2 and values["step"] == "3" and values["done"] == "False"
+
+
+def test_a_status_message_without_a_status_is_refused():
+    message = c.status_message(1, "cell", 0, "", {})
+    message.status = []
+    with pytest.raises(c.MessageError, match="without a status"):
+        c.status_values(message)

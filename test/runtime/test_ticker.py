@@ -1,0 +1,72 @@
+"""The control tick counts what it misses."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from dcqfa_ros.runtime import ticker as module
+from dcqfa_ros.runtime.ticker import Ticker
+
+
+class Clock:
+    """A clock that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def monotonic_ns(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module.time, "monotonic_ns", clock.monotonic_ns)
+    return clock
+
+
+def test_a_tick_is_missed_only_when_it_is_over_a_full_period_late(clock):
+    ticker, halt = Ticker(100), threading.Event()
+    clock.now = 199
+    ticker.wait(halt)
+    assert ticker.missed == 0
+    clock.now = 300  # next deadline is 200: exactly one period late
+    ticker.wait(halt)
+    assert ticker.missed == 1
+    clock.now = 950  # next deadline is 400: five whole periods late
+    ticker.wait(halt)
+    assert ticker.missed == 1 + 5 and ticker.ticks == 3
+
+
+def test_a_pause_after_restart_is_no_miss(clock):
+    ticker, halt = Ticker(100), threading.Event()
+    clock.now = 10_000
+    ticker.restart()
+    clock.now = 10_100
+    ticker.wait(halt)
+    assert ticker.missed == 0
+
+
+def test_waiting_ends_at_once_when_halted():
+    ticker, halt = Ticker(10**12), threading.Event()
+    halt.set()
+    ticker.wait(halt)
+    assert ticker.ticks == 0
+
+
+def test_the_report_holds_lateness_work_load_and_scheduler(clock):
+    ticker, halt = Ticker(1_000_000), threading.Event()
+    clock.now = 1_500_000
+    ticker.wait(halt)
+    clock.now = 3_500_000
+    ticker.done()
+    report = ticker.report()
+    assert report["late_p50_ms"] == "0.500" and report["work_p99_ms"] == "2.000"
+    assert {"ticks", "missed_ticks", "load_1min", "steal_ticks", "scheduler"} <= set(report)
+
+
+def test_a_period_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="period"):
+        Ticker(0)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from training.config import ConfigError, TrainConfig, load_config, override
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_shipped_configuration_loads() -> None:
+    files = sorted((ROOT / "config/training").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert load_config(file).name == file.stem
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda d: d["run"].update(batch="many"), "run.batch"),
+        (lambda d: d["run"].update(batch=8.5), "run.batch"),
+        (lambda d: d["run"].update(batch=0), "run.batch"),
+        (lambda d: d["run"].update(precision="fp16"), "run.precision"),
+        (lambda d: d["optimizer"].update(learning_rate=float("nan")), "optimizer.learning_rate"),
+        (lambda d: d["policy"].update(heads=3), "policy"),
+        (lambda d: d["data"]["observations"]["keypoints"].update(colour="red"), "data.observations.keypoints.colour"),
+        (lambda d: d["data"].pop("episode_ends"), "data.episode_ends"),
+        (lambda d: d["data"].update(observations={}), "data.observations"),
+        (lambda d: d["data"]["action"].update(space="telepathy"), "data.action.space"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_file_and_field(
+    write_config: Callable[..., Path], change: Callable[[dict[str, Any]], None], field: str
+) -> None:
+    path = write_config()
+    document = yaml.safe_load(path.read_text())
+    change(document)
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert f"{field}:" in str(caught.value)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(
+    section=st.sampled_from(["policy", "data", "diffusion", "optimizer", "ema", "run", None]),
+    name=st.from_regex(r"[a-z_]{1,12}_x", fullmatch=True),
+)
+def test_any_unknown_field_is_refused_by_name(
+    write_config: Callable[..., Path], section: str | None, name: str
+) -> None:
+    path = write_config()
+    document = yaml.safe_load(path.read_text())
+    (document[section] if section else document)[name] = 1
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    with pytest.raises(ConfigError, match=name):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "just text", "", "- a\n- b", "name: 2020-01-01", "\x00"])
+def test_what_is_no_configuration_is_refused_by_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_or_binary_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match=r"binary\.yaml"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_command_line_values_replace_fields_and_are_checked(tiny_config: Callable[..., TrainConfig]) -> None:
+    config = tiny_config()
+    changed = override(config, run={"steps": 9, "threads": None}, data={"path": "elsewhere"})
+    assert (changed.run.steps, changed.run.threads, changed.data.path) == (9, config.run.threads, "elsewhere")
+    with pytest.raises(ConfigError, match=r"run\.steps"):
+        override(config, run={"steps": 0})

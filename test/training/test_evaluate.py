@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.envs.pusht import PushTWorlds
+from training.evaluate import EvaluationError, evaluate, roll_out
+from training.export import bundle as bundle_module
+from training.export.bundle import ExportOptions, export_bundle
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (200_001, 200_002, 200_003)
+
+
+@pytest.fixture(scope="module")
+def bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "policy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_module, "PARITY_SAMPLES", 4)
+        export_bundle(trained_run, folder, ExportOptions(calibration=8))
+    return folder
+
+
+class PushTowards:
+    """A policy without a network: drives to the block's first key point; counts its calls."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.chunks: list[tuple[int, ...]] = []
+
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        seeds: Sequence[int],
+        chunks: Sequence[int],
+        steps: int | None = None,
+    ) -> np.ndarray:
+        assert observation["keypoints"].shape == (len(seeds), 2, 9, 2)
+        assert observation["agent_position"].shape == (len(seeds), 2, 2)
+        assert observation["agent_position"].dtype == np.float32
+        self.batches.append(len(seeds))
+        self.chunks.append(tuple(chunks))
+        return np.repeat(observation["keypoints"][:, -1, :1], 8, axis=1)
+
+
+def test_all_worlds_share_one_call_per_chunk() -> None:
+    policy = PushTowards()
+    result = roll_out(policy, SEEDS, history=2)
+    assert policy.batches[0] == len(SEEDS)
+    assert policy.chunks == [(chunk,) * batch for chunk, batch in enumerate(policy.batches)]
+    assert len(policy.batches) <= 38  # 300 steps in chunks of 8
+    assert all(0.0 <= score <= 1.0 for score in result.scores)
+    assert all(steps == 300 or score == 1.0 for steps, score in zip(result.steps, result.scores, strict=True))
+
+
+def test_the_result_depends_neither_on_the_pool_nor_on_the_other_seeds() -> None:
+    alone = [roll_out(PushTowards(), [seed], history=2).scores[0] for seed in SEEDS]
+    together = roll_out(PushTowards(), SEEDS, history=2)
+    pooled = roll_out(PushTowards(), SEEDS, history=2, workers=2)
+    assert list(together.scores) == alone
+    assert pooled == together
+
+
+def test_before_the_start_the_first_observation_repeats() -> None:
+    worlds = PushTWorlds([200_001], history=3)
+    (state,) = worlds.reset()
+    position = state.history["agent_position"]
+    np.testing.assert_array_equal(position[0], position[2])
+    moved = worlds.step({0: np.full((1, 2), 256.0, np.float32)})[0].history["agent_position"]
+    np.testing.assert_array_equal(moved[:2], position[:2])
+    assert (moved[2] != moved[1]).any()
+
+
+def test_a_dead_environment_process_is_reported_with_its_exit_code() -> None:
+    worlds = PushTWorlds(SEEDS, history=2, workers=2)
+    try:
+        worlds.reset()
+        worlds._processes[1].kill()
+        worlds._processes[1].join()
+        with pytest.raises(RuntimeError, match="exit code -9"):
+            worlds.step({index: np.full((8, 2), 256.0, np.float32) for index in range(3)})
+    finally:
+        worlds.close()
+    assert not any(process.is_alive() for process in worlds._processes)
+
+
+def test_checkpoint_and_exported_bundle_score_alike(trained_run: Path, bundle: Path) -> None:
+    from_checkpoint = evaluate(str(trained_run), None, SEEDS, steps=2)
+    from_bundle = evaluate(str(bundle), "fp32", SEEDS, steps=2)
+    np.testing.assert_allclose(from_checkpoint["scores"], from_bundle["scores"], atol=0.02)
+    assert from_checkpoint["variant"] == "checkpoint"
+    assert from_bundle["seeds"] == list(SEEDS)
+    assert from_bundle["mean"] == pytest.approx(np.mean(from_bundle["scores"]))
+    assert from_bundle == evaluate(str(bundle), "fp32", SEEDS, steps=2) | {"seconds": from_bundle["seconds"]}
+
+
+@pytest.mark.parametrize("variant", ["fp32", "w8a8"])
+def test_a_bundle_is_evaluated_without_torch(bundle: Path, variant: str) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from training.evaluate import evaluate\n"
+        f"print(evaluate({str(bundle)!r}, {variant!r}, [200001], steps=1)['mean'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.0 <= float(done.stdout) <= 1.0
+
+
+def test_unknown_variants_and_other_tasks_are_refused(bundle: Path, trained_run: Path, tiny_bundle: Any) -> None:
+    with pytest.raises(EvaluationError, match="it has fp32, w8a8"):
+        evaluate(str(bundle), "w4a4", SEEDS)
+    with pytest.raises(EvaluationError, match="has no variants"):
+        evaluate(str(trained_run), "fp32", SEEDS)
+    with pytest.raises(EvaluationError, match="at least 1"):
+        evaluate(str(bundle), "fp32", [])
+
+
+def test_the_eval_command_prints_mean_interval_scores_and_seeds(dcqfa: list[str], bundle: Path) -> None:
+    command = [*dcqfa, "eval", str(bundle), "--seeds", "2", "--first-seed", "200000", "--steps", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["seeds"] == [200000, 200001]
+    assert len(result["scores"]) == 2
+    assert result["ci95"] >= 0.0
+    assert result["variant"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["absent_bundle"], ["absent_bundle", "--seeds", "0"], ["x", "--first-seed", "-1"], ["absent.pt"]]
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(dcqfa: list[str], arguments: list[str]) -> None:
+    done = subprocess.run(
+        [*dcqfa, "eval", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("dcqfa: error: ")

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from training.checkpoint import load_checkpoint
+from training.config import load_config
+from training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(dcqfa: list[str], *arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*dcqfa, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_ctrl_c_keeps_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
+    dcqfa: list[str], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_config(steps=100_000, checkpoint_every=5)
+    process = start(dcqfa, "train", "--config", config, "--out", tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "run the same command again" in errors
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+    continued = Trainer(load_config(config), tmp_path / "run")
+    stopped_at = continued.step
+    assert stopped_at == load_checkpoint(checkpoint)["step"] >= 5
+    whole = Trainer(load_config(config), tmp_path / "whole")
+    while whole.step < stopped_at + 2:
+        whole.train_step()
+    while continued.step < stopped_at + 2:
+        continued.train_step()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, continued.model.state_dict()[name]), name
+
+
+def test_a_finished_run_reports_and_a_second_start_has_nothing_left_to_do(
+    dcqfa: list[str], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    arguments = ("train", "--config", write_config(), "--out", tmp_path / "run", "--json")
+    for _ in range(2):
+        process = start(dcqfa, *arguments)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        outcome = json.loads(output)
+        assert outcome["complete"]
+        assert outcome["step"] == 6
+
+
+def test_a_wrong_data_path_is_one_line_and_exit_code_2(
+    dcqfa: list[str], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    process = start(dcqfa, "train", "--config", write_config(), "--data", "absent.npz", "--out", tmp_path / "run")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.count("\n") == 1
+    assert "absent.npz" in errors
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,194 @@
+"""Commands that training adds to ``dcqfa``: ``train``, ``eval``, ``export``.
+
+Each function registers one command; what a command needs (PyTorch above all) is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from dcqfa_ros.errors import UserError
+
+EXIT_INTERRUPTED = 130
+
+
+class ArgumentError(UserError, ValueError):
+    """A command-line value that cannot be used; the message names the option."""
+
+
+def train(subparsers: Any) -> None:
+    """Register ``dcqfa train``."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a policy from demonstrations",
+        description="Train a full-precision policy. A run folder that holds a checkpoint is continued, bit for bit as "
+        "if it had never stopped. Ctrl-C writes a checkpoint. TensorBoard events are written to the run folder.",
+        epilog="example: dcqfa train --config config/training/pusht_keypoints.yaml --data pusht_human_demos_lowdim.npz",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="training YAML")
+    parser.add_argument("--data", help="path of the demonstrations, in place of data.path in the YAML")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the whole run, in place of run.steps")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="in place of run.device")
+    parser.add_argument("--threads", type=int, help="CPU threads, in place of run.threads")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.set_defaults(func=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from training.config import load_config, override
+    from training.log import TensorBoardLog
+    from training.trainer import Trainer
+
+    config = override(
+        load_config(args.config),
+        data={"path": args.data},
+        run={"steps": args.steps, "device": args.device, "threads": args.threads},
+    )
+    folder = args.out or Path("runs") / config.name
+    trainer = Trainer(config, folder)
+    if trainer.step:
+        print(f"continuing {trainer.checkpoint_path} at step {trainer.step}", file=sys.stderr)
+    with closing(TensorBoardLog(folder, trainer.step)) as log:
+        complete = trainer.run(log)
+    outcome = {
+        "complete": complete,
+        "step": trainer.step,
+        "steps": config.run.steps,
+        "checkpoint": str(trainer.checkpoint_path),
+        "validation_loss": trainer.validate() if complete else None,
+    }
+    if args.json:
+        print(json.dumps(outcome))
+    else:
+        print(f"step {trainer.step} of {config.run.steps}: {trainer.checkpoint_path}")
+    if complete:
+        return 0
+    print("stopped; run the same command again to continue from here", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def eval(subparsers: Any) -> None:  # noqa: A001 (the command is called eval)
+    """Register ``dcqfa eval``."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="score a policy in simulated Push-T",
+        description="Run a policy closed loop in Push-T by the published protocol, all seeds together, and report the "
+        "mean score with its 95 %% interval. Bundles need no PyTorch. Seeds 100000 to 100049 are for the reported "
+        "number only: choose checkpoints and tune with others.",
+        epilog="example: dcqfa eval models/pusht_keypoints --variant fp32 --seeds 50 --first-seed 100000 --json",
+    )
+    parser.add_argument("policy", metavar="POLICY", help="bundle (folder or name), run folder or checkpoint file")
+    parser.add_argument("--variant", help="variant of the bundle (default: the bundle's own)")
+    parser.add_argument("--seeds", type=int, default=50, metavar="N", help="number of start seeds (default: 50)")
+    parser.add_argument(
+        "--first-seed", type=int, default=100_000, metavar="S", help="first start seed (default: 100000)"
+    )
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
+    parser.add_argument("--threads", type=int, help="inference threads (default: every core; 1 for a checkpoint)")
+    parser.add_argument("--workers", type=int, help="processes that step the worlds (default: every core)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from training.evaluate import evaluate as run
+    from training.evaluate import is_checkpoint
+
+    for option in ("seeds", "steps", "threads", "workers"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ArgumentError(f"--{option}: expected at least 1, got {value}")
+    if args.first_seed < 0:
+        raise ArgumentError(f"--first-seed: expected at least 0, got {args.first_seed}")
+    cores = len(os.sched_getaffinity(0))
+    result = run(
+        args.policy,
+        args.variant,
+        range(args.first_seed, args.first_seed + args.seeds),
+        steps=args.steps,
+        threads=args.threads or (1 if is_checkpoint(args.policy) else cores),
+        workers=args.workers or cores,
+    )
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    half_width = "" if result["ci95"] is None else f" +- {result['ci95']:.3f}"
+    last = result["first_seed"] + len(result["seeds"]) - 1
+    print(
+        f"{result['policy']}/{result['variant']}: mean score {result['mean']:.3f}{half_width} over seeds "
+        f"{result['first_seed']} to {last}, {result['sampler']} {result['denoising_steps']} steps "
+        f"({result['seconds']} s)"
+    )
+    return 0
+
+
+def export(subparsers: Any) -> None:
+    """Register ``dcqfa export``."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a trained policy as a bundle of ONNX variants",
+        description="Export the EMA network of a run or checkpoint as a bundle: fp32 as it is, w8a8 by post-training "
+        "quantization calibrated on observations of the training episodes. Both are checked against the training-side "
+        "network on ONNX Runtime before the bundle is written.",
+        epilog="example: dcqfa export runs/pusht_keypoints --out models/pusht_keypoints",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="run folder or checkpoint file")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the bundle; an older bundle there is replaced"
+    )
+    parser.add_argument(
+        "--variants", default="fp32,w8a8", help="comma-separated, the default one first (default: fp32,w8a8)"
+    )
+    parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
+    parser.add_argument(
+        "--calibration", type=int, default=256, metavar="N", help="calibration observations (default: 256)"
+    )
+    parser.add_argument(
+        "--quality",
+        action="append",
+        default=[],
+        metavar="VARIANT=FILE",
+        help="record an evaluation (output of `dcqfa eval --json`) with a variant; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print sizes and parity as JSON")
+    parser.set_defaults(func=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from training.export.bundle import ExportOptions, export_bundle
+    from training.export.quality import read_quality
+
+    options = ExportOptions(
+        variants=tuple(name.strip() for name in args.variants.split(",")),
+        calibration=args.calibration,
+        data=args.data,
+        quality=read_quality(args.quality),
+    )
+    spec = export_bundle(args.checkpoint, args.out, options)
+    rows: list[dict[str, Any]] = [
+        {
+            "variant": variant.name,
+            "disk_bytes": variant.size.disk_bytes,
+            "paper_bytes": variant.size.paper_bytes,
+            "parity_max_abs": variant.parity.max_abs,
+            "parity_rms": variant.parity.rms,
+        }
+        for variant in spec.variants
+    ]
+    if args.json:
+        print(json.dumps({"bundle": str(args.out), "variants": rows}))
+        return 0
+    print(f"{args.out}: {spec.name}, {len(rows)} variants")
+    for row in rows:
+        print(
+            f"  {row['variant']}: {row['disk_bytes'] / 1e6:.1f} MB on disk, {row['paper_bytes'] / 1e6:.1f} MB by bits, "
+            f"parity max {row['parity_max_abs']:.2g}, rms {row['parity_rms']:.2g}"
+        )
+    return 0

@@ -1,0 +1,93 @@
+"""Post-training W8A8 quantization of a trained policy, calibrated on its own training episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.bundle.schema import DiffusionSpec
+from dcqfa_ros.runtime.denoising import DenoisingLoop
+from dcqfa_ros.runtime.engine import Engine
+from dcqfa_ros.runtime.noise import chunk_noise, step_noise
+from training.config import DataConfig
+from training.data.episodes import DataError, read_demonstrations, split_episodes
+from training.data.normalizer import concatenate_normalizers, normalize
+from training.data.sequences import window_rows
+from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
+from training.quant.calibrate import input_groups, observed_inputs, quantized_copy
+from training.quant.linear import LinearBits
+from training.specification import PolicyMeaning
+from training.torch_engine import TorchEngine
+
+Float = NDArray[np.float32]
+CHUNK_SEED = 7_000_001  # seeds the noise of calibration and parity chunks; no evaluation uses it
+BATCH = 64
+
+
+def training_observations(meaning: PolicyMeaning, data: DataConfig, count: int, seed: int) -> Float:
+    """Normalised observations (count, To, Do), float32, drawn without replacement from the training episodes.
+
+    Raises:
+        DataError: the data set cannot be read or holds fewer observations.
+    """
+    demonstrations = read_demonstrations(data)
+    train, _ = split_episodes(demonstrations.episodes, data.validation_ratio, data.split_seed, data.max_train_episodes)
+    history = meaning.config.policy.observation_horizon
+    rows = window_rows(demonstrations, train, history, history - 1, 0)
+    if len(rows) < count:
+        raise DataError(f"{data.path}: {count} observations are asked for, the training episodes hold {len(rows)}")
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=count, replace=False))
+    norm = concatenate_normalizers(dict(meaning.observation_norms), meaning.shapes)
+    return normalize(demonstrations.observation, norm)[rows[chosen]]
+
+
+def denoise_chunks(
+    engine: Engine,
+    diffusion: DiffusionSpec,
+    policy: DiffusionPolicyTConfig,
+    observations: Float,
+    progress: Callable[[int], object] | None = None,
+) -> Float:
+    """Whole normalised chunks (N, horizon, Da) of normalised observations (N, To, Do), noise seeded by row number."""
+    shape = (policy.horizon, policy.action_dim)
+    chunks = []
+    for first in range(0, len(observations), BATCH):
+        part = observations[first : first + BATCH]
+        rows = range(first, first + len(part))
+
+        def ancestral_noise(index: int, rows: range = rows) -> Float:
+            return np.stack([step_noise(CHUNK_SEED, row, index, shape) for row in rows])
+
+        loop = DenoisingLoop(diffusion, *shape, batch=len(part))
+        chunk = loop.run(
+            engine,
+            np.stack([chunk_noise(CHUNK_SEED, row, shape) for row in rows]),
+            engine.timestep_kv(loop.timesteps),
+            engine.observation_kv(part),
+            ancestral_noise,
+        )
+        chunks.append(chunk.copy())
+        if progress is not None:
+            progress(len(part))
+    return np.concatenate(chunks)
+
+
+def quantize_policy(
+    network: DiffusionPolicyT,
+    diffusion: DiffusionSpec,
+    observations: Float,
+    threads: int,
+    progress: Callable[[int], object] | None = None,
+) -> DiffusionPolicyT:
+    """W8A8 copy of ``network``; activation scales from whole denoising runs on ``observations`` (N, To, Do).
+
+    The time tokens of every training time step are observed too, so that any number of denoising steps is covered.
+    """
+    groups = input_groups(network)
+    engine = TorchEngine(network, threads)
+    with observed_inputs(network, groups) as statistics:
+        denoise_chunks(engine, diffusion, network.config, observations, progress)
+        engine.timestep_kv(np.arange(diffusion.train_timesteps))
+    return quantized_copy(network, groups, statistics, LinearBits())

@@ -1,0 +1,25 @@
+"""TensorBoard log of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardLog:
+    """Writes each record of a run as scalars ``train/<name>``."""
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        """Append to the events in ``folder``; what an earlier run logged after ``first_step`` is hidden."""
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+
+    def __call__(self, record: dict[str, float]) -> None:
+        """Write one record; ``step`` is its position."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(f"train/{name}", value, int(record["step"]))
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()

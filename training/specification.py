@@ -1,0 +1,98 @@
+"""What a bundle says about a policy, as far as it follows from training: everything but the exported variants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from dcqfa_ros.bundle.schema import BundleSpec, NormalizerSpec
+from training.config import ConfigError, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyMeaning:
+    """What a network's inputs and outputs mean, and where its weights come from."""
+
+    config: TrainConfig
+    shapes: Mapping[str, tuple[int, ...]]  # per observation key, one time step, in concatenation order
+    observation_norms: Mapping[str, NormalizerSpec]
+    action_norm: NormalizerSpec
+    train_episodes: int
+    step: int  # optimizer steps behind the weights
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of :class:`BundleSpec` as a JSON-ready document, without ``variants`` and ``default_variant``."""
+        config, data = self.config, self.config.data
+        return {
+            "schema_version": 1,
+            "name": config.name,
+            "task": config.task,
+            "backbone": "diffusion_policy_t",
+            "license": config.license,
+            "observations": {key: self._observation(key) for key in data.observations},
+            "action": {
+                **data.action.model_dump(mode="json", exclude={"array", "columns"}),
+                "rate_hz": data.rate_hz,
+                "horizon": config.policy.horizon,
+                "first_executed": config.policy.observation_horizon - 1,
+                "executed": config.executed_actions,
+                "normalizer": self.action_norm.model_dump(mode="json"),
+            },
+            "diffusion": {
+                "train_timesteps": config.diffusion.train_timesteps,
+                "beta_schedule": "squared_cosine",
+                "prediction": "epsilon",
+                "clip_sample": config.diffusion.clip_sample,
+                "sampler": config.diffusion.sampler,
+                "steps": config.diffusion.steps,
+            },
+            "training": {
+                "data": Path(data.path).name,
+                "episodes": self.train_episodes,
+                "split": f"validation ratio {data.validation_ratio}, seed {data.split_seed}",
+                "steps": max(1, self.step),
+                "batch": config.run.batch,
+                "seed": config.run.seed,
+                "command": f"dcqfa train --config config/training/{config.name}.yaml --data {Path(data.path).name} "
+                f"--steps {config.run.steps}",
+            },
+        }
+
+    def _observation(self, key: str) -> dict[str, Any]:
+        source = self.config.data.observations[key]
+        return {
+            "type": "low_dim",
+            "shape": list(self.shapes[key]),
+            "dtype": "float32",
+            "units": source.units,
+            "frame": source.frame,
+            "history": self.config.policy.observation_horizon,
+            "rate_hz": self.config.data.rate_hz,
+            "max_age_ms": source.max_age_ms,
+            "normalizer": self.observation_norms[key].model_dump(mode="json"),
+        }
+
+    def specification(self) -> BundleSpec:
+        """The validated specification of a policy that has no exported variant yet.
+
+        It runs the policy on the training-side engine and finds, before training, what a bundle would refuse after it.
+
+        Raises:
+            ConfigError: the training configuration does not describe a policy that a bundle can hold.
+        """
+        values: dict[str, Any] = {}
+        for name, document in self.fields().items():
+            adapter: TypeAdapter[Any] = TypeAdapter(BundleSpec.model_fields[name].rebuild_annotation())
+            try:
+                values[name] = adapter.validate_json(json.dumps(document), strict=True)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join([name, *(str(part) for part in first["loc"])])
+                raise ConfigError(f"training configuration {self.config.name!r}: {where}: {first['msg']}") from error
+        # A bundle on disk holds at least one variant; everything else is validated above.
+        return BundleSpec.model_construct(**values, default_variant="checkpoint", variants=())
