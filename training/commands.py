@@ -92,7 +92,6 @@ def eval(subparsers: Any) -> None:  # noqa: A001 (the command is called eval)
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--threads", type=int, help="inference threads (default: every core; 1 for a checkpoint)")
-    parser.add_argument("--workers", type=int, help="processes that step the worlds (default: every core)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_evaluate)
 
@@ -101,7 +100,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from training.evaluate import evaluate as run
     from training.evaluate import is_checkpoint
 
-    for option in ("seeds", "steps", "threads", "workers"):
+    for option in ("seeds", "steps", "threads"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ArgumentError(f"--{option}: expected at least 1, got {value}")
@@ -114,7 +113,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         range(args.first_seed, args.first_seed + args.seeds),
         steps=args.steps,
         threads=args.threads or (1 if is_checkpoint(args.policy) else cores),
-        workers=args.workers or cores,
     )
     if args.json:
         print(json.dumps(result))
@@ -157,19 +155,28 @@ def export(subparsers: Any) -> None:
         metavar="VARIANT=FILE",
         help="record an evaluation (output of `dcqfa eval --json`) with a variant; may be repeated",
     )
+    parser.add_argument(
+        "--latency",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="record measured latencies (output of `dcqfa bench engine --json`); may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print sizes and parity as JSON")
     parser.set_defaults(func=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
     from training.export.bundle import ExportOptions, export_bundle
-    from training.export.quality import read_quality
+    from training.export.records import read_latency, read_quality
 
     options = ExportOptions(
         variants=tuple(name.strip() for name in args.variants.split(",")),
         calibration=args.calibration,
         data=args.data,
         quality=read_quality(args.quality),
+        latency=read_latency(args.latency),
     )
     spec = export_bundle(args.checkpoint, args.out, options)
     rows: list[dict[str, Any]] = [

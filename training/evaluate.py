@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,9 +59,7 @@ class Scores:
     steps: tuple[int, ...]
 
 
-def roll_out(
-    policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None = None, workers: int = 1
-) -> Scores:
+def roll_out(policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None = None) -> Scores:
     """Run one episode per seed, all together, and return their scores.
 
     Args:
@@ -69,25 +67,22 @@ def roll_out(
         seeds: legacy start seeds.
         history: observations per policy call.
         steps: denoising steps; None for the bundle's own.
-        workers: processes that step the worlds.
     """
-    with closing(PushTWorlds(seeds, history, workers)) as worlds:
-        states = worlds.reset()
-        active = list(range(len(seeds)))
-        chunk = 0
-        with tqdm(total=len(seeds) * EPISODE_STEPS, desc="eval", unit="step", mininterval=1.0) as bar:
-            while active:
-                observation = {
-                    key: np.stack([states[index].history[key] for index in active]) for key in states[0].history
-                }
-                actions = policy.predict(observation, [seeds[i] for i in active], [chunk] * len(active), steps=steps)
-                before = {index: states[index].steps for index in active}
-                for index, state in worlds.step(dict(zip(active, actions, strict=True))).items():
-                    states[index] = state
-                    bar.update((EPISODE_STEPS if state.done else state.steps) - before[index])
-                active = [index for index in active if not states[index].done]
-                bar.set_postfix(score=f"{np.mean([state.score for state in states]):.3f}", active=len(active))
-                chunk += 1
+    worlds = PushTWorlds(seeds, history)
+    states = worlds.reset()
+    active = list(range(len(seeds)))
+    chunk = 0
+    with tqdm(total=len(seeds) * EPISODE_STEPS, desc="eval", unit="step", mininterval=1.0) as bar:
+        while active:
+            observation = {key: np.stack([states[index].history[key] for index in active]) for key in states[0].history}
+            actions = policy.predict(observation, [seeds[i] for i in active], [chunk] * len(active), steps=steps)
+            for index, executed in zip(active, actions, strict=True):
+                before = states[index].steps
+                states[index] = worlds.step(index, executed)
+                bar.update((EPISODE_STEPS if states[index].done else states[index].steps) - before)
+            active = [index for index in active if not states[index].done]
+            bar.set_postfix(score=f"{np.mean([state.score for state in states]):.3f}", active=len(active))
+            chunk += 1
     return Scores(tuple(seeds), tuple(state.score for state in states), tuple(state.steps for state in states))
 
 
@@ -138,7 +133,6 @@ def evaluate(
     seeds: Sequence[int],
     steps: int | None = None,
     threads: int = 1,
-    workers: int = 1,
 ) -> dict[str, Any]:
     """Evaluate a bundle's variant or a checkpoint on the given seeds.
 
@@ -159,7 +153,7 @@ def evaluate(
                 f"the Push-T cell offers {', '.join(sorted(expected))}"
             )
         history = next(iter(spec.observations.values())).history
-        result = roll_out(policy, seeds, history, steps, workers)
+        result = roll_out(policy, seeds, history, steps)
     interval = mean_interval(result.scores)
     return {
         "policy": spec.name,

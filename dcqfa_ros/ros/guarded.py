@@ -19,6 +19,7 @@ from rclpy.parameter import Parameter
 
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.ros.diagnostics import EVENT, Level, Status, to_message
+from dcqfa_ros.ros.discovery import discovery_profile
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.parameters import Apply, ParameterRules, Validate
 from dcqfa_ros.ros.qos import RELIABILITIES, profile, qos
@@ -39,7 +40,8 @@ class GuardedNode(LifecycleNode):
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         """Create the node without any parameter, topic or service of its own except ``diagnostics``."""
-        super().__init__(name, **kwargs)
+        with discovery_profile():
+            super().__init__(name, **kwargs)
         self.__thread = threading.get_ident()
         self.__inbox: deque[Callable[[], None]] = deque()
         self.__closed = False

@@ -21,9 +21,11 @@ from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
 from rclpy.executors import ExternalShutdownException, ShutdownException, SingleThreadedExecutor
 from rclpy.parameter import Parameter
+from rclpy.utilities import try_shutdown
 from std_srvs.srv import Trigger
 
 from dcqfa_ros.ros.diagnostics import Report, from_message
+from dcqfa_ros.ros.discovery import discovery_profile
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.isolation import isolated_environment
 from dcqfa_ros.ros.qos import qos
@@ -93,7 +95,7 @@ class Graph:
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dcqfa_graph_")))
         self.env = isolation.env
         self.context = Context()
-        with _environment(self.env):
+        with _environment(self.env), discovery_profile():
             rclpy.init(context=self.context, domain_id=isolation.domain)
             self.node = rclpy.create_node("probe", context=self.context, namespace=self._namespace)
         self._executor = SingleThreadedExecutor(context=self.context)
@@ -113,7 +115,7 @@ class Graph:
         self._executor.shutdown()
         self._thread.join()
         self.node.destroy_node()
-        rclpy.try_shutdown(context=self.context)
+        try_shutdown(context=self.context)
         self._stack.close()
 
     def _spin(self) -> None:
@@ -141,6 +143,15 @@ class Graph:
         return self.spawn(sys.executable, *run, *arguments)
 
     # Looking ---------------------------------------------------------------------------------------------------------
+
+    def wait_graph(self, state: str, manager: str = "lifecycle_manager_node", timeout: float = TIMEOUT_S) -> None:
+        """Wait until the lifecycle manager's latest report says that the graph is in ``state``."""
+
+        def there() -> bool:
+            reports = [r.status for r in list(self.reports) if r.node == manager and r.status.name == "graph"]
+            return bool(reports) and reports[-1].message == state
+
+        wait_until(there, f"graph {state}", timeout)
 
     def wait_for(self, node: str, name: str, text: str = "", timeout: float = TIMEOUT_S, **values: str) -> Report:
         """Return the first report of ``node`` called ``name`` whose message holds ``text`` and which has ``values``."""

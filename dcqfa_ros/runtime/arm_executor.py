@@ -285,10 +285,10 @@ class ArmExecutor:
     def _finish_episode(self) -> None:
         now = self._now
         assert now is not None
-        if now.done:
+        if now.score >= 1.0 and now.done:
             self.disarm(Stop(StopCode.SUCCESS, f"the cell's goal was reached in {now.step} steps"))
-        elif now.step >= self.settings.max_steps:
-            self.disarm(Stop(StopCode.STEP_LIMIT, f"{self.settings.max_steps} steps done"))
+        elif now.done or now.step >= self.settings.max_steps:
+            self.disarm(Stop(StopCode.STEP_LIMIT, f"{now.step} steps done, the episode's limit"))
 
     def _publishable(self, now_ns: int, *, advanced: bool, starved: bool) -> Tick:
         now, stamp = self._now, self.stamp_ns

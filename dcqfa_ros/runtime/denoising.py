@@ -110,8 +110,7 @@ class DenoisingLoop:
         np.multiply(x, c.from_sample[index], out=clean)
         np.multiply(eps, c.from_noise[index], out=scratch)
         np.add(clean, scratch, out=clean)
-        # Not np.clip: its Python wrapper costs more than the two ufuncs. Both let NaN through, to be refused at the
-        # end.
+        # Not np.clip: its wrapper costs more than the two ufuncs. Both let NaN through, to be refused at the end.
         np.minimum(clean, self._clip, out=clean)
         np.maximum(clean, -self._clip, out=clean)
         np.multiply(x if self._ancestral else eps, c.to_direction[index], out=scratch)

@@ -81,13 +81,15 @@ class SimulatedPlanarArm:
         return self._take_observation()
 
     def observe(self) -> ArmObservation:
-        """Return the observation of the present state; the world does not advance.
+        """Return the observation of the present state; the world does not advance, but cameras see that it lives.
 
         Raises:
             DriverError: not connected.
         """
-        self._connected()
+        world = self._connected()
         assert self._observation is not None  # connect() has taken one
+        if self._writer is not None:
+            self._writer.write(world.state, self._target)
         return self._observation
 
     def step(self, action: ArrayLike) -> ArmObservation:

@@ -47,16 +47,12 @@ def transitions(graph: Graph) -> list[tuple[str, str]]:
     return [entry for entry in seen if entry[1] != "unconfigured"]
 
 
-def wait_state(graph: Graph, state: str) -> None:
-    graph.wait_for(MANAGER, "graph", state)
-
-
 def test_nodes_come_up_in_order_and_go_down_in_reverse(graph: Graph) -> None:
     toys(graph, "c", "a", "b")
     for name in ("a", "b", "c"):
         graph.wait_for(name, "lifecycle", state="unconfigured")
     manager = manage(graph, "a", "b", "c")
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
     manager.send(signal.SIGINT)
     assert manager.wait(5.0) == 0
     wait_until(lambda: len(transitions(graph)) >= 9, "all transitions")
@@ -69,7 +65,7 @@ def test_nodes_come_up_in_order_and_go_down_in_reverse(graph: Graph) -> None:
 def test_without_autostart_an_operator_brings_the_graph_up_and_down(graph: Graph) -> None:
     toys(graph, "a")
     manage(graph, "a", autostart=False)
-    wait_state(graph, "inactive")
+    graph.wait_graph("inactive")
     assert graph.state("a") == "unconfigured"
     assert graph.trigger(f"{MANAGER}/activate").success
     wait_until(lambda: graph.state("a") == "active", "activation")
@@ -99,52 +95,52 @@ def test_an_optional_node_that_refuses_does_not_keep_the_graph_down(graph: Graph
     toys(graph, "extra", fail_in="setup")
     manage(graph, "extra", "a", optional_names="[extra]")
     graph.wait_for(MANAGER, "event", "extra refused to configure")
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
     assert graph.state("a") == "active"
 
 
 def test_a_lost_node_means_a_safe_stop_and_its_successor_brings_the_graph_back(graph: Graph) -> None:
     nodes = toys(graph, "a", "b")
     manage(graph, "a", "b")
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
     nodes["b"].process.kill()
     graph.wait_for(MANAGER, "event", "safe stop: b is lost: no sign of life")
     wait_until(lambda: graph.state("a") == "inactive", "deactivation of the other node")
     graph.reports.clear()
     toys(graph, "b")
     graph.wait_for(MANAGER, "event", "b is back")
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
     assert graph.state("a") == "active"
 
 
 def test_a_frozen_node_counts_as_lost_and_comes_back_when_it_thaws(graph: Graph) -> None:
     nodes = toys(graph, "a", "b")
     manage(graph, "a", "b")
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
     nodes["a"].send(signal.SIGSTOP)
     graph.wait_for(MANAGER, "event", "safe stop: a is lost")
     graph.reports.clear()
     nodes["a"].send(signal.SIGCONT)
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
 
 
 def test_a_node_that_stops_itself_means_a_safe_stop_until_an_operator_activates(graph: Graph) -> None:
     toys(graph, "a", "b")
     manage(graph, "a", "b")
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
     graph.publish("active_variant", String(data="x"))  # both toys' callbacks raise on it
     graph.wait_for(MANAGER, "event", "safe stop: a stopped itself: RuntimeError: callback broke on x")
     time.sleep(1.0)
     assert graph.state("a") == graph.state("b") == "inactive"
     graph.reports.clear()
     assert graph.trigger(f"{MANAGER}/activate").success
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
 
 
 def test_a_node_deactivated_by_hand_is_left_alone(graph: Graph) -> None:
     toys(graph, "a", "b")
     manage(graph, "a", "b")
-    graph.wait_for(MANAGER, "event", "graph active")
+    graph.wait_graph("active")
     assert graph.change("b", Transition.TRANSITION_DEACTIVATE)
     graph.wait_for(MANAGER, "event", "b was deactivated from outside")
     time.sleep(1.0)

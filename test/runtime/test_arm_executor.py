@@ -39,7 +39,7 @@ class RecordingArm:
 
     def _set(self, step: int) -> ArmObservation:
         zero = np.zeros(2, np.float32)
-        self.seen = ArmObservation(0, step, zero, np.zeros((9, 2), np.float32), zero, 0.5, 0.5, step >= self.done_at)
+        self.seen = ArmObservation(0, step, zero, np.zeros((9, 2), np.float32), zero, 0.5, float(step >= self.done_at), step >= self.done_at)
         return self.seen
 
     def connect(self) -> None:

@@ -21,7 +21,7 @@ from training.export.calibration import quantize_policy, training_observations
 from training.export.diffusion_policy_t import export_graphs
 from training.export.executed import integer_weights
 from training.export.graph import LinearWeights, concatenate
-from training.export.quality import QualityError, read_quality
+from training.export.records import RecordError, read_latency, read_quality
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.quant.linear import LinearBits, QuantizedLinear
 from training.torch_engine import TorchEngine
@@ -196,11 +196,19 @@ def evaluation(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def test_an_evaluation_is_recorded_with_its_variant(trained_run: Path, tmp_path: Path) -> None:
+def test_evaluations_and_latencies_are_recorded_with_their_variant(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(evaluation()))
     quality = read_quality([f"fp32={tmp_path / 'eval.json'}"])
-    spec = export_bundle(trained_run, tmp_path / "policy", ExportOptions(variants=("fp32",), quality=quality))
+    row = {"engine": "onnxruntime", "variant": "fp32", "threads": 1, "steps": 16, "p50_ms": 20.0, "p99_ms": 25.0}
+    bench = {"bundle": "tiny", "device": "a computer", "versions": {"onnxruntime": "1.31.1"}}
+    bench["rows"] = [row, row | {"engine": "torch_eager"}]
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    latency = read_latency([tmp_path / "bench.json"])
+    options = ExportOptions(variants=("fp32",), quality=quality, latency=latency)
+    spec = export_bundle(trained_run, tmp_path / "policy", options)
     (record,) = spec.variants[0].quality
+    assert spec.variants[0].latency == latency["fp32"]
+    assert (latency["fp32"][0].p50_ms, latency["fp32"][0].runtime) == (20.0, "onnxruntime 1.31.1")
     assert (record.mean, record.seeds, record.first_seed) == (0.9, 2, 100)
     assert record.command == "dcqfa eval tiny --variant fp32 --seeds 2 --first-seed 100 --steps 16"
 
@@ -218,9 +226,11 @@ def test_an_evaluation_is_recorded_with_its_variant(trained_run: Path, tmp_path:
 )
 def test_what_is_no_evaluation_of_that_variant_is_refused_by_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "eval.json").write_text(text)
-    with pytest.raises(QualityError, match=r"eval\.json"):
+    with pytest.raises(RecordError, match=r"eval\.json"):
         read_quality([f"fp32={tmp_path / 'eval.json'}"])
-    with pytest.raises(QualityError, match="VARIANT=FILE"):
+    with pytest.raises(RecordError, match=r"eval\.json"):
+        read_latency([tmp_path / "eval.json"])
+    with pytest.raises(RecordError, match="VARIANT=FILE"):
         read_quality(["fp32"])
 
 

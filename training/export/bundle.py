@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dcqfa_ros.bundle.schema import BundleSpec, DiffusionSpec, QualityRecord
+from dcqfa_ros.bundle.schema import BundleSpec, DiffusionSpec, LatencyRecord, QualityRecord
 from dcqfa_ros.bundle.write import file_spec, write_bundle
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
@@ -52,6 +52,7 @@ class ExportOptions:
         calibration: observations that activation scales are found on.
         data: path of the demonstrations; None for the one the run used.
         quality: evaluations to record per variant.
+        latency: measured latencies to record per variant; those of variants that are not exported are left out.
         threads: PyTorch threads.
     """
 
@@ -59,6 +60,7 @@ class ExportOptions:
     calibration: int = 256
     data: str | None = None
     quality: Mapping[str, tuple[QualityRecord, ...]] = field(default_factory=dict)
+    latency: Mapping[str, tuple[LatencyRecord, ...]] = field(default_factory=dict)
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -120,6 +122,7 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
                     "paper_bytes": _paper_bytes(network, layers),
                     "disk_bytes": sum(len(data) for data in graphs.values()),
                 },
+                "latency": [record.model_dump(mode="json") for record in options.latency.get(name, ())],
                 "quality": [record.model_dump(mode="json") for record in options.quality.get(name, ())],
                 "parity": _parity(name, graphs, diffusion, network, parity_inputs, reference),
             }
