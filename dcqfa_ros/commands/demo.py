@@ -18,18 +18,24 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="run Push-T trials through the ROS 2 graph and write a report",
-        description="Bring up the whole graph on a free ROS domain of this host, run one trial in real time and some in "
-        "lockstep, write records and an HTML report, and come down again. Needs no robot, GPU or ROS installation.",
+        description="Bring up the whole graph on a free ROS domain of this host, run one trial in real time and some "
+        "in lockstep, write records and an HTML report, and come down again. Needs no robot, GPU or ROS installation.",
         epilog="example: dcqfa demo --lockstep 4 --out out/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--bundle", default="pusht_keypoints", help="policy: name or folder (default: %(default)s)")
-    parser.add_argument("--variant", default="auto", help="variant, or auto: the selector's choice (default: %(default)s)")
+    parser.add_argument(
+        "--variant", default="auto", help="variant, or auto: the selector's choice (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="seed of the first trial (default: %(default)s)")
     parser.add_argument("--realtime", type=int, default=1, help="trials in real time (default: %(default)s)")
     parser.add_argument("--lockstep", type=int, default=4, help="trials in lockstep (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print summary.json instead of the table; node output to stderr")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print summary.json instead of the table; node output to stderr"
+    )
     parser.set_defaults(func=_demo)
 
 

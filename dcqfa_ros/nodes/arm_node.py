@@ -1,7 +1,7 @@
 """arm_node: executes time-stamped chunks from its own buffer on the planar arm of the simulated cell.
 
-The node converts messages; chunk merging, limits, lease and deadman are ``dcqfa_ros.runtime.arm_executor``. The arm starts
-disarmed and stays so until an operator (or the trial node) calls ``~/arm``.
+The node converts messages; chunk merging, limits, lease and deadman are ``dcqfa_ros.runtime.arm_executor``. The arm
+starts disarmed and stays so until an operator (or the trial node) calls ``~/arm``.
 """
 
 from __future__ import annotations
@@ -166,8 +166,15 @@ class ArmNode(ManagedNode):
         ticker.wait(self._halt)
         if self._halt.is_set():
             return
-        self._publish(self._core.tick(time.monotonic_ns()))
+        self._control_period()
         ticker.done()
+
+    def _control_period(self) -> None:
+        core = self._core
+        was_armed = core.armed
+        self._publish(core.tick(time.monotonic_ns()))
+        if was_armed and not core.armed:
+            self._after_stop()
 
     def _lockstep(self) -> None:
         """Advance the cell only on a command that carries its observation's stamp."""
@@ -179,7 +186,7 @@ class ArmNode(ManagedNode):
             if time.monotonic() - waited_from > limit:
                 self._disarm(Stop(StopCode.COMMAND_TIMEOUT, f"lockstep: no usable command for {limit:g} s"))
                 return
-        self._publish(core.tick(time.monotonic_ns()))
+        self._control_period()
         self._ticker_restart()
 
     def _ticker_restart(self) -> None:
@@ -195,8 +202,6 @@ class ArmNode(ManagedNode):
             self._clock_publisher.publish(Clock(clock=to_time(stamp)))
         if tick.advanced:
             self._publish_judgement(tick)
-        if tick.advanced and not self._core.armed:
-            self._after_stop()
 
     def _publish_judgement(self, tick: Tick) -> None:
         o, core = tick.observation, self._core

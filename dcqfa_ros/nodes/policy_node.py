@@ -1,11 +1,12 @@
 """policy_node: observations in, one time-stamped action chunk out, the variant exchangeable while it runs.
 
-The node follows the arm: an arming begins an episode (history and chunk count start anew), a disarming ends it. Inference
-runs on its own thread; the engine lives in a worker process, so this process never imports one.
+The node follows the arm: an arming begins an episode (history and chunk count start anew), a disarming ends it.
+Inference runs on its own thread; the engine lives in a worker process, so this process never imports one.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -20,8 +21,8 @@ from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.bundle.schema import ActionSpace
 from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.ros.conversions import MessageError, from_time, observation_array, planar_chunk_message, status_values
-from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.diagnostics import Status
+from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode, run_node
 from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
 from dcqfa_ros.runtime.synchronizer import Frame, ObservationSynchronizer, stack_history
@@ -43,9 +44,20 @@ class PolicyNode(ManagedNode):
         add("bundle", "pusht_keypoints", "bundle: a name or a folder", read_only=True)
         add("variant", AUTO, "variant to run, or auto: the selector's choice")
         add("denoising_steps", 0, "denoising steps per chunk; 0: the bundle's own", minimum=0)
-        add("control_rate", 0.0, "rate at which actions are executed, Hz; 0: the bundle's own", minimum=0.0, read_only=True)
+        add(
+            "control_rate",
+            0.0,
+            "rate at which actions are executed, Hz; 0: the bundle's own",
+            minimum=0.0,
+            read_only=True,
+        )
         add("noise_seed", -1, "seed of the policy's noise; -1: the cell's seed", minimum=-1)
-        add("rate", "realtime", "pace of the cell; in lockstep (max) observations do not age", choices=("realtime", "max"))
+        add(
+            "rate",
+            "realtime",
+            "pace of the cell; in lockstep (max) observations do not age",
+            choices=("realtime", "max"),
+        )
         add("engine_threads", 1, "threads of the engine", minimum=1, maximum=64, read_only=True)
         add("selector_timeout_s", 5.0, "auto: wait this long for the selector, seconds", minimum=0.1)
         add("sync_tolerance_ms", 0.0, "stamps of one time step may differ by this much, ms", minimum=0.0)
@@ -102,14 +114,18 @@ class PolicyNode(ManagedNode):
         bundle = load_bundle(find_bundle(str(self.parameter("bundle"))))
         action = bundle.spec.action
         if action.space is not ActionSpace.PLANAR_POSITION:
-            raise PolicyError(f"bundle {bundle.spec.name!r}: action space {action.space.value} has no arm in this version")
+            raise PolicyError(
+                f"bundle {bundle.spec.name!r}: action space {action.space.value} has no arm in this version"
+            )
         wanted = str(self.parameter("variant"))
-        if wanted != AUTO and wanted not in {v.name for v in bundle.spec.variants}:
-            bundle.spec.variant(wanted)
+        names = [v.name for v in bundle.spec.variants]
+        if wanted not in (AUTO, *names):
+            raise PolicyError(f"parameter variant is {wanted!r}; the bundle has {', '.join(names)}, and {AUTO}")
         rate = float(self.parameter("control_rate")) or action.rate_hz
         if abs(rate - action.rate_hz) > 1e-6:
             raise PolicyError(
-                f"parameter control_rate is {rate:g} Hz but bundle {bundle.spec.name!r} was trained at {action.rate_hz:g} Hz"
+                f"parameter control_rate is {rate:g} Hz, "
+                f"but bundle {bundle.spec.name!r} was trained at {action.rate_hz:g} Hz"
             )
         sources = self._sources(bundle)
         self._period_ns = round(1e9 / rate)
@@ -123,7 +139,7 @@ class PolicyNode(ManagedNode):
         self._active_publisher = self.create_interface_publisher("active_variant")
         self._publish_active()
         for key, source in sources.items():
-            self.create_guarded_subscription(source, lambda message, key=key: self._on_observation(key, message))
+            self.create_guarded_subscription(source, functools.partial(self._on_observation, key))
         self.create_guarded_subscription("choice", self._on_choice)
         self.create_guarded_subscription("arm_state", self._on_arm_state)
         self.create_guarded_service("policy_reset", self._on_reset)
@@ -136,10 +152,13 @@ class PolicyNode(ManagedNode):
         for key, spec in bundle.spec.observations.items():
             if key not in given:
                 raise PolicyError(
-                    f"bundle {bundle.spec.name!r} needs observation {key!r}: name its topic in parameter observation_sources"
+                    f"bundle {bundle.spec.name!r} needs observation {key!r}: "
+                    "name its topic in parameter observation_sources"
                 )
             if spec.type != "low_dim":
-                raise PolicyError(f"observation {key!r} is of type {spec.type}; this version reads low_dim observations")
+                raise PolicyError(
+                    f"observation {key!r} is of type {spec.type}; this version reads low_dim observations"
+                )
             try:
                 interface(given[key])
             except KeyError as error:
@@ -147,7 +166,7 @@ class PolicyNode(ManagedNode):
         return {key: given[key] for key in bundle.spec.observations}
 
     def start(self) -> None:
-        """Begin to infer; in ``auto`` the selector's choice is awaited for a while, then the bundle's default is used."""
+        """Begin to infer; in ``auto`` the selector's choice is awaited for a while, then the default is used."""
         self._halt.clear()
         self._problem = ""
         if self._host is not None and not self._host.active:
@@ -167,7 +186,7 @@ class PolicyNode(ManagedNode):
             self.event(1, f"no choice from the selector: using the default variant {self._spec.default_variant!r}")
             self._want(self._spec.default_variant)
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:  # noqa: ARG002 - the base class publishes the reason
         """Publish no further chunk and end the inference thread."""
         self._halt.set()
         if self._sync is not None:
@@ -288,20 +307,22 @@ class PolicyNode(ManagedNode):
                 running, due, chunk = episode, episode[1], 0
             assert self._sync is not None
             frames = self._sync.wait_for(due, WAIT_S)
-            if frames is None or not self._fresh(frames[-1]):
+            if not self._fresh() or frames is None:
                 continue
             if self._infer(episode, frames, chunk):
                 due = frames[-1].stamp_ns + self._spec.action.executed * self._period_ns - self._period_ns // 2
                 chunk += 1
 
-    def _fresh(self, frame: Frame) -> bool:
+    def _fresh(self) -> bool:
         if self.parameter("rate") == "max":
             return True  # the cell waits for the command: nothing ages
         assert self._sync is not None
-        age = (time.monotonic_ns() - frame.arrival_ns) / 1e6
+        ages = self._sync.ages_ms(time.monotonic_ns())
         for key, spec in self._sync.specs.items():
-            if age > spec.max_age_ms:
-                self._halt_episode(f"observation {key!r} is {age:.0f} ms old, its limit is {spec.max_age_ms:.0f} ms")
+            age = ages[key]
+            if age is None or age > spec.max_age_ms:
+                held = "has not come yet" if age is None else f"is {age:.0f} ms old"
+                self._halt_episode(f"observation {key!r} {held}, its limit is {spec.max_age_ms:.0f} ms")
                 return False
         return True
 
@@ -327,7 +348,9 @@ class PolicyNode(ManagedNode):
             if self._episode != episode or self._halt.is_set():
                 return False  # the arm was disarmed meanwhile: no command after a stop
             self._chunk_publisher.publish(
-                planar_chunk_message(frames[-1].stamp_ns, self._spec.action.frame, actions, self._period_ns, self._units)
+                planar_chunk_message(
+                    frames[-1].stamp_ns, self._spec.action.frame, actions, self._period_ns, self._units
+                )
             )
             self._chunks += 1
         return True

@@ -1,7 +1,7 @@
 """trial_node: runs planned trials of the cell's task through the graph, judged by the cell, and writes the records.
 
-The node acts as the operator: per trial it sets the cell's seed and pace, resets the cell, arms the arm, and waits until the
-arm is disarmed. After the last trial it ends the run (exit code 0, or 3 when a trial did not end normally).
+The node acts as the operator: per trial it sets the cell's seed and pace, resets the cell, arms the arm, and waits until
+the arm is disarmed. After the last trial it ends the run (exit code 0, or 3 when a trial ended by a fault).
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ class TrialNode(ManagedNode):
                 reason = "" if record.stop_reason in NORMAL_STOPS else f" ({collector.stop_reason})"
                 self.event(
                     0 if not reason else 2,
-                    f"{self._progress}: score {record.score:.3f} after {record.steps} steps, {record.stop_reason}{reason}",
+                    f"{self._progress}: score {record.score:.3f} after {record.steps} steps, "
+                    f"{record.stop_reason}{reason}",
                     seed=record.seed,
                     score=record.score,
                 )
@@ -206,7 +207,9 @@ class TrialNode(ManagedNode):
     def _await_ready(self) -> None:
         self._progress = "waiting for the graph"
         clients = [*self._triggers.values(), *self._setters.values()]
-        self._await("arm and policy nodes did not come up", lambda: all(c.service_is_ready() for c in clients), READY_TIMEOUT_S)
+        self._await(
+            "arm and policy nodes did not come up", lambda: all(c.service_is_ready() for c in clients), READY_TIMEOUT_S
+        )
         self._await("no variant was loaded", lambda: bool(self._variant) and bool(self._arm), READY_TIMEOUT_S)
 
     def _run_trial(self, planned: PlannedTrial) -> tuple[TrialRecord, TrialCollector]:
@@ -257,7 +260,9 @@ class TrialNode(ManagedNode):
         while not answered.wait(POLL_S):
             if self._halt.is_set() or time.monotonic() > deadline:
                 client.remove_pending_request(future)
-                raise TrialError("stopped" if self._halt.is_set() else f"{name} did not answer within {CALL_TIMEOUT_S:g} s")
+                raise TrialError(
+                    "stopped" if self._halt.is_set() else f"{name} did not answer within {CALL_TIMEOUT_S:g} s"
+                )
         return future.result()
 
     def status(self) -> list[Status]:

@@ -7,13 +7,14 @@ simulated table) converts between them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import Pose, PoseArray, PoseStamped, Transform
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
 
@@ -40,15 +41,16 @@ def to_duration(duration_ns: int) -> Duration:
     return Duration(sec=duration_ns // NS, nanosec=duration_ns % NS)
 
 
-def planar_pose(xy: Sequence[float], units_per_metre: float) -> Pose:
+def planar_pose(xy: ArrayLike, units_per_metre: float) -> Pose:
     """A pose at (x, y) on the table, identity orientation."""
+    x, y = np.asarray(xy, dtype=np.float64)
     pose = Pose()
-    pose.position.x, pose.position.y = float(xy[0]) / units_per_metre, float(xy[1]) / units_per_metre
+    pose.position.x, pose.position.y = float(x) / units_per_metre, float(y) / units_per_metre
     pose.orientation.w = 1.0
     return pose
 
 
-def planar_pose_message(stamp_ns: int, frame: str, xy: Sequence[float], units_per_metre: float) -> PoseStamped:
+def planar_pose_message(stamp_ns: int, frame: str, xy: ArrayLike, units_per_metre: float) -> PoseStamped:
     """Tool position (2,) in bundle units as ``PoseStamped`` in metres."""
     message = PoseStamped()
     message.header.stamp, message.header.frame_id = to_time(stamp_ns), frame
@@ -64,11 +66,11 @@ def points_message(stamp_ns: int, frame: str, points: NDArray[np.floating], unit
     return message
 
 
-def joint_state_message(stamp_ns: int, names: Sequence[str], positions: Sequence[float]) -> JointState:
+def joint_state_message(stamp_ns: int, names: Sequence[str], positions: ArrayLike) -> JointState:
     """Joint positions in metres or radians."""
     message = JointState()
     message.header.stamp = to_time(stamp_ns)
-    message.name, message.position = list(names), [float(p) for p in positions]
+    message.name, message.position = list(names), np.asarray(positions, dtype=np.float64).tolist()
     return message
 
 
@@ -76,8 +78,8 @@ def observation_array(message: Any, shape: tuple[int, ...], units_per_metre: flo
     """Value of a low-dimensional observation message in bundle units.
 
     Args:
-        message: ``PoseStamped`` for shape (2,) or (3,) positions, ``PoseArray`` for (N, 2) or (N, 3) points, ``JointState``
-            for (N,) joint positions.
+        message: ``PoseStamped`` for shape (2,) or (3,) positions, ``PoseArray`` for (N, 2) or (N, 3) points,
+            ``JointState`` for (N,) joint positions.
         shape: the bundle's shape of the key.
         units_per_metre: scale from metres (1.0 for radians).
 
@@ -116,7 +118,9 @@ def planar_chunk_message(
     return message
 
 
-def planar_chunk_actions(message: MultiDOFJointTrajectory, frame: str, units_per_metre: float) -> tuple[NDArray[np.float64], int]:
+def planar_chunk_actions(
+    message: MultiDOFJointTrajectory, frame: str, units_per_metre: float
+) -> tuple[NDArray[np.float64], int]:
     """Actions (n, 2) in bundle units and the action period in nanoseconds (0 for a single action).
 
     Raises:
@@ -131,7 +135,7 @@ def planar_chunk_actions(message: MultiDOFJointTrajectory, frame: str, units_per
     actions = np.array([(p.transforms[0].translation.x, p.transforms[0].translation.y) for p in message.points])
     times = [int(p.time_from_start.sec) * NS + int(p.time_from_start.nanosec) for p in message.points]
     period = times[1] - times[0] if len(times) > 1 else 0
-    if times[0] != 0 or any(b - a != period for a, b in zip(times, times[1:], strict=False)) or (len(times) > 1 and period <= 0):
+    if times[0] != 0 or any(b - a != period for a, b in pairwise(times)) or (len(times) > 1 and period <= 0):
         raise MessageError("chunk time_from_start must begin at 0 and rise evenly")
     return actions * units_per_metre, period
 

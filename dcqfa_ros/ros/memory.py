@@ -14,8 +14,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def tree_memory(root: int | None = None) -> int:
     """Sum of the resident memory of process ``root`` (this one if None) and its descendants, bytes.
 
-    Pages that several processes share count once for each, so this is an upper bound. Processes that end meanwhile count
-    as 0.
+    Pages that several processes share count once for each, so this is an upper bound. Processes that end meanwhile
+    count as 0.
     """
     children: dict[int, list[int]] = {}
     for entry in _PROC.iterdir():
@@ -44,6 +44,7 @@ class MemoryWatch:
     """Keeps the highest sample; ``sample`` is cheap to call often and looks once per ``SAMPLE_PERIOD_S``."""
 
     def __init__(self) -> None:
+        """Begin at zero; nothing is sampled yet."""
         self.peak_bytes = 0
         self._next = 0.0
 

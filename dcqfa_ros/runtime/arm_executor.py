@@ -1,8 +1,8 @@
 """Execution of time-stamped chunks on an arm, without ROS: what ``arm_node`` wraps.
 
-One control period takes one action from the chunk buffer, bounds it, and hands it to the driver. Chunks are merged by the
-number of actions already consumed: a chunk belongs to the observation whose stamp it carries, and the executor knows how
-many actions had been consumed when it published that observation. All methods may be called from any thread.
+One control period takes one action from the chunk buffer, bounds it, and hands it to the driver. Chunks are merged by
+the number of actions already consumed: a chunk belongs to the observation whose stamp it carries, and the executor
+knows how many actions had been consumed when it published that observation. All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class ArmExecutor:
     """Chunk buffer, limits, lease and deadman in front of an arm driver."""
 
     def __init__(self, driver: ArmDriver, limits: BoxLimit, lease: CommandLease, settings: ArmSettings) -> None:
+        """Put limits, lease and deadman in front of ``driver``; nothing is connected yet."""
         self.driver, self.limits, self.lease, self.settings = driver, limits, lease, settings
         self.mode = ArmMode.DISARMED
         self.stop = Stop(StopCode.NEVER_ARMED, "not armed since start")
@@ -254,8 +255,8 @@ class ArmExecutor:
     def tick(self, now_ns: int) -> Tick:
         """Run one control period.
 
-        Disarmed: the observation only. Armed but without any chunk yet: the cell waits. Armed and out of actions: the arm
-        holds, the period counts as starved, and the deadman disarms it after its time-out.
+        Disarmed: the observation only. Armed but without any chunk yet: the cell waits. Armed and out of actions: the
+        arm holds, the period counts as starved, and the deadman disarms it after its time-out.
         """
         with self._condition:
             if not self.armed:

@@ -99,11 +99,11 @@ class ObservationSynchronizer:
         self._condition.notify_all()
 
     def wait_for(self, due_ns: int, timeout_s: float) -> list[Frame] | None:
-        """The history ending at the newest frame of this episode, once one is stamped ``due_ns`` or later.
+        """The history that ends at the newest frame, once one of this episode is stamped ``due_ns`` or later.
 
         Returns:
-            ``history`` frames, oldest first (the episode's first frame repeated where there are fewer), or None when none
-            came within ``timeout_s`` seconds or no episode is under way.
+            ``history`` frames, oldest first (the episode's first frame repeated where there are fewer), or None when
+            none came within ``timeout_s`` seconds or no episode is under way.
         """
         with self._condition:
             if not self._condition.wait_for(lambda: self._ready(due_ns), timeout_s):

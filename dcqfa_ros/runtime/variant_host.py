@@ -100,15 +100,14 @@ class VariantHost:
         worker = EngineWorker(self.bundle.folder, variant, threads=self.threads)
         try:
             worker.start(START_TIMEOUT_S)
-        except Exception as error:  # whatever a runtime raises while loading is a refused exchange, never a crash
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises while loading is a refused exchange, never a crash
             worker.close()
             return SwapResult(swap_id, variant, self._active, False, str(error), _ms(begin))
-        with self._use:  # the chunk boundary: no prediction is under way
-            with self._lock:
-                if self._closed:
-                    old, reason = worker, "the policy is shutting down"
-                else:
-                    old, self._worker, self._active, reason = self._worker, worker, variant, ""
+        with self._use, self._lock:  # the chunk boundary: no prediction is under way
+            old: EngineWorker | None = worker
+            reason = "the policy is shutting down"
+            if not self._closed:
+                old, self._worker, self._active, reason = self._worker, worker, variant, ""
         if old is not None:
             old.close()
         return SwapResult(swap_id, variant, self._active, not reason, reason, _ms(begin))

@@ -39,7 +39,9 @@ class RecordingArm:
 
     def _set(self, step: int) -> ArmObservation:
         zero = np.zeros(2, np.float32)
-        self.seen = ArmObservation(0, step, zero, np.zeros((9, 2), np.float32), zero, 0.5, float(step >= self.done_at), step >= self.done_at)
+        self.seen = ArmObservation(
+            0, step, zero, np.zeros((9, 2), np.float32), zero, 0.5, float(step >= self.done_at), step >= self.done_at
+        )
         return self.seen
 
     def connect(self) -> None:
@@ -65,7 +67,9 @@ class RecordingArm:
 
 def executor(arm: RecordingArm | None = None, **changes) -> ArmExecutor:
     limits = BoxLimit(("x", "y"), (0.0, 0.0), (512.0, 512.0))
-    core = ArmExecutor(arm or RecordingArm(), limits, CommandLease(("policy", "teleop"), "policy"), replace(SETTINGS, **changes))
+    core = ArmExecutor(
+        arm or RecordingArm(), limits, CommandLease(("policy", "teleop"), "policy"), replace(SETTINGS, **changes)
+    )
     core.connect(0)
     return core
 

@@ -63,7 +63,11 @@ def test_an_incomplete_time_step_is_no_frame():
 
 @pytest.mark.parametrize(
     ("key", "value", "text"),
-    [("c", np.zeros(2), "not one of a, b"), ("a", np.zeros(3), "shape"), ("a", np.array([0.0, np.nan]), "nan at index")],
+    [
+        ("c", np.zeros(2), "not one of a, b"),
+        ("a", np.zeros(3), "shape"),
+        ("a", np.array([0.0, np.nan]), "nan at index"),
+    ],
 )
 def test_what_must_not_reach_the_policy_is_refused_by_key(key, value, text):
     sync = ObservationSynchronizer(SPECS)

@@ -10,9 +10,16 @@ from dcqfa_ros.trials.records import TrialMode
 
 def judgement(step: int, coverage: float = 0.5, episode: int = 1, **more: str) -> dict[str, str]:
     return {
-        "episode": str(episode), "step": str(step), "coverage": repr(coverage), "score": repr(min(1.0, coverage / 0.95)),
-        "starved_ticks": "1", "missed_ticks": "2", "state": "1 2 3 4 5", "target": "6 7", **more,
-    }  # fmt: skip
+        "episode": str(episode),
+        "step": str(step),
+        "coverage": repr(coverage),
+        "score": repr(min(1.0, coverage / 0.95)),
+        "starved_ticks": "1",
+        "missed_ticks": "2",
+        "state": "1 2 3 4 5",
+        "target": "6 7",
+        **more,
+    }
 
 
 def collector() -> TrialCollector:

@@ -7,6 +7,7 @@ replay buffer. Readers: ``.npz`` files and zarr replay buffers (directory or zip
 from __future__ import annotations
 
 import zipfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,24 @@ def _read_npz(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
 
 def _read_zarr(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
     import zarr  # only needed for zarr data; listed in requirements/train.txt
+    from zarr.storage import ZipStore
 
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; pass the demonstrations' path with --data")
-    try:
-        group: Any = zarr.open(str(path), mode="r")
-    except Exception as error:  # zarr raises many unrelated types
-        raise DataError(f"{path}: not a readable zarr store ({error})") from error
     arrays = {}
-    for name in names:
+    with ExitStack() as opened:
         try:
-            arrays[name] = np.asarray(group[name][...])
-        except Exception as error:
-            raise DataError(f"{path}: array {name!r} cannot be read ({error!r})") from error
+            store: Any = str(path) if path.is_dir() else ZipStore(str(path), mode="r")
+            group: Any = zarr.open_group(store, mode="r")
+            if not path.is_dir():
+                opened.callback(store.close)  # only now: closing a store that never opened fails
+        except Exception as error:  # zarr raises many unrelated types
+            raise DataError(f"{path}: not a readable zarr folder or zip file ({error})") from error
+        for name in names:
+            try:
+                arrays[name] = np.asarray(group[name][...])
+            except Exception as error:
+                raise DataError(f"{path}: array {name!r} cannot be read ({error!r})") from error
     return arrays
 
 

@@ -1,0 +1,170 @@
+"""The node set, the options, and the launch file made of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dcqfa_ros.bundle.errors import BundleError
+from dcqfa_ros.commands.up import parse_options
+from dcqfa_ros.errors import ConfigNotFoundError
+from dcqfa_ros.ros.bringup import (
+    MANAGER,
+    OPTIONS,
+    BringupError,
+    BringupOptions,
+    TrialOptions,
+    describe,
+    options_from_text,
+)
+from dcqfa_ros.ros.supervisor import _command
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Callable[..., Path]) -> str:
+    return str(tiny_bundle())
+
+
+def test_the_simulated_cell_has_its_nodes_in_order_and_the_manager_knows_them(bundle: str) -> None:
+    nodes = describe(BringupOptions(bundle=bundle))
+    assert [n.name for n in nodes] == ["arm_node", "camera_node", "selector_node", "policy_node", MANAGER]
+    manager = nodes[-1]
+    assert manager.stops_first
+    assert manager.parameters["node_names"] == ["arm_node", "camera_node", "selector_node", "policy_node"]
+    assert manager.parameters["optional_names"] == ["camera_node", "selector_node"]
+
+
+def test_trials_add_a_trial_node(bundle: str, tmp_path: Path) -> None:
+    trials = TrialOptions(("realtime:1", "lockstep:2"), tmp_path)
+    nodes = {n.name: n for n in describe(BringupOptions(bundle=bundle, trials=trials))}
+    assert nodes["trial_node"].parameters["trials"] == ["realtime:1", "lockstep:2"]
+    assert nodes[MANAGER].parameters["node_names"][-1] == "trial_node"
+
+
+def test_every_described_module_exists(bundle: str, tmp_path: Path) -> None:
+    for node in describe(BringupOptions(bundle=bundle, trials=TrialOptions(("lockstep:1",), tmp_path))):
+        assert importlib.util.find_spec(node.module) is not None
+        assert node.name == node.module.rpartition(".")[2]
+
+
+def test_options_reach_the_nodes(bundle: str, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("/**: {ros__parameters: {lost_after_s: 5.0}}\n")
+    options = parse_options([f"bundle:={bundle}", "variant:=w8a8", "rate:=max", "autostart:=false",
+                             f"parameters_file:={own}", "namespace:=cell/a"], restart=True)  # fmt: skip
+    assert options.restart
+    nodes = {n.name: n for n in describe(options)}
+    assert nodes["policy_node"].parameters == {"bundle": bundle, "variant": "w8a8", "rate": "max"}
+    assert nodes["arm_node"].parameters["rate"] == "max"
+    assert nodes[MANAGER].parameters["autostart"] is False
+    assert nodes["arm_node"].parameter_files[-1] == own
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["cell"], "expected name:=value, got 'cell'"),
+        (["cell:=pusht", "cell:=pusht"], "cell:= is given twice"),
+        (["bundel:=x"], "bundel:= is no option; there are bundle, variant"),
+        (["autostart:=yes"], "autostart:= expects true or false, got 'yes'"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(BringupError, match=message):
+        parse_options(texts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cell": "real"}, "cell:=real is not available in this version; there is pusht"),
+        ({"cell": "kitchen"}, "cell:= expects pusht, got 'kitchen'"),
+        ({"rate": "fast"}, "rate:= expects realtime or max"),
+        ({"variant": "int2"}, "bundle tiny has no such variant; there are fp32, w8a8, and auto"),
+        ({"namespace": "a b"}, "namespace:= expects letters"),
+        ({"namespace": "1a"}, "namespace:= expects letters"),
+    ],
+)
+def test_options_that_cannot_be_brought_up_are_refused(bundle: str, change: dict[str, str], message: str) -> None:
+    with pytest.raises(BringupError, match=message):
+        describe(options_from_text({"bundle": bundle, **change}))
+
+
+def test_an_unknown_bundle_and_parameter_file_are_refused(bundle: str) -> None:
+    with pytest.raises(BundleError, match="nowhere"):
+        describe(BringupOptions(bundle="nowhere"))
+    with pytest.raises(ConfigNotFoundError, match=r"nowhere\.yaml"):
+        describe(BringupOptions(bundle=bundle, parameters_file="nowhere.yaml"))
+
+
+def test_recording_needs_ros2_bag_and_covers_the_namespace(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = BringupOptions(bundle=bundle, record=True, namespace="a")
+    with pytest.raises(BringupError, match="record:=true needs ros2 bag"):
+        describe(options)
+    program = tmp_path / "ros2"
+    program.touch()
+    program.chmod(stat.S_IRWXU)
+    recorder = next(n for n in describe(options) if n.name == "recorder")
+    assert recorder.command[:3] == (str(program), "bag", "record")
+    assert "/a/command/policy/chunk" in recorder.command
+
+
+def test_the_command_line_of_a_node_keeps_types_and_names(bundle: str, tmp_path: Path) -> None:
+    node = describe(BringupOptions(bundle=bundle, variant="fp32"))[3]
+    command = _command(node, "/a", tmp_path, "python3")
+    assert command[:3] == ["python3", "-m", "dcqfa_ros.nodes.policy_node"]
+    assert "__ns:=/a" in command
+    assert "__node:=policy_node" in command
+    own = yaml.safe_load(Path(command[-1]).read_text())
+    assert own["/**"]["ros__parameters"] == dict(node.parameters)
+
+
+def test_parameters_in_the_cell_file_belong_to_described_nodes(bundle: str, tmp_path: Path) -> None:
+    names = {n.name for n in describe(BringupOptions(bundle=bundle, trials=TrialOptions(("lockstep:1",), tmp_path)))}
+    document = yaml.safe_load((ROOT / "config" / "pusht_cell.yaml").read_text())
+    assert {key.removeprefix("/**/") for key in document} <= names
+
+
+def _has_launch() -> bool:
+    try:
+        from launch import LaunchDescription  # noqa: F401 - `import launch` alone finds this repository's folder
+        from launch_ros.actions import Node  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _has_launch(), reason="launch and launch_ros are not installed: launch file not exercised")
+def test_the_launch_file_starts_what_bringup_describes(bundle: str) -> None:
+    from launch import LaunchContext
+    from launch.actions import DeclareLaunchArgument, OpaqueFunction
+
+    spec = importlib.util.spec_from_file_location("policy_launch", ROOT / "launch" / "policy.launch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    entities = module.generate_launch_description().entities
+    names = {e.name for e in entities if isinstance(e, DeclareLaunchArgument)}
+    assert names == {o.name for o in OPTIONS} | {"python"}
+    context = LaunchContext()
+    for entity in entities:
+        if isinstance(entity, DeclareLaunchArgument):
+            entity.execute(context)
+    context.launch_configurations.update(bundle=bundle, namespace="a", python=sys.executable)
+    (function,) = (e for e in entities if isinstance(e, OpaqueFunction))
+    actions = function.execute(context)
+    commands = [["".join(s.perform(context) for s in part) for part in action.cmd[:3]] for action in actions]
+    expected = [n.module for n in describe(BringupOptions(bundle=bundle, namespace="a"))]
+    assert commands == [[sys.executable, "-m", module] for module in expected]
