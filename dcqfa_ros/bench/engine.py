@@ -165,7 +165,7 @@ def _references(spec: BundleSpec, steps: int, threads: int) -> tuple[list[Conten
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
         try:
             reference: ReferenceEngine = entry.load()(spec, steps, threads)
-        except ImportError as error:
+        except (ImportError, UserError) as error:
             notes.append(f"no row {entry.name}: {error}")
             continue
         contenders.append(Contender(reference.name, "fp32", entry.name, threads, steps, reference.run))

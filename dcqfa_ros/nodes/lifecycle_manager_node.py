@@ -146,6 +146,8 @@ class LifecycleManagerNode(ManagedNode):
         except BringUpError as error:
             yield from self._give_up(error, first)
             return
+        for peer in self.peers:  # also those that were active before a restart of this node
+            peer.wanted = peer.state == ACTIVE
         self._set_state(ACTIVE)
         self.event(Level.OK, f"graph active after {time.monotonic() - began:.1f} s", nodes=len(self.peers))
 
@@ -161,7 +163,7 @@ class LifecycleManagerNode(ManagedNode):
     def _look_for_rivals(self) -> Steps:
         """Refuse when two live processes share a node's name.
 
-        A process killed hard stays in the graph for 20 s, so a name seen twice is only a suspicion: what is alive is
+        A process killed hard stays in the graph for 10 s, so a name seen twice is only a suspicion: what is alive is
         heard within two heartbeats.
         """
         managed = [self._self, *self.peers]

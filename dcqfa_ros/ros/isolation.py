@@ -107,9 +107,12 @@ def child_environment(env: Mapping[str, str], python: str = sys.executable) -> d
     ``test`` folders hide nothing.
     """
     fixed = dict(env)
-    libraries = fixed.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    complete = str(Path(sys.prefix, "lib")) in libraries and Path(python).samefile(sys.executable)
-    if not complete:
+    libraries = [p for p in fixed.get("LD_LIBRARY_PATH", "").split(os.pathsep) if p]
+    same = Path(python).absolute() == Path(sys.executable).absolute()
+    if not same:  # the libraries of this environment are not those of another's
+        libraries = [p for p in libraries if not Path(p).is_relative_to(sys.prefix) or sys.prefix == sys.base_prefix]
+        fixed["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    if not same or str(Path(sys.prefix, "lib")) not in libraries:
         fixed.pop(_BOOTSTRAP, None)
     root = str(Path(__file__).resolve().parents[2])
     installed = {os.path.realpath(p) for p in [*site.getsitepackages(), site.getusersitepackages()]}

@@ -161,7 +161,7 @@ class LifecycleClients:
         finally:
             peer.busy = False
             peer.excuse(max(0.0, peer.silent_for(time.monotonic())) if peer.process else 0.0)
-        peer.state, peer.faulted = goal, False
+        peer.arrive(goal, time.monotonic())
 
     def deactivate_all(self, timeout: float, except_for: Iterable[Peer] = ()) -> Steps:
         """Deactivate every active node at once: in a safe stop none waits for another."""

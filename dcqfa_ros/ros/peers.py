@@ -9,6 +9,9 @@ from enum import Enum
 ACTIVE, INACTIVE, UNCONFIGURED, FINALIZED = "active", "inactive", "unconfigured", "finalized"
 
 
+SETTLE_S = 0.5  # after an answered transition, reports of the state before it are taken for late ones
+
+
 class Finding(Enum):
     """What can be wrong with a node that should be active."""
 
@@ -55,6 +58,11 @@ class Peer:
     process: Process | None = None
     strangers: dict[str, Process] = field(default_factory=dict)
     restarted: bool = False
+    arrived: float = float("-inf")
+
+    def arrive(self, state: str, now: float) -> None:
+        """Note a transition that the node has answered; its own reports of earlier states may still be under way."""
+        self.state, self.faulted, self.arrived = state, False, now
 
     def hear(self, values: Mapping[str, str], now: float, lost_after: float) -> None:
         """Take in a lifecycle status (see :meth:`ManagedNode.lifecycle_status`) that arrived at ``now``, seconds.
@@ -100,7 +108,9 @@ class Peer:
             return Finding.SILENT
         if self.state == ACTIVE:
             return None
-        return Finding.FAULTED if self.faulted else Finding.DEACTIVATED
+        if self.faulted:
+            return Finding.FAULTED
+        return Finding.DEACTIVATED if now - self.arrived > SETTLE_S else None
 
     def describe(self, finding: Finding, now: float) -> str:
         """Return one sentence for an operator."""

@@ -100,7 +100,6 @@ class Supervisor:
         self._due: dict[str, float] = {}
         self._selector = selectors.DefaultSelector()
         self._stop: Outcome | None = None
-        self._say = lambda text: self._show(_SUPERVISOR, text)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -201,18 +200,13 @@ class Supervisor:
     def _bury(self, child: _Child, code: int, now: float) -> None:
         name = child.description.name
         text = f"{name} {_describe(code)}"
-        if code == 0 and not self._restart_worthy(child, code, now):
-            self._end(Outcome(0, name, f"{name} ended"))
-        elif self._restart_worthy(child, code, now):
+        while child.starts and now - child.starts[0] > RESTART_WINDOW_S:
+            child.starts.popleft()
+        if self._restart and code != 0 and len(child.starts) <= RESTARTS:
             self._print(_SUPERVISOR, f"{text}; it will be restarted")
             self._due[name] = now + RESTART_DELAY_S
         else:
-            self._end(Outcome(code if code > 0 else 128 - code, name, text))
-
-    def _restart_worthy(self, child: _Child, code: int, now: float) -> bool:
-        while child.starts and now - child.starts[0] > RESTART_WINDOW_S:
-            child.starts.popleft()
-        return self._restart and code != 0 and len(child.starts) <= RESTARTS
+            self._end(Outcome(code if code >= 0 else 128 - code, name, text))
 
     def _end(self, outcome: Outcome) -> None:
         if self._stop is None:

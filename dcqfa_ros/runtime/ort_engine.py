@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
+from dcqfa_ros.runtime.fusion import fuse_for_onnxruntime_cpu
 from dcqfa_ros.runtime.lowering import is_quantized, lower_for_onnxruntime_cpu, parse_model, serialize
 
 # MatMulAddFusion makes Gemm of MatMul and bias before Q/DQ fusion looks for MatMul: integer products would be float.
@@ -144,6 +145,8 @@ class OnnxRuntimeEngine:
         label = f"{role}.onnx"
         model = parse_model(data, label)
         self.quantizers[role] = lower_for_onnxruntime_cpu(model, label)
+        if self.quantizers[role]:
+            fuse_for_onnxruntime_cpu(model)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1

@@ -76,10 +76,13 @@ def test_a_child_gets_the_wheels_mark_only_with_its_library_path(given: dict[str
     assert (BOOTSTRAP in child_environment(given)) is kept
 
 
-def test_another_interpreter_never_gets_the_mark(tmp_path: Path) -> None:
+def test_another_interpreter_gets_neither_the_mark_nor_this_environments_libraries(tmp_path: Path) -> None:
     other = tmp_path / "python"
     other.touch()
-    assert BOOTSTRAP not in child_environment({BOOTSTRAP: "1", "LD_LIBRARY_PATH": LIBRARIES}, str(other))
+    env = child_environment({BOOTSTRAP: "1", "LD_LIBRARY_PATH": f"/opt/other:{LIBRARIES}"}, str(other))
+    assert BOOTSTRAP not in env
+    if sys.prefix != sys.base_prefix:
+        assert env["LD_LIBRARY_PATH"] == "/opt/other"
 
 
 @pytest.mark.parametrize("broken", [{BOOTSTRAP: "1"}, {}])

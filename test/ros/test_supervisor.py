@@ -114,6 +114,19 @@ def test_a_killed_node_is_restarted_when_asked_and_the_graph_becomes_active_agai
     assert run.wait(6.0) == 0
 
 
+def test_a_killed_manager_is_restarted_and_takes_the_running_graph_over(graph: Graph) -> None:
+    run = supervise(graph, "first", restart=True)
+    wait_active(run)
+    graph.wait_graph("active")
+    os.kill(pid_of(graph, "lifecycle_manager_node"), signal.SIGKILL)
+    wait_until(lambda: run.output.count("graph active") == 2, "the graph in the hands of the new manager")
+    assert "safe stop" not in run.output
+    os.kill(pid_of(graph, "first"), signal.SIGKILL)
+    wait_until(lambda: "safe stop: first" in run.output, "the new manager's watch")
+    run.send(signal.SIGINT)
+    assert run.wait(6.0) == 0
+
+
 def test_a_node_that_keeps_dying_is_not_restarted_for_ever(graph: Graph) -> None:
     run = supervise(graph, 'hopeless={"number": 99}', restart=True)
     assert run.wait(30.0) == 1

@@ -89,10 +89,10 @@ def denoiser_graph(network: DiffusionPolicyT) -> bytes:
     pairs = g.nodes("Split", [kv], names, "kv_split", axis=1, num_outputs=len(names))
 
     both = g.node("Concat", [tokens, tokens], "tokens_twice", axis=0)
-    self_mask = g.constant("self_mask_full", network.self_mask.numpy())
-    self_mask = g.node("Slice", [self_mask, g.index(0, 0), both, g.index(0, 1)], "self_mask")
-    cross_mask = g.constant("cross_mask_full", network.cross_mask.numpy())
-    cross_mask = g.node("Slice", [cross_mask, g.index(0), tokens, g.index(0)], "cross_mask")
+    self_mask = g.constant("self_mask_full", network.self_mask.numpy()[None, None])
+    self_mask = g.node("Slice", [self_mask, g.index(0, 0), both, g.index(2, 3)], "self_mask")
+    cross_mask = g.constant("cross_mask_full", network.cross_mask.numpy()[None, None])
+    cross_mask = g.node("Slice", [cross_mask, g.index(0), tokens, g.index(2)], "cross_mask")
 
     embedding = LinearWeights.of(network.action_embedding)
     position = network.action_position.detach()[0].numpy() + embedding.bias  # one addition instead of two
@@ -117,8 +117,8 @@ def _block(
     qkv = g.linear(
         h, concatenate([_query(attention), *(LinearWeights.of(m) for m in (attention.k, attention.v))]), f"{prefix}.qkv"
     )
-    heads = _split_heads(g, qkv, 3 * attention.heads, attention.head_dim, f"{prefix}.qkv")
-    q, k, v = g.nodes("Split", [heads], [f"{prefix}.{p}" for p in "qkv"], f"{prefix}.split", axis=1, num_outputs=3)
+    parts = g.nodes("Split", [qkv], [f"{prefix}.{p}" for p in "qkv"], f"{prefix}.split", axis=2, num_outputs=3)
+    q, k, v = (_split_heads(g, part, attention.heads, attention.head_dim, part) for part in parts)
     x = g.node("Add", [x, _attend(g, q, k, v, self_mask, attention.o, prefix)], f"{prefix}.residual")
 
     attention, prefix = block.cross_attn, f"{name}.cross_attn"

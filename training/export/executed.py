@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
+from dcqfa_ros.runtime.fusion import fuse_for_onnxruntime_cpu
 from dcqfa_ros.runtime.lowering import is_quantized, lower_for_onnxruntime_cpu, parse_model, serialize
 
 RUNTIME = "onnxruntime"
@@ -21,7 +22,8 @@ def integer_weights(data: bytes, label: str) -> set[str]:
         LoweringError: the graph cannot be lowered.
     """
     model = parse_model(data, label)
-    lower_for_onnxruntime_cpu(model, label)
+    if lower_for_onnxruntime_cpu(model, label):
+        fuse_for_onnxruntime_cpu(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # warnings about the saved graph being specific to this machine
     disabled = ["MatMulAddFusion"] if is_quantized(model) else []  # as the engine does
