@@ -47,7 +47,7 @@ def _action(node: NodeDescription, options: BringupOptions, python: str) -> Exec
         "additional_env": dict(node.env),
         "respawn": options.restart,
         "respawn_delay": 0.5,
-        "on_exit": [] if options.restart else partial(_ended, node.name),
+        "on_exit": None if options.restart else partial(_ended, node.name),
     }
     if node.command:
         return ExecuteProcess(cmd=list(node.command), name=node.name, **common)
