@@ -280,6 +280,11 @@ class LifecycleManagerNode(ManagedNode):
             peer.wanted = False
             if finding is Finding.DEACTIVATED:
                 self.event(Level.WARN, text, node=peer.name)
+            elif finding is Finding.FINISHED:
+                self.event(Level.OK, text, node=peer.name)
+                if peer.needed:
+                    self._sequencer.run(self._bring_down(text, SAFE_STOP_TIMEOUT_S))
+                    return
             elif peer.needed:
                 self._sequencer.run(self._safe_stop(peer, finding, text))
                 return

@@ -1,7 +1,8 @@
 """trial_node: runs planned trials of the cell's task through the graph, judged by the cell, and writes the records.
 
-The node acts as the operator: per trial it sets the cell's seed and pace, resets the cell, arms the arm, and waits until
-the arm is disarmed. After the last trial it ends the run (exit code 0, or 3 when a trial ended by a fault).
+The node acts as the operator: per trial it sets the cell's seed and pace, resets the cell, arms the arm, and waits
+until the arm is disarmed. Trials are named in the parameter ``trials`` and begun by ``~/start``, or at once with
+``autostart``; with ``exit_when_done`` the node then ends the run (exit code 0, or 3 when a trial ended by a fault).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from dcqfa_ros.errors import UserError
 from dcqfa_ros.ros.conversions import status_values
 from dcqfa_ros.ros.diagnostics import EVENT, Status, from_message
 from dcqfa_ros.ros.interfaces import interface
-from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
 from dcqfa_ros.trials.collector import NORMAL_STOPS, PlannedTrial, TrialCollector
 from dcqfa_ros.trials.records import TrialMode, TrialRecord
 from dcqfa_ros.trials.session import TrialSession
@@ -39,6 +41,14 @@ class TrialError(UserError):
     """A trial that could not be run; the message says which call failed and why."""
 
 
+def _plan(texts: Sequence[str]) -> tuple[list[PlannedTrial], str | None]:
+    """The trials named in a parameter, or why they cannot be run."""
+    try:
+        return [PlannedTrial.parse(str(text)) for text in texts if text], None
+    except ValueError as error:
+        return [], str(error)
+
+
 class TrialNode(ManagedNode):
     """Conducts trials."""
 
@@ -47,15 +57,16 @@ class TrialNode(ManagedNode):
     def declare(self) -> None:
         """Declare the parameters (see ``config/pusht_cell.yaml``)."""
         add = self.add_parameter
-        add("trials", [""], "trials in order: realtime:SEED or lockstep:SEED", read_only=True)
-        add("output", "", "folder for records and report; empty: out/trials/<UTC time>", read_only=True)
-        add("overwrite", False, "replace the records of an earlier series in that folder", read_only=True)
+        add("trials", [""], "trials in order: realtime:SEED or lockstep:SEED")
+        add("output", "", "folder for records and report; empty: out/trials/<UTC time>")
+        add("overwrite", False, "replace the records of an earlier series in that folder")
         add("bundle", "pusht_keypoints", "bundle named in the records", read_only=True)
         add("cell", "pusht", "cell named in the records", read_only=True)
-        add("autostart", True, "start the trials when the graph is ready; else wait for ~/start", read_only=True)
-        add("exit_when_done", True, "end this process after the last trial", read_only=True)
+        add("autostart", False, "start the trials when the graph is ready; else wait for ~/start", read_only=True)
+        add("exit_when_done", False, "end this process after the last trial", read_only=True)
         add("timeout_s", 120.0, "wall-clock limit of one trial, seconds", minimum=1.0, maximum=3600.0)
-        add("videos", 1, "how many trials to embed as video in the report", minimum=0, maximum=100, read_only=True)
+        add("videos", 1, "how many trials to embed as video in the report", minimum=0, maximum=100)
+        self.on_parameter("trials", lambda texts: _plan(texts)[1])
         self._halt = threading.Event()
         self._go = threading.Event()
         self._trial_lock = threading.Lock()
@@ -63,24 +74,17 @@ class TrialNode(ManagedNode):
         self._current: TrialCollector | None = None
         self._arm: dict[str, str] = {}
         self._variant = ""
-        self._progress = "idle"
-        self._finished = False
+        self._progress = "idle: set parameter trials, then call ~/start"
+        self._series_running = False
         self._problems: dict[str, str] = {}
         self._service_clients: list[Any] = []
 
     def setup(self) -> None:
-        """Read the plan, open the session folder, create clients and subscriptions."""
-        texts = [str(text) for text in self.parameter("trials") if text]
-        if not texts:
-            raise TrialError("parameter trials is empty: name trials such as lockstep:200000")
-        try:
-            self._plan = [PlannedTrial.parse(text) for text in texts]
-        except ValueError as error:
-            raise TrialError(f"parameter trials: {error}") from error
+        """Check the plan, create clients and subscriptions."""
+        plan, problem = _plan(self.parameter("trials"))
+        if problem or (self.parameter("autostart") and not plan):
+            raise TrialError(f"parameter trials: {problem or 'empty; name trials such as lockstep:200000'}")
         self._device = detect().name
-        default = f"out/trials/{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-        folder = Path(str(self.parameter("output")) or default)
-        self._session = TrialSession(folder, str(self.parameter("bundle")), bool(self.parameter("overwrite")))
         self.create_guarded_subscription("judgement", self._on_judgement)
         self.create_guarded_subscription("arm_state", self._on_arm_state)
         self.create_guarded_subscription("active_variant", self._on_variant)
@@ -97,7 +101,7 @@ class TrialNode(ManagedNode):
         return client
 
     def start(self) -> None:
-        """Begin to conduct the trials on an own thread."""
+        """Begin to conduct trials on an own thread, now or at ``~/start``."""
         self._halt.clear()
         if self.parameter("autostart"):
             self._go.set()
@@ -107,9 +111,10 @@ class TrialNode(ManagedNode):
     def stop(self, reason: str) -> None:
         """Abandon the trials not yet done; the arm node disarms by itself when it is deactivated."""
         self._halt.set()
-        thread, self._trial_thread = self._trial_thread, None
-        if thread is not None and not self._finished:
+        if self._series_running or self._go.is_set():
+            self._series_running = False
             self._end(ABNORMAL_EXIT, f"trials abandoned: {reason}")
+        thread, self._trial_thread = self._trial_thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(1.0)
 
@@ -148,48 +153,63 @@ class TrialNode(ManagedNode):
                     self._problems[report.node] = status.message
 
     def _on_start(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        plan, _problem = _plan(self.parameter("trials"))
+        if not self.is_active:
+            raise Refused("trial_node is not active")
+        if not plan:
+            raise Refused("there are no trials: set parameter trials, such as ['lockstep:200000']")
+        if self._series_running or self._go.is_set():
+            raise Refused(f"trials are under way: {self._progress}")
         self._go.set()
-        response.success, response.message = True, f"{len(self._plan)} trials"
+        response.success, response.message = True, f"{len(plan)} trials"
         return response
 
     # trial thread
 
     def _conduct(self) -> None:
-        while not self._go.wait(POLL_S):
-            if self._halt.is_set():
-                return
-        try:
-            self._await_ready()
-            for number, planned in enumerate(self._plan, start=1):
-                self._progress = f"trial {number} of {len(self._plan)} ({planned})"
-                record, collector = self._run_trial(planned)
+        while not self._halt.is_set():
+            if not self._go.wait(POLL_S):
+                continue
+            self._series_running = True
+            self._go.clear()
+            try:
+                self._series()
+            except UserError as error:
                 if self._halt.is_set():
                     return
-                self._session.add(record, collector.states, collector.targets)
-                reason = "" if record.stop_reason in NORMAL_STOPS else f" ({collector.stop_reason})"
-                self.event(
-                    0 if not reason else 2,
-                    f"{self._progress}: score {record.score:.3f} after {record.steps} steps, "
-                    f"{record.stop_reason}{reason}",
-                    seed=record.seed,
-                    score=record.score,
-                )
-        except TrialError as error:
-            if not self._halt.is_set():
+                self._progress = str(error)
                 self.event(2, str(error))
-            if not self._halt.is_set():
+                self._series_running = False
                 self._end(ABNORMAL_EXIT, str(error))
-            return
-        summary = self._session.finish(videos=int(self.parameter("videos")))
-        for note in self._session.notes:
+
+    def _series(self) -> None:
+        plan, _ = _plan(self.parameter("trials"))
+        default = f"out/trials/{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+        folder = Path(str(self.parameter("output")) or default)
+        session = TrialSession(folder, str(self.parameter("bundle")), bool(self.parameter("overwrite")))
+        self._await_ready()
+        for number, planned in enumerate(plan, start=1):
+            self._progress = f"trial {number} of {len(plan)} ({planned})"
+            record, collector = self._run_trial(planned)
+            session.add(record, collector.states, collector.targets)
+            normal = record.stop_reason in NORMAL_STOPS
+            self.event(
+                0 if normal else 2,
+                f"{self._progress}: score {record.score:.3f} after {record.steps} steps, "
+                f"{record.stop_reason}{'' if normal else f' ({collector.stop_reason})'}",
+                seed=record.seed,
+                score=record.score,
+            )
+        summary = session.finish(videos=int(self.parameter("videos")))
+        for note in session.notes:
             self.event(1, note)
         self._progress = f"done: mean score {summary.mean_score:.3f} over {len(summary.trials)} trials"
         self.event(0, self._progress, report=summary.report)
-        abnormal = any(t.stop_reason not in NORMAL_STOPS for t in summary.trials)
-        self._end(ABNORMAL_EXIT if abnormal else 0, self._progress)
+        self._series_running = False
+        normal = all(t.stop_reason in NORMAL_STOPS for t in summary.trials)
+        self._end(0 if normal else ABNORMAL_EXIT, self._progress)
 
     def _end(self, code: int, reason: str) -> None:
-        self._finished = True
         if self.parameter("exit_when_done"):
             self.post(lambda: self.finish(reason, code))
 
@@ -267,7 +287,7 @@ class TrialNode(ManagedNode):
 
     def status(self) -> list[Status]:
         """What the trials are at."""
-        return [Status(0, "trials", self._progress, {"trials": str(len(getattr(self, "_plan", [])))})]
+        return [Status(0, "trials", self._progress, {"running": str(self._series_running).lower()})]
 
 
 def main(argv: list[str] | None = None) -> int:

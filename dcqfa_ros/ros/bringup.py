@@ -69,7 +69,7 @@ class TrialOptions:
 
 @dataclass(frozen=True)
 class BringupOptions:
-    """What to bring up; see :data:`OPTIONS`. ``trials`` adds a ``trial_node``, whose end ends the run."""
+    """What to bring up; see :data:`OPTIONS`. ``trials`` are run at once, and their end ends the run."""
 
     bundle: str = "pusht_keypoints"
     variant: str = AUTO
@@ -159,8 +159,11 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
         _node("selector_node", files, {"bundle": str(folder)}, needed=False),
         _node("policy_node", files, {"bundle": str(folder), "variant": options.variant, "rate": options.rate}),
     ]
-    if options.trials is not None:
-        nodes.append(_node("trial_node", files, _trial_parameters(options, options.trials, spec.name)))
+    if options.trials is None:
+        parameters: dict[str, Any] = {"bundle": spec.name, "cell": options.cell}
+    else:
+        parameters = _trial_parameters(options, options.trials, spec.name)
+    nodes.append(_node("trial_node", files, parameters, needed=options.trials is not None))
     manager = NodeDescription(
         name=MANAGER,
         module=f"dcqfa_ros.nodes.{MANAGER}",
@@ -200,6 +203,8 @@ def _trial_parameters(options: BringupOptions, trials: TrialOptions, bundle: str
         "overwrite": trials.overwrite,
         "bundle": bundle,
         "cell": options.cell,
+        "autostart": True,
+        "exit_when_done": True,
         **trials.parameters,
     }
 

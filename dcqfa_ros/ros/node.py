@@ -108,8 +108,8 @@ class ManagedNode(GuardedNode):
         """Return the status every node reports about itself.
 
         Values: ``state`` (primary lifecycle state), ``instance`` (differs between any two processes), ``pid``,
-        ``started`` (Unix time, s),
-        ``stop_reason``, ``faulted`` (the node stopped itself) and ``errors`` (exceptions caught so far).
+        ``started`` (Unix time, s), ``stop_reason``, ``faulted`` (the node stopped itself), ``finished`` (it called
+        :meth:`finish` with exit code 0: its work is done) and ``errors`` (exceptions caught so far).
         """
         values = {
             "state": self.__label,
@@ -118,6 +118,7 @@ class ManagedNode(GuardedNode):
             "started": repr(self.started),
             "stop_reason": self.__stop_reason,
             "faulted": str(self.__faulted).lower(),
+            "finished": str(self.finish_reason is not None and self.exit_code == 0).lower(),
             "errors": str(self.errors_caught),
         }
         message = f"{self.__label}: {self.__stop_reason}" if self.__stop_reason else self.__label

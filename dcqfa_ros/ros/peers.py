@@ -19,6 +19,7 @@ class Finding(Enum):
     RESTARTED = "restarted"  # another process answers under the name
     FAULTED = "faulted"  # it stopped itself
     ENDED = "ended"  # it shut down
+    FINISHED = "finished"  # it shut down because its work was done
     DEACTIVATED = "deactivated"  # somebody else deactivated it
 
 
@@ -53,6 +54,7 @@ class Peer:
     state: str = ""
     reason: str = ""
     faulted: bool = False
+    finished: bool = False
     wanted: bool = False
     busy: bool = False
     process: Process | None = None
@@ -80,6 +82,7 @@ class Peer:
         self.state = values.get("state", "")
         self.reason = values.get("stop_reason", "")
         self.faulted = values.get("faulted") == "true"
+        self.finished = values.get("finished") == "true"
 
     def silent_for(self, now: float) -> float:
         """Return the seconds since the last sign of life; infinite when there has been none."""
@@ -103,7 +106,7 @@ class Peer:
         if self.restarted and self.state != ACTIVE:
             return Finding.RESTARTED
         if self.state == FINALIZED:
-            return Finding.ENDED
+            return Finding.FINISHED if self.finished else Finding.ENDED
         if self.silent_for(now) > lost_after:
             return Finding.SILENT
         if self.state == ACTIVE:
@@ -120,6 +123,7 @@ class Peer:
             Finding.RESTARTED: f"{self.name} was restarted",
             Finding.FAULTED: f"{self.name} stopped itself{because}",
             Finding.ENDED: f"{self.name} ended{because}",
+            Finding.FINISHED: f"{self.name} has finished{because}",
             Finding.DEACTIVATED: f"{self.name} was deactivated from outside{because}",
         }[finding]
 

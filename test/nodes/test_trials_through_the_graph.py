@@ -1,4 +1,4 @@
-"""``dcqfa demo`` and ``dcqfa up`` with every node as its own process, from bring-up to report, and what can go wrong."""
+"""``dcqfa demo`` and ``dcqfa up`` with every node as its own process, from bring-up to report, and their faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dcqfa_ros.ros.isolation import child_environment
-from dcqfa_ros.ros.testing import wait_until
+from dcqfa_ros.ros.testing import Graph, wait_until
 from dcqfa_ros.trials.records import read_records
 
 
@@ -65,7 +65,8 @@ class Running:
 
 def test_the_demo_runs_its_trials_and_leaves_records_summary_and_report(policy_bundle, tmp_path):
     done = run(
-        "demo", "--bundle", str(policy_bundle()), "--realtime", "0", "--lockstep", "2", "--seed", "5", "--json", cwd=tmp_path
+        "demo", "--bundle", str(policy_bundle()), "--realtime", "0", "--lockstep", "2", "--seed", "5", "--json",
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     summary: dict[str, Any] = json.loads(done.stdout)
@@ -84,12 +85,36 @@ def test_the_demo_runs_its_trials_and_leaves_records_summary_and_report(policy_b
     assert "Traceback" not in done.stderr
 
 
+def test_an_operator_runs_series_of_trials_on_a_graph_that_stays_up(policy_bundle, tmp_path):
+    with Graph() as graph:
+        nodes = {
+            name: graph.spawn_node(f"dcqfa_ros.nodes.{name}", name, **parameters)
+            for name, parameters in {
+                "arm_node": {"max_steps": 16},
+                "policy_node": {"bundle": policy_bundle(), "variant": "fp32"},
+                "trial_node": {"output": tmp_path / "series", "overwrite": True, "videos": 0},
+            }.items()
+        }
+        for name, node in nodes.items():
+            assert graph.activate(name), node.output
+        assert "set parameter trials" in graph.trigger("trial_node/start").message
+        assert "realtime:SEED" in graph.set_parameter("trial_node", "trials", ["soon:1"]).reason
+        for number, plan in enumerate((["lockstep:3"], ["realtime:4", "lockstep:4"]), start=1):
+            assert graph.set_parameter("trial_node", "trials", plan).successful
+            assert graph.trigger("trial_node/start").success
+            graph.wait_for("trial_node", "event", f"over {number} trials")
+            records = read_records(tmp_path / "series/trials.jsonl")
+            assert [f"{r.mode.value}:{r.seed}" for r in records] == plan
+            assert all(r.stop_reason == "step_limit" and r.steps == 16 and r.variant == "fp32" for r in records)
+        assert nodes["trial_node"].process.poll() is None and "Traceback" not in nodes["trial_node"].output
+
+
 def test_ctrl_c_brings_the_whole_graph_down_without_orphan_or_traceback(policy_bundle, tmp_path):
     up = Running("up", "--isolated", f"bundle:={policy_bundle()}", cwd=tmp_path)
     up.wait_for("graph active")
     up.wait_for("is active")
     children = up.children()
-    assert len(children) == 5, up.output
+    assert len(children) == 6, up.output
     up.process.send_signal(signal.SIGINT)
     assert up.end() == 0, up.output
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]

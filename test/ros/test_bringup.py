@@ -35,18 +35,21 @@ def bundle(tiny_bundle: Callable[..., Path]) -> str:
 
 def test_the_simulated_cell_has_its_nodes_in_order_and_the_manager_knows_them(bundle: str) -> None:
     nodes = describe(BringupOptions(bundle=bundle))
-    assert [n.name for n in nodes] == ["arm_node", "camera_node", "selector_node", "policy_node", MANAGER]
+    names = ["arm_node", "camera_node", "selector_node", "policy_node", "trial_node"]
+    assert [n.name for n in nodes] == [*names, MANAGER]
     manager = nodes[-1]
     assert manager.stops_first
-    assert manager.parameters["node_names"] == ["arm_node", "camera_node", "selector_node", "policy_node"]
-    assert manager.parameters["optional_names"] == ["camera_node", "selector_node"]
+    assert manager.parameters["node_names"] == names
+    assert manager.parameters["optional_names"] == ["camera_node", "selector_node", "trial_node"]
 
 
-def test_trials_add_a_trial_node(bundle: str, tmp_path: Path) -> None:
+def test_given_trials_are_run_at_once_and_needed(bundle: str, tmp_path: Path) -> None:
     trials = TrialOptions(("realtime:1", "lockstep:2"), tmp_path)
     nodes = {n.name: n for n in describe(BringupOptions(bundle=bundle, trials=trials))}
     assert nodes["trial_node"].parameters["trials"] == ["realtime:1", "lockstep:2"]
+    assert nodes["trial_node"].parameters["autostart"] and nodes["trial_node"].parameters["exit_when_done"]
     assert nodes[MANAGER].parameters["node_names"][-1] == "trial_node"
+    assert "trial_node" not in nodes[MANAGER].parameters["optional_names"]
 
 
 def test_every_described_module_exists(bundle: str, tmp_path: Path) -> None:

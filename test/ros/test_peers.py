@@ -33,6 +33,7 @@ def test_a_node_nobody_wants_active_is_never_missed() -> None:
         ("active", {}, 3.0, Finding.SILENT, "arm is lost: no sign of life for 3.0 s"),
         ("inactive", {"faulted": "true", "stop_reason": "hot"}, 1.0, Finding.FAULTED, "arm stopped itself: hot"),
         ("finalized", {"stop_reason": "signal"}, 9.0, Finding.ENDED, "arm ended: signal"),
+        ("finalized", {"stop_reason": "done", "finished": "true"}, 9.0, Finding.FINISHED, "arm has finished: done"),
         ("inactive", {}, 1.0, Finding.DEACTIVATED, "arm was deactivated from outside"),
     ],
 )
