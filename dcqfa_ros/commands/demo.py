@@ -10,6 +10,7 @@ from typing import Any
 
 from dcqfa_ros.errors import UserError
 
+MAX_VIDEOS = 5  # each takes about a second to encode
 DEFAULT_SEED = 200_000  # outside the published seeds 100000..100049, which are kept for reported figures
 
 
@@ -54,7 +55,9 @@ def _demo(args: argparse.Namespace) -> int:
     modes = ["realtime"] * args.realtime + ["lockstep"] * args.lockstep
     plan = tuple(f"{mode}:{seed}" for mode, seed in zip(modes, seeds, strict=True))
     options = BringupOptions(
-        bundle=args.bundle, variant=args.variant, trials=TrialOptions(plan, args.out, overwrite=True)
+        bundle=args.bundle,
+        variant=args.variant,
+        trials=TrialOptions(plan, args.out, overwrite=True, parameters={"videos": min(len(plan), MAX_VIDEOS)}),
     )
     nodes = describe(options)
     stream = sys.stderr if args.json else sys.stdout
@@ -62,12 +65,13 @@ def _demo(args: argparse.Namespace) -> int:
     def show(name: str, line: str) -> None:
         print(f"[{name}] {line}", file=stream, flush=True)
 
+    summary_file = args.out / SUMMARY
+    summary_file.unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
     with isolated_environment() as isolation, claim_namespace(isolation.domain, options.namespace):
         print(f"graph on ROS domain {isolation.domain}, this host only", file=stream, flush=True)
         memory = MemoryWatch()
         supervisor = Supervisor(nodes, env=isolation.env, show=show, poll=memory.sample)
         outcome = supervisor.run()
-    summary_file = args.out / SUMMARY
     if outcome.node != "trial_node" or not summary_file.exists():
         print(f"dcqfa demo: the trials did not finish: {outcome.reason}", file=sys.stderr)
         return outcome.exit_code or 1

@@ -76,6 +76,7 @@ class PolicyNode(ManagedNode):
         self._inference_thread: threading.Thread | None = None
         self._halt = threading.Event()
         self._choice = ""
+        self._nothing_fits = False  # the selector's verdict: then a default would break a budget
         self._wanted = ""
         self._episode_lock = threading.Lock()
         self._episode: tuple[int, int, int] | None = None  # number, first stamp, seed
@@ -182,7 +183,8 @@ class PolicyNode(ManagedNode):
 
     def _use_default(self) -> None:
         self._fallback.cancel()
-        if self.parameter("variant") == AUTO and not self._choice and self._host is not None and not self._wanted:
+        unanswered = not self._choice and not self._nothing_fits and not self._wanted
+        if self.parameter("variant") == AUTO and self._host is not None and unanswered:
             self.event(1, f"no choice from the selector: using the default variant {self._spec.default_variant!r}")
             self._want(self._spec.default_variant)
 
@@ -225,8 +227,13 @@ class PolicyNode(ManagedNode):
         self._active_publisher.publish(String(data=self._host.active if self._host else ""))
 
     def _on_choice(self, message: Any) -> None:
+        if self._host is None:
+            return
         choice = status_values(message).get("variant", "")
-        if not choice or self._host is None:
+        self._nothing_fits = not choice
+        if not choice:
+            if self.parameter("variant") == AUTO:
+                self.event(2, f"the selector found no variant for this device: {message.status[0].message}")
             return
         reason = self._host.validate(choice)
         if reason:

@@ -226,3 +226,25 @@ def test_a_wrong_parameter_is_refused_at_configure_by_name(graph, policy_bundle,
     assert not graph.configure("policy_node")
     wait_until(lambda: text in node.output, f"{text} in the log")
     assert "Traceback" not in node.output
+
+
+def test_auto_follows_the_selector_and_runs_nothing_when_nothing_fits(graph, policy_bundle):
+    bundle = policy_bundle()
+    node = graph.spawn_node("dcqfa_ros.nodes.policy_node", "policy_node", bundle=bundle, selector_timeout_s=0.2)
+    selector = graph.spawn_node(
+        "dcqfa_ros.nodes.selector_node", "selector_node", bundle=bundle, budget_latency_ms=1e-6, budget_memory_mb=1.0
+    )
+    assert graph.activate("selector_node"), selector.output
+    assert graph.activate("policy_node"), node.output
+    graph.wait_for("policy_node", "event", "found no variant")
+    graph.wait_for("policy_node", "policy", "no variant loaded yet")
+    assert graph.set_parameter("selector_node", "budget_memory_mb", 0.0).successful
+    assert graph.set_parameter("selector_node", "budget_latency_ms", 0.0).successful
+    graph.wait_for("policy_node", "event", "is active")
+
+
+def test_without_a_selector_the_default_variant_is_used_and_that_is_said(graph, policy_bundle):
+    graph.spawn_node("dcqfa_ros.nodes.policy_node", "policy_node", bundle=policy_bundle(), selector_timeout_s=0.2)
+    assert graph.activate("policy_node")
+    graph.wait_for("policy_node", "event", "no choice from the selector")
+    graph.wait_for("policy_node", "event", "is active")
