@@ -103,12 +103,15 @@ def test_an_episode_through_the_graph_is_the_one_computed_without_ros(graph, pol
     bundle = policy_bundle()
     cell = Cell(graph, bundle, rate)
     cell.run()
-    state = cell.stopped("step_limit")
+    cell.stopped("step_limit")
     wait_until(lambda: len(cell.judgements) == STEPS, "all judgements")
     assert [int(j["step"]) for j in cell.judgements] == list(range(1, STEPS + 1))
-    if rate == "max" or state["starved_ticks"] == "0":  # a starved tick of a loaded machine holds for one period
-        expected = without_ros(bundle, "fp32")
-        assert np.abs(np.array([float(j["coverage"]) for j in cell.judgements]) - expected).max() < 1e-12
+    expected = without_ros(bundle, "fp32")
+    through = [float(j["coverage"]) for j in cell.judgements]
+    # A loaded machine may starve a tick of real time; up to the first one both must agree. Lockstep has none.
+    same = next((n for n, j in enumerate(cell.judgements) if j["starved_ticks"] != "0"), STEPS)
+    assert same == STEPS if rate == "max" else same >= 8, f"starved from step {same} on"
+    assert np.abs(np.array(through[:same]) - expected[:same]).max() < 1e-12
 
 
 def test_a_killed_engine_worker_stops_the_policy_by_name_and_then_the_arm(graph, policy_bundle):
@@ -131,14 +134,24 @@ def test_nan_in_an_observation_stops_the_commands_and_names_the_key(graph, polic
     cell.stopped("command_timeout")
 
 
-def test_nan_in_an_action_is_never_sent(graph, policy_bundle):
-    cell = Cell(graph, policy_bundle(), "realtime", command_timeout_s=0.5)
-    stamp = graph.node.get_clock().now().nanoseconds
-    assert graph.trigger("arm_node/disarm").success
-    message = planar_chunk_message(stamp, "table", np.full((8, 2), np.nan), 100_000_000, 1024.0)
-    graph.publish("chunk", message)
-    graph.wait_for("arm_node", "event", "two publishers")
-    assert cell.judgements == []
+def test_nan_in_an_action_disarms_before_anything_moves(graph):
+    arm = graph.spawn_node("dcqfa_ros.nodes.arm_node", "arm_node", rate="realtime", seed=SEED)
+    assert graph.activate("arm_node"), arm.output
+    states: list[Any] = []
+    judgements: list[Any] = []
+    for key, heard in (("arm_state", states), ("judgement", judgements)):
+        entry = interface(key)
+        graph.node.create_subscription(entry.message_class(), entry.name, heard.append, qos(entry.qos))
+    assert graph.trigger("arm_node/arm").success
+    wait_until(lambda: states and status_values(states[-1])["state"] == "armed", "armed")
+    chunk = planar_chunk_message(0, "table", np.full((8, 2), 256.0), 100_000_000, 1024.0)
+    chunk.header.stamp = states[-1].header.stamp
+    chunk.points[3].transforms[0].translation.y = float("nan")
+    graph.publish("chunk", chunk)
+    wait_until(lambda: status_values(states[-1])["state"] == "disarmed", "disarmed")
+    values = status_values(states[-1])
+    assert values["code"] == "not_finite" and "'y'" in values["reason"] and "action 3" in values["reason"]
+    assert judgements == []
 
 
 def test_a_network_that_gives_nan_refuses_to_load_and_nothing_is_sent(graph, policy_bundle):
