@@ -76,9 +76,10 @@ def make_spec(files: dict[str, bytes], **changes: Any) -> BundleSpec:
                     "command": "dcqfa bench engine",
                 }
             ],
-            "parity": {"samples": 4, "max_abs": 1e-5, "rms": 1e-6, "tolerance_rms": 1e-4},
+            "parity": {"samples": 4, "max_abs": 1e-5, "rms": 1e-6, "tolerance_rms": 1e-4} | export_parity,
         }
 
+    export_parity = {"export_rms": 1e-6, "tolerance_export_rms": 1e-4}
     scale = {"kind": "min_max", "scale": [1 / 256, 1 / 256], "offset": [-1.0, -1.0]}
     observation = {
         "type": "low_dim",
@@ -95,6 +96,7 @@ def make_spec(files: dict[str, bytes], **changes: Any) -> BundleSpec:
         "name": "tiny",
         "task": "Push-T",
         "backbone": "diffusion_policy_t",
+        "architecture": {"depth": 1, "heads": 1, "dim": 4, "ffn_dim": 8, "horizon": 16},
         "license": "Apache-2.0",
         "observations": {
             "keypoints": {**observation, "shape": [9, 2]},

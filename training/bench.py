@@ -6,7 +6,6 @@ whole prediction horizon, and the DDIM scheduler of ``diffusers``.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ from numpy.typing import NDArray
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig, parameter_count
-
-WIDTHS = (16, 32, 64, 128, 256, 384, 512, 1024)
 
 
 class UnknownNetworkError(UserError):
@@ -60,31 +57,34 @@ class TorchEager:
 
 
 def network_config(spec: BundleSpec) -> DiffusionPolicyTConfig:
-    """The architecture behind a bundle: depth from its layers, width from its number of parameters.
+    """The configuration of a bundle's network.
 
     Raises:
-        UnknownNetworkError: it is no DiffusionPolicy-T of a known width.
+        UnknownNetworkError: no DiffusionPolicy-T of the bundle's architecture has that number of parameters.
     """
-    variant = spec.variants[0]
-    depth = sum(bool(re.fullmatch(r"blocks\.\d+\.fc1", layer.layer)) for layer in variant.layers)
-    observation = sum(entry.size for entry in spec.observations.values())
-    history = next(iter(spec.observations.values())).history
-    for width in WIDTHS if depth else ():
+    size = spec.architecture
+    parameters = spec.variants[0].size.parameters
+    try:
         config = DiffusionPolicyTConfig(
-            observation_dim=observation,
+            observation_dim=sum(entry.size for entry in spec.observations.values()),
             action_dim=spec.action.dim,
-            horizon=spec.action.horizon,
-            observation_horizon=history,
-            depth=depth,
-            dim=width,
+            horizon=size.horizon,
+            observation_horizon=next(iter(spec.observations.values())).history,
+            depth=size.depth,
+            heads=size.heads,
+            dim=size.dim,
+            ffn_ratio=size.ffn_dim // size.dim,
         )
-        with torch.device("meta"):
-            if parameter_count(DiffusionPolicyT(config)) == variant.size.parameters:
-                return config
-    raise UnknownNetworkError(
-        f"bundle {spec.name!r}: its {variant.size.parameters} parameters in {depth} blocks fit no known "
-        "DiffusionPolicy-T; the PyTorch row cannot be measured"
-    )
+    except ValueError as error:
+        raise UnknownNetworkError(f"bundle {spec.name!r}: architecture is no DiffusionPolicy-T ({error})") from error
+    with torch.device("meta"):
+        found = parameter_count(DiffusionPolicyT(config))
+    if found != parameters or size.ffn_dim % size.dim:
+        raise UnknownNetworkError(
+            f"bundle {spec.name!r}: its architecture makes {found} parameters, the bundle says {parameters}; the "
+            "PyTorch row cannot be measured"
+        )
+    return config
 
 
 def torch_eager(spec: BundleSpec, steps: int, threads: int) -> TorchEager:

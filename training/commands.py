@@ -28,13 +28,17 @@ def train(subparsers: Any) -> None:
         "train",
         help="train a policy from demonstrations",
         description="Train a full-precision policy. A run folder that holds a checkpoint is continued, bit for bit as "
-        "if it had never stopped. Ctrl-C writes a checkpoint. TensorBoard events are written to the run folder.",
+        "if it had never stopped (with equal threads, compilation and device). Ctrl-C writes a checkpoint, a second one "
+        "interrupts at once. TensorBoard events are written to the run folder.",
         epilog="example: dcqfa train --config config/training/pusht_keypoints.yaml --data pusht_human_demos_lowdim.npz",
     )
     parser.add_argument("--config", type=Path, required=True, help="training YAML")
     parser.add_argument("--data", help="path of the demonstrations, in place of data.path in the YAML")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     parser.add_argument("--steps", type=int, help="optimizer steps of the whole run, in place of run.steps")
+    parser.add_argument(
+        "--change-length", action="store_true", help="continue a run although its number of steps is another one"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="in place of run.device")
     parser.add_argument("--threads", type=int, help="CPU threads, in place of run.threads")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
@@ -48,13 +52,15 @@ def _train(args: argparse.Namespace) -> int:
 
     config = override(
         load_config(args.config),
-        data={"path": args.data},
+        data=_data(args.data),
         run={"steps": args.steps, "device": args.device, "threads": args.threads},
     )
     folder = args.out or Path("runs") / config.name
-    trainer = Trainer(config, folder)
+    trainer = Trainer(config, folder, change_length=args.change_length, config_file=args.config.name)
     if trainer.step:
         print(f"continuing {trainer.checkpoint_path} at step {trainer.step}", file=sys.stderr)
+    if trainer.changed:
+        print(f"not bit for bit as before: {', '.join(trainer.changed)}", file=sys.stderr)
     with closing(TensorBoardLog(folder, trainer.step)) as log:
         complete = trainer.run(log)
     outcome = {
@@ -74,6 +80,11 @@ def _train(args: argparse.Namespace) -> int:
     return EXIT_INTERRUPTED
 
 
+def _data(path: str | None) -> dict[str, Any]:
+    """Fields of the data section for ``--data``: another path may be of another format than the file says."""
+    return {} if path is None else {"path": path, "format": "auto"}
+
+
 def eval(subparsers: Any) -> None:  # noqa: A001 (the command is called eval)
     """Register ``dcqfa eval``."""
     parser = subparsers.add_parser(
@@ -86,6 +97,7 @@ def eval(subparsers: Any) -> None:  # noqa: A001 (the command is called eval)
     )
     parser.add_argument("policy", metavar="POLICY", help="bundle (folder or name), run folder or checkpoint file")
     parser.add_argument("--variant", help="variant of the bundle (default: the bundle's own)")
+    parser.add_argument("--against", metavar="VARIANT", help="a second variant, compared in pairs on the same seeds")
     parser.add_argument("--seeds", type=int, default=50, metavar="N", help="number of start seeds (default: 50)")
     parser.add_argument(
         "--first-seed", type=int, default=100_000, metavar="S", help="first start seed (default: 100000)"
@@ -113,6 +125,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         range(args.first_seed, args.first_seed + args.seeds),
         steps=args.steps,
         threads=args.threads or (1 if is_checkpoint(args.policy) else cores),
+        against=args.against,
     )
     if args.json:
         print(json.dumps(result))
@@ -124,6 +137,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         f"{result['first_seed']} to {last}, {result['sampler']} {result['denoising_steps']} steps "
         f"({result['seconds']} s)"
     )
+    paired = result["paired"]
+    if paired is not None:
+        half_width = "" if paired["ci95"] is None else f" +- {paired['ci95']:.3f}"
+        print(
+            f"against {paired['other']} (mean score {paired['other_mean']:.3f}), in pairs: {paired['mean']:+.3f}"
+            f"{half_width} (95 % interval)"
+        )
     return 0
 
 
@@ -153,7 +173,7 @@ def export(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="VARIANT=FILE",
-        help="record an evaluation (output of `dcqfa eval --json`) with a variant; may be repeated",
+        help="record an evaluation of these weights (output of `dcqfa eval BUNDLE --json`) with a variant; may be repeated",
     )
     parser.add_argument(
         "--latency",
@@ -161,7 +181,7 @@ def export(subparsers: Any) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="record measured latencies (output of `dcqfa bench engine --json`); may be repeated",
+        help="record latencies measured with these weights (output of `dcqfa bench engine --json`); may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print sizes and parity as JSON")
     parser.set_defaults(func=_export)
@@ -186,6 +206,7 @@ def _export(args: argparse.Namespace) -> int:
             "paper_bytes": variant.size.paper_bytes,
             "parity_max_abs": variant.parity.max_abs,
             "parity_rms": variant.parity.rms,
+            "export_rms": variant.parity.export_rms,
         }
         for variant in spec.variants
     ]
@@ -196,6 +217,6 @@ def _export(args: argparse.Namespace) -> int:
     for row in rows:
         print(
             f"  {row['variant']}: {row['disk_bytes'] / 1e6:.1f} MB on disk, {row['paper_bytes'] / 1e6:.1f} MB by bits, "
-            f"parity max {row['parity_max_abs']:.2g}, rms {row['parity_rms']:.2g}"
+            f"parity max {row['parity_max_abs']:.2g}, rms {row['parity_rms']:.2g}, of the export {row['export_rms']:.2g}"
         )
     return 0

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
+from dcqfa_ros.bundle.document import DocumentError, parse_document
 from dcqfa_ros.bundle.schema import Name, NormalizerKind, Positive, Rate, Text
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
+
+Columns = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 class ConfigError(UserError, ValueError):
@@ -20,10 +23,14 @@ class ConfigError(UserError, ValueError):
 
 
 class ObservationSource(StrictModel):
-    """One low-dimensional observation key: where it lies in the data set and what it means on the robot."""
+    """One low-dimensional observation key: where it lies in the data set and what it means on the robot.
+
+    ``names`` says what each scalar of one time step is.
+    """
 
     array: Text
-    columns: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    columns: Columns | None = None
+    names: tuple[Name, ...] = ()
     units: Text
     frame: Text
     normalizer: NormalizerKind = NormalizerKind.MIN_MAX
@@ -34,7 +41,7 @@ class ActionSource(StrictModel):
     """The action array and its meaning; limits are those of the robot, not of the data."""
 
     array: Text
-    columns: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    columns: Columns | None = None
     space: Literal["tcp_twist_gripper", "tcp_pose", "joint_position", "planar_position"]
     names: tuple[Name, ...]
     units: tuple[Text, ...]
@@ -48,10 +55,13 @@ class ActionSource(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """A data set of demonstrations and how observations and actions are read from it."""
+    """A data set of demonstrations and how observations and actions are read from it.
+
+    ``format`` auto goes by the path: a ``.npz`` file, or a folder, ``.zarr`` or ``.zip`` holding a zarr replay buffer.
+    """
 
     path: Text
-    format: Literal["npz", "zarr"]
+    format: Literal["auto", "npz", "zarr"] = "auto"
     episode_ends: Text
     rate_hz: Rate
     observations: dict[Name, ObservationSource] = Field(min_length=1)
@@ -141,16 +151,26 @@ def _validate(document: Any, where: str) -> TrainConfig:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read a training configuration.
+    """Read a training configuration, as strictly as a bundle's description is read.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or has an unknown, missing or ill-typed field.
+        ConfigError: the file is missing, is no plain YAML, or has an unknown, missing, repeated or ill-typed field.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        return parse_document(path.read_bytes(), TrainConfig)
+    except OSError as error:
+        reason = error.strerror
         raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a training YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({error})") from error
-    return _validate(document, str(path))
+    except DocumentError as error:
+        lines = [f"{path}: {field or '(document)'}: {message}{_hint(message)}" for field, message in error.issues]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _hint(message: str) -> str:
+    """Explain a number in a form that YAML takes for text, such as ``3e-4``."""
+    number = re.search(r'valid number, got "([+-]?\d+(?:\.\d*)?)[eE]([+-]?)(\d+)"$', message)
+    if number is None:
+        return ""
+    mantissa, sign, exponent = number.groups()
+    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+    return f"; YAML takes that for text: write {mantissa}e{sign or '+'}{exponent}"

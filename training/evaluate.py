@@ -25,10 +25,10 @@ from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from dcqfa_ros.runtime.policy import PolicyRuntime
 from dcqfa_ros.sim.pusht import EPISODE_STEPS
-from dcqfa_ros.trials.statistics import mean_interval
+from dcqfa_ros.trials.statistics import mean_interval, paired_difference
 from training.envs.pusht import PushTWorlds
 
-PUBLISHED_SEEDS = range(100_000, 100_050)  # for the reported number only, never for tuning
+LAST_SEED = 2**32 - 1  # of the legacy generator that draws start states
 CHECKPOINT_VARIANT = "checkpoint"
 
 
@@ -133,17 +133,55 @@ def evaluate(
     seeds: Sequence[int],
     steps: int | None = None,
     threads: int = 1,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a bundle's variant or a checkpoint on the given seeds.
 
+    Args:
+        target: bundle (folder or name), run folder or checkpoint file.
+        variant: of the bundle; None for its default.
+        seeds: legacy start seeds.
+        steps: denoising steps; None for the bundle's own.
+        threads: inference threads.
+        against: another variant of the bundle, evaluated on the same seeds and compared in pairs.
+
     Returns:
-        A JSON-ready record: ``mean``, ``ci95`` (half-width), ``scores``, ``seeds`` and how they were obtained.
+        A JSON-ready record: ``mean``, ``ci95`` (half-width), ``scores``, ``seeds`` and how they were obtained;
+        ``weights`` is the SHA-256 of the variant's denoiser, None for a checkpoint. ``paired`` holds the mean
+        difference ``variant - other`` with its ``ci95`` (half-width) and the other's ``scores``, None without
+        ``against``.
 
     Raises:
-        UserError: the policy cannot be read, or is not a Push-T policy.
+        UserError: the policy cannot be read or is not a Push-T policy, or a seed is out of range.
     """
     if not seeds:
         raise EvaluationError("--seeds: expected at least 1")
+    if min(seeds) < 0 or max(seeds) > LAST_SEED:
+        raise EvaluationError(f"seeds {min(seeds)} to {max(seeds)}: start seeds are 0 to {LAST_SEED}")
+    if against is not None and is_checkpoint(target):
+        raise EvaluationError(f"--against {against}: {target} is a checkpoint and has no variants; export it first")
+    first = _evaluate(target, variant, seeds, steps, threads)
+    if against is None:
+        return first | {"paired": None}
+    if against == first["variant"]:
+        raise EvaluationError(f"--against {against}: expected another variant than the one evaluated")
+    other = _evaluate(target, against, seeds, steps, threads)
+    difference = paired_difference(*(dict(zip(r["seeds"], r["scores"], strict=True)) for r in (first, other)))
+    paired = {
+        "other": against,
+        "mean": difference.estimate,
+        "ci95": difference.half_width,
+        "other_mean": other["mean"],
+        "other_scores": other["scores"],
+        "other_weights": other["weights"],
+    }
+    return first | {"paired": paired}
+
+
+def _evaluate(
+    target: str, variant: str | None, seeds: Sequence[int], steps: int | None, threads: int
+) -> dict[str, Any]:
+    """Evaluate one variant or checkpoint; see :func:`evaluate`."""
     started = time.monotonic()
     with open_policy(target, variant, threads) as (spec, name, policy):
         expected = {"keypoints", "agent_position"}
@@ -158,6 +196,7 @@ def evaluate(
     return {
         "policy": spec.name,
         "variant": name,
+        "weights": next((v.files["denoiser"].sha256 for v in spec.variants if v.name == name), None),
         "metric": "mean over seeds of max over time of clip(coverage / 0.95, 0, 1)",
         "mean": interval.estimate,
         "ci95": interval.half_width,

@@ -10,12 +10,22 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Set an event on INT or TERM instead of dying, so that the current step ends and the checkpoint is written."""
+    """Set an event on INT, TERM or HUP instead of dying, so that the current step ends and the checkpoint is written.
+
+    A second INT interrupts at once. A HUP that is ignored (``nohup``) stays ignored.
+    """
     stop = threading.Event()
+
+    def handle(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handle)
     try:
         yield stop
     finally:

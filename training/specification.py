@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dcqfa_ros.bundle.schema import BundleSpec, NormalizerSpec
+from dcqfa_ros.bundle.schema import BundleSpec, NormalizerSpec, TrainingSegment
 from training.config import ConfigError, TrainConfig
 
 
@@ -24,6 +24,9 @@ class PolicyMeaning:
     action_norm: NormalizerSpec
     train_episodes: int
     step: int  # optimizer steps behind the weights
+    data_sha256: str | None = None  # of the demonstrations as read; None where the checkpoint does not know
+    history: tuple[TrainingSegment, ...] = ()
+    config_file: str | None = None  # name, without folder, of the YAML file the run was started with
 
     def fields(self) -> dict[str, Any]:
         """The fields of :class:`BundleSpec` as a JSON-ready document, without ``variants`` and ``default_variant``."""
@@ -33,6 +36,13 @@ class PolicyMeaning:
             "name": config.name,
             "task": config.task,
             "backbone": "diffusion_policy_t",
+            "architecture": {
+                "depth": config.policy.depth,
+                "heads": config.policy.heads,
+                "dim": config.policy.dim,
+                "ffn_dim": config.policy.ffn_ratio * config.policy.dim,
+                "horizon": config.policy.horizon,
+            },
             "license": config.license,
             "observations": {key: self._observation(key) for key in data.observations},
             "action": {
@@ -49,17 +59,22 @@ class PolicyMeaning:
                 "prediction": "epsilon",
                 "clip_sample": config.diffusion.clip_sample,
                 "sampler": config.diffusion.sampler,
+                "timestep_spacing": "leading",
                 "steps": config.diffusion.steps,
             },
             "training": {
                 "data": Path(data.path).name,
+                "data_sha256": self.data_sha256,
                 "episodes": self.train_episodes,
-                "split": f"validation ratio {data.validation_ratio}, seed {data.split_seed}",
+                "split": f"validation ratio {data.validation_ratio}, seed {data.split_seed}"
+                + (f", at most {data.max_train_episodes} training episodes" if data.max_train_episodes else ""),
                 "steps": max(1, self.step),
+                "planned_steps": config.run.steps,
                 "batch": config.run.batch,
                 "seed": config.run.seed,
-                "command": f"dcqfa train --config config/training/{config.name}.yaml --data {Path(data.path).name} "
+                "command": f"dcqfa train --config {self.config_file or config.name} --data {Path(data.path).name} "
                 f"--steps {config.run.steps}",
+                "history": [segment.model_dump(mode="json") for segment in self.history],
             },
         }
 
@@ -68,6 +83,7 @@ class PolicyMeaning:
         return {
             "type": "low_dim",
             "shape": list(self.shapes[key]),
+            "names": list(source.names),
             "dtype": "float32",
             "units": source.units,
             "frame": source.frame,

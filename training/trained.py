@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dcqfa_ros.bundle.schema import NormalizerSpec
+from dcqfa_ros.bundle.schema import NormalizerSpec, TrainingSegment
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
 from training.config import TrainConfig
 from training.policies.diffusion_policy_t import DiffusionPolicyT
@@ -50,12 +50,26 @@ def load_trained(path: Path) -> TrainedPolicy:
             action_norm=_normalizer(payload["action_norm"]),
             train_episodes=int(payload["train_episodes"]),
             step=int(payload["step"]),
+            data_sha256=payload.get("data_sha256"),
+            history=segments(payload),
+            config_file=payload.get("config_file"),
         )
         return TrainedPolicy(meaning, network, file)
     except KeyError as error:
         raise CheckpointError(f"{file}: field {error} is missing; it is no checkpoint of this version") from error
     except (ValidationError, RuntimeError) as error:  # torch reports a state that does not fit as RuntimeError
         raise CheckpointError(f"{file}: the stored policy cannot be rebuilt ({error})") from error
+
+
+def segments(payload: dict[str, Any]) -> tuple[TrainingSegment, ...]:
+    """The starts and resumes that a checkpoint knows of; none in checkpoints that do not keep them.
+
+    Raises:
+        ValidationError: an entry is not of the schema.
+    """
+    return tuple(
+        TrainingSegment.model_validate_json(json.dumps(entry), strict=True) for entry in payload.get("history", ())
+    )
 
 
 def _normalizer(document: dict[str, Any]) -> NormalizerSpec:

@@ -13,20 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from dcqfa_ros.bundle.schema import NormalizerKind, TrainingSegment
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.schedule import alphas_cumprod, squared_cosine_betas
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.data.episodes import DataError, read_demonstrations, split_episodes
-from training.data.normalizer import concatenate_normalizers, fit_normalizer
+from training.data.normalizer import concatenate_normalizers, fit_normalizer, normalize
 from training.data.sequences import WindowSet, episode_rows, fit_observation_normalizers
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.schedules import ema_decay, learning_rate_factor, step_seed
 from training.signals import stop_on_signal
 from training.specification import PolicyMeaning
+from training.trained import segments
 
 VALIDATION_SEED = 20_000_003  # fixed noise and time steps, the same in every validation
 
@@ -36,21 +39,47 @@ class TrainingError(UserError):
 
 
 class Trainer:
-    """One training run in a folder: ``config.json``, ``checkpoint.pt``, TensorBoard events."""
+    """One training run in a folder: ``config.json``, ``checkpoint.pt``, TensorBoard events.
 
-    def __init__(self, config: TrainConfig, folder: Path, resume: bool = True) -> None:
+    Attributes:
+        step: optimizer steps done.
+        history: the starts and resumes of the run so far; :meth:`run` adds one.
+        changed: conditions that differ from those the checkpoint was written under, as text; the run then no longer
+            repeats an uninterrupted one bit for bit.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        resume: bool = True,
+        *,
+        change_length: bool = False,
+        config_file: str | None = None,
+    ) -> None:
         """Read the data, build the network and continue from the folder's checkpoint where there is one.
+
+        Args:
+            config: the run.
+            folder: where it is kept.
+            resume: continue from the folder's checkpoint.
+            change_length: continue also where ``run.steps`` differs from the checkpoint's.
+            config_file: name, without folder, of the YAML file that ``config`` comes from, for the record.
 
         Raises:
             DataError: the data set cannot be used or does not fit the policy.
-            ConfigError: the configuration does not describe a policy that a bundle can hold.
-            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration.
+            ConfigError: the configuration does not describe a policy that a bundle can hold, or its action normaliser
+                leaves the range that the sampler keeps.
+            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration or other data.
         """
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.config_file = config, folder, config_file
+        self.history: list[TrainingSegment] = []
+        self.changed: tuple[str, ...] = ()
         torch.set_num_threads(config.run.threads)
         self.device = torch.device(config.run.device)
         demonstrations = read_demonstrations(config.data)
         self.shapes = demonstrations.shapes
+        self.data_sha256 = demonstrations.sha256()
         for label, have, want in (
             ("observation_dim", demonstrations.observation.shape[1], config.policy.observation_dim),
             ("action_dim", demonstrations.action.shape[1], config.policy.action_dim),
@@ -65,6 +94,7 @@ class Trainer:
         rows = episode_rows(demonstrations, train)
         self.observation_norms = fit_observation_normalizers(demonstrations, rows, config)
         self.action_norm = fit_normalizer(demonstrations.action[rows], data.action.normalizer)
+        _check_action_range(normalize(demonstrations.action[rows], self.action_norm), config)
         PolicyMeaning(
             config, self.shapes, self.observation_norms, self.action_norm, self.train_episodes, 0
         ).specification()  # what the bundle would refuse in the end is refused before the first step
@@ -97,25 +127,43 @@ class Trainer:
         self.sigma = torch.tensor(np.sqrt(1.0 - abar), dtype=torch.float32, device=self.device)
         self.step = 0
         if resume and self.checkpoint_path.exists():
-            self._restore(load_checkpoint(self.checkpoint_path))
+            self._restore(load_checkpoint(self.checkpoint_path), change_length)
 
     @property
     def checkpoint_path(self) -> Path:
         """The run's one checkpoint file."""
         return self.folder / CHECKPOINT
 
-    def _restore(self, payload: dict[str, Any]) -> None:
+    def _restore(self, payload: dict[str, Any], change_length: bool) -> None:
         try:
             trained = TrainConfig.model_validate_json(json.dumps(payload["config"]), strict=True)
-        except (KeyError, ValueError) as error:
+            self.history = list(segments(payload))
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.checkpoint_path}: its configuration cannot be read ({error})") from error
         mine, theirs = _identity(self.config), _identity(trained)
-        if mine != theirs:
-            different = sorted(key for key in mine if mine[key] != theirs[key])
+        different = sorted(key for key in mine if mine[key] != theirs[key])
+        if change_length:
+            different = [key for key in different if key != "run.steps"]
+        if different:
+            length = "; --change-length permits another run.steps" if different == ["run.steps"] else ""
             raise CheckpointError(
                 f"{self.checkpoint_path}: trained with another configuration (differs in {', '.join(different)}); "
-                "give another --out or restore the configuration"
+                f"give another --out or restore the configuration{length}"
             )
+        # The configuration says where data are, not what they hold. Checkpoints of older versions lack the hash.
+        ours = self._data_facts()
+        different = [key for key, value in ours.items() if key in payload and payload[key] != value]
+        if different:
+            raise CheckpointError(
+                f"{self.checkpoint_path}: trained on other data than {self.config.data.path} (differs in "
+                f"{', '.join(different)}); give another --out or restore the data"
+            )
+        self.changed = tuple(
+            f"{name} {getattr(trained.run, name)} -> {getattr(self.config.run, name)}"
+            for name in ("threads", "compile", "device")
+            if getattr(trained.run, name) != getattr(self.config.run, name)
+        )
+        self.config_file = self.config_file or payload.get("config_file")
         try:
             self.model.load_state_dict(payload["model"])
             self.ema.load_state_dict(payload["ema"])
@@ -124,15 +172,24 @@ class Trainer:
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.checkpoint_path}: its state does not fit the network ({error})") from error
 
-    def payload(self) -> dict[str, Any]:
-        """Everything a checkpoint holds."""
+    def _data_facts(self) -> dict[str, Any]:
+        """What follows from the data, as a checkpoint holds it."""
         return {
-            "config": self.config.model_dump(mode="json"),
-            "step": self.step,
+            "data_sha256": self.data_sha256,
             "train_episodes": self.train_episodes,
             "shapes": {k: list(v) for k, v in self.shapes.items()},
             "observation_norms": {k: v.model_dump(mode="json") for k, v in self.observation_norms.items()},
             "action_norm": self.action_norm.model_dump(mode="json"),
+        }
+
+    def payload(self) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "config_file": self.config_file,
+            "step": self.step,
+            "history": [segment.model_dump(mode="json") for segment in self.history],
+            **self._data_facts(),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -213,12 +270,29 @@ class Trainer:
         ]
         return float(np.mean(losses))
 
+    def _window(self, losses: list[float]) -> dict[str, float]:
+        """Mean of the losses since the last record, which are forgotten, and the learning rate."""
+        record = {"loss": float(np.mean(losses)), "lr": float(self.optimizer.param_groups[0]["lr"])}
+        losses.clear()
+        return record
+
     def run(self, log: Callable[[dict[str, float]], None] | None = None) -> bool:
         """Train to the end or to Ctrl-C; returns True when the run is complete. Progress goes to stderr.
 
-        The checkpoint is written every ``checkpoint_every`` steps, at the end, and on INT and TERM.
+        The checkpoint is written every ``checkpoint_every`` steps, at the end, and on INT, TERM and HUP.
         """
         run = self.config.run
+        if self.step < run.steps:
+            self.history.append(
+                TrainingSegment(
+                    step=self.step,
+                    planned_steps=run.steps,
+                    threads=run.threads,
+                    compile=run.compile,
+                    device=run.device,
+                    torch=str(torch.__version__),
+                )
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=1) + "\n")
         recent: list[float] = []
@@ -226,24 +300,48 @@ class Trainer:
             while self.step < run.steps and not stop.is_set():
                 recent.append(self.train_step())
                 bar.update()
-                if self.step % run.log_every == 0:
-                    rate = self.optimizer.param_groups[0]["lr"]
-                    record = {"step": float(self.step), "loss": float(np.mean(recent)), "lr": rate}
-                    recent.clear()
-                    if self.step % run.validate_every == 0:
-                        record["validation_loss"] = self.validate()
+                record: dict[str, float] = {}
+                if self.step % run.log_every == 0 or self.step == run.steps:  # at the end what is left of a window
+                    record = self._window(recent)
                     bar.set_postfix(loss=f"{record['loss']:.4f}")
-                    if log:
-                        log(record)
+                if self.step % run.validate_every == 0:
+                    record["validation_loss"] = self.validate()
+                if record and log:
+                    log({"step": float(self.step), **record})
                 if self.step % run.checkpoint_every == 0:
                     self.save()
+            if recent and log:  # stopped within a window
+                log({"step": float(self.step), **self._window(recent)})
             self.save()
         return self.step >= run.steps
+
+
+def _check_action_range(normalised: NDArray[np.float32], config: TrainConfig) -> None:
+    """Refuse actions (N, Da) that the sampler, which clips to ``diffusion.clip_sample``, could never produce.
+
+    Quantile normalisation cuts its outliers on purpose, and min_max fills -1 to 1.
+    """
+    kind, limit = config.data.action.normalizer, config.diffusion.clip_sample
+    if kind not in (NormalizerKind.MEAN_STD, NormalizerKind.IDENTITY):
+        return
+    reach = float(np.abs(normalised).max())
+    if reach > limit:
+        raise ConfigError(
+            f"training configuration {config.name!r}: data.action.normalizer {kind.value} leaves actions up to "
+            f"{reach:.3g}, but diffusion.clip_sample cuts at {limit:g}; use min_max or raise diffusion.clip_sample"
+        )
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that continues it: all but paths, texts and bookkeeping."""
     document = config.model_dump(mode="json", exclude={"license": True, "task": True, "data": {"path", "format"}})
-    document["data"]["observations"] = list(document["data"]["observations"].items())  # their order matters too
+    observations = document["data"]["observations"]
+    for source in observations.values():
+        del source["names"]
+    document["data"]["observations"] = list(observations.items())  # their order matters too
     document["run"] = {key: document["run"][key] for key in ("steps", "batch", "seed", "precision")}
-    return document
+    flat: dict[str, Any] = {}
+    for section, value in document.items():
+        fields = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+        flat.update(fields)
+    return flat

@@ -43,7 +43,10 @@ class ReferenceEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One thing to measure; ``run`` computes one whole chunk at batch 1."""
+    """One thing to measure: ``run`` computes one whole chunk at batch 1.
+
+    ``weights`` is the SHA-256 of the variant's denoiser; None where no bundle's weights are run.
+    """
 
     engine: str
     variant: str
@@ -51,11 +54,12 @@ class Contender:
     threads: int
     steps: int
     run: Callable[[], object]
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Latency of one contender, milliseconds per chunk over ``samples`` chunks."""
+    """Latency of one contender, milliseconds per chunk over ``samples`` chunks; ``weights`` as in the contender."""
 
     engine: str
     variant: str
@@ -64,6 +68,7 @@ class Row:
     p50_ms: float
     p99_ms: float
     samples: int
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,7 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
                 times[index, number] = time.perf_counter() - begin
     p50, p99 = 1e3 * np.percentile(times, [50, 99], axis=1)
     return [
-        Row(c.engine, c.variant, c.threads, c.steps, round(float(a), 4), round(float(b), 4), rounds)
+        Row(c.engine, c.variant, c.threads, c.steps, round(float(a), 4), round(float(b), 4), rounds, c.weights)
         for c, a, b in zip(contenders, p50, p99, strict=True)
     ]
 
@@ -152,9 +157,15 @@ def _onnxruntime(bundle: Bundle, variant: str, steps: int, threads: int) -> Cont
     for key in policy.observations.keys:
         normalised = generator.uniform(-1.0, 1.0, (1, policy.observations.history, *key.shape))
         observation[key.name] = key.normalizer.denormalize(normalised)
-    precision = bundle.spec.variant(variant).precision
+    described = bundle.spec.variant(variant)
     return Contender(
-        "onnxruntime", variant, precision, threads, steps, lambda: policy.predict(observation, [0], [0], steps)
+        "onnxruntime",
+        variant,
+        described.precision,
+        threads,
+        steps,
+        lambda: policy.predict(observation, [0], [0], steps),
+        described.files["denoiser"].sha256,
     )
 
 

@@ -1,7 +1,7 @@
 """Schema of ``bundle.yaml``: the contract between training and robot.
 
 Every model is frozen and refuses unknown fields. Reading, hashing and verifying files is in ``load`` and ``verify``;
-this module knows only the shape of the document. Arrays of numbers are tuples, so a bundle is hashable and immutable.
+this module knows only the shape of the document. Arrays of numbers are tuples, so that nothing in them can change.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from dcqfa_ros.bundle.strict import StrictModel
-
-SCHEMA_VERSION = 1
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
@@ -83,9 +81,18 @@ class _Observation(StrictModel):
 
 
 class LowDimObservation(_Observation):
-    """Joint positions, poses, key points: a small float vector per time step."""
+    """Joint positions, poses, key points: a small float vector per time step; ``names`` says what each scalar is."""
 
     type: Literal["low_dim"]
+    names: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> LowDimObservation:
+        if self.names and len(self.names) != self.size:
+            raise ValueError(f"names has {len(self.names)} entries, expected {self.size} (one per scalar) or none")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("names must differ from each other")
+        return self
 
 
 class ImageObservation(_Observation):
@@ -185,6 +192,22 @@ class ActionSpec(StrictModel):
         return self
 
 
+class ArchitectureSpec(StrictModel):
+    """Size of a ``diffusion_policy_t`` network: decoder blocks, attention heads, channels, and action tokens."""
+
+    depth: Positive
+    heads: Positive
+    dim: Positive
+    ffn_dim: Positive
+    horizon: Positive
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> ArchitectureSpec:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        return self
+
+
 class DiffusionSpec(StrictModel):
     """Noise schedule and sampler of a variance-preserving diffusion policy (``dcqfa_ros.runtime.schedule``)."""
 
@@ -193,6 +216,7 @@ class DiffusionSpec(StrictModel):
     prediction: Literal["epsilon"]
     clip_sample: Annotated[float, Field(gt=0.0)]
     sampler: Literal["ddim", "ddpm"]
+    timestep_spacing: Literal["leading"] = "leading"
     steps: Positive
 
     @model_validator(mode="after")
@@ -261,18 +285,35 @@ class QualityRecord(StrictModel):
 
 
 class ParityRecord(StrictModel):
-    """Error of the exported network against the training-side network on fixed inputs, normalised action units."""
+    """Error of whole chunks of the exported network on fixed inputs, normalised action units.
+
+    ``max_abs`` and ``rms`` are against the full-precision network, so they hold the cost of quantization;
+    ``export_rms`` is against the training-side network with the variant's own quantizers, so it holds that of the
+    export alone.
+    """
 
     samples: Positive
     max_abs: Annotated[float, Field(ge=0.0)]
     rms: Annotated[float, Field(ge=0.0)]
     tolerance_rms: Annotated[float, Field(gt=0.0)]
+    export_rms: Annotated[float, Field(ge=0.0)]
+    tolerance_export_rms: Annotated[float, Field(gt=0.0)]
 
     @model_validator(mode="after")
     def _holds(self) -> ParityRecord:
         if self.rms > self.tolerance_rms:
             raise ValueError(f"rms {self.rms} exceeds tolerance_rms {self.tolerance_rms}")
+        if self.export_rms > self.tolerance_export_rms:
+            raise ValueError(f"export_rms {self.export_rms} exceeds tolerance_export_rms {self.tolerance_export_rms}")
         return self
+
+
+class CalibrationRecord(StrictModel):
+    """What activation scales were found on: ``samples`` observations drawn with ``seed`` from the training episodes."""
+
+    samples: Positive
+    seed: Annotated[int, Field(ge=0)]
+    data_sha256: Sha256
 
 
 class VariantSpec(StrictModel):
@@ -285,6 +326,7 @@ class VariantSpec(StrictModel):
     files: dict[Literal["encoder", "timestep", "denoiser"], FileSpec]
     layers: tuple[LayerBits, ...] = Field(min_length=1)
     size: VariantSize
+    calibration: CalibrationRecord | None = None
     latency: tuple[LatencyRecord, ...] = ()
     quality: tuple[QualityRecord, ...] = ()
     parity: ParityRecord
@@ -300,30 +342,50 @@ class VariantSpec(StrictModel):
         return self
 
 
+class TrainingSegment(StrictModel):
+    """One start or resume of a training run, at ``step``. Only segments under equal conditions repeat bit for bit."""
+
+    step: Annotated[int, Field(ge=0)]
+    planned_steps: Positive
+    threads: Positive
+    compile: bool
+    device: Text
+    torch: Text
+
+
 class TrainingRecord(StrictModel):
-    """Where the weights come from: enough to repeat the run."""
+    """Where the weights come from: enough to repeat the run.
+
+    ``data_sha256`` is that of the observations, actions and episode ends as read; ``planned_steps`` shaped the learning
+    rate where the run was stopped after fewer ``steps``.
+    """
 
     data: Text
+    data_sha256: Sha256 | None = None
     episodes: Positive
     split: Text
     steps: Positive
+    planned_steps: Positive | None = None
     batch: Positive
     seed: Annotated[int, Field(ge=0)]
     command: Text
+    history: tuple[TrainingSegment, ...] = ()
 
 
 class BundleSpec(StrictModel):
-    """The whole of ``bundle.yaml``."""
+    """The whole of ``bundle.yaml``; ``created_by`` holds the versions of the programs that wrote it."""
 
     schema_version: Literal[1]
     name: Name
     task: Text
-    backbone: Literal["diffusion_policy_t", "mdt_v", "openvla_oft"]
+    backbone: Literal["diffusion_policy_t"]
+    architecture: ArchitectureSpec
     license: Text
     observations: dict[Name, ObservationSpec] = Field(min_length=1)
     action: ActionSpec
     diffusion: DiffusionSpec
     training: TrainingRecord
+    created_by: dict[Name, Text] = Field(default_factory=dict)
     default_variant: Name
     variants: tuple[VariantSpec, ...] = Field(min_length=1)
 
@@ -339,6 +401,10 @@ class BundleSpec(StrictModel):
         histories = {o.history for o in self.observations.values() if o.type == "low_dim"}
         if len(histories) > 1:
             raise ValueError("low_dim observations must share one history")
+        if self.architecture.horizon != self.action.horizon:
+            raise ValueError(
+                f"architecture.horizon {self.architecture.horizon} differs from action.horizon {self.action.horizon}"
+            )
         return self
 
     def variant(self, name: str) -> VariantSpec:

@@ -52,18 +52,24 @@ def register(subparsers: Any) -> None:
 def _engine(args: argparse.Namespace) -> int:
     from dcqfa_ros.bench.engine import compare_engines
     from dcqfa_ros.devices.detect import detect
+    from dcqfa_ros.devices.records import bench_records, save_records
 
     bundle = load_bundle(find_bundle(args.bundle), verify=False)
     device = detect()
     variants = [name for name in args.variants.split(",") if name]
     report = compare_engines(bundle, variants=variants, steps=args.steps, threads=args.threads, rounds=args.rounds)
+    facts = {
+        "bundle": bundle.spec.name,
+        "device": device.name,
+        "fingerprint": device.fingerprint,
+        **dataclasses.asdict(report),
+    }
     if args.json:
-        facts = {"bundle": bundle.spec.name, "device": device.name, **dataclasses.asdict(report)}
         print(json.dumps(facts, indent=2))
     else:
         print("\n".join(_describe(bundle, device, report)))
     if args.save:
-        _save(bundle, device, report)
+        save_records(bench_records(facts))
     return 0
 
 
@@ -76,27 +82,3 @@ def _describe(bundle: Bundle, device: Device, report: EngineReport) -> Iterator[
         if ratio is not None:
             yield f"{name}: {ratio:.2f} times faster"
     yield from report.notes
-
-
-def _save(bundle: Bundle, device: Device, report: EngineReport) -> None:
-    from dcqfa_ros.bundle.schema import LatencyRecord
-    from dcqfa_ros.devices.records import LocalRecord, save_records
-
-    records = []
-    for row in report.rows:
-        if row.engine != "onnxruntime":
-            continue
-        command = f"dcqfa bench engine --bundle {bundle.spec.name} --steps {row.steps} --threads {row.threads}"
-        record = LatencyRecord(
-            device=device.fingerprint,
-            runtime=f"onnxruntime {report.versions['onnxruntime']}",
-            kind="measured",
-            threads=row.threads,
-            steps=row.steps,
-            p50_ms=row.p50_ms,
-            p99_ms=row.p99_ms,
-            command=command,
-        )
-        weights = bundle.spec.variant(row.variant).files["denoiser"].sha256
-        records.append(LocalRecord(variant=row.variant, weights=weights, record=record))
-    save_records(records)

@@ -66,7 +66,10 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"[{name}] {line}", file=stream, flush=True)
 
     summary_file = args.out / SUMMARY
-    summary_file.unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
+    try:
+        summary_file.unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
+    except OSError as error:
+        raise UserError(f"{args.out}: the output folder cannot be written: {error.strerror}") from error
     with isolated_environment() as isolation, claim_namespace(isolation.domain, options.namespace):
         print(f"graph on ROS domain {isolation.domain}, this host only", file=stream, flush=True)
         memory = MemoryWatch()

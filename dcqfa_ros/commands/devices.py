@@ -44,7 +44,7 @@ def register(subparsers: Any) -> None:
         type=float,
         default=0.0,
         metavar="MS",
-        help="latency budget (default: the executed actions last)",
+        help="latency budget (default: one control period)",
     )
     add("--memory-mb", type=float, default=0.0, metavar="MIB", help="memory budget (default: half of the free memory)")
     add("--root", type=Path, default=Path("/"), metavar="DIR", help="read a recorded device instead of this one")

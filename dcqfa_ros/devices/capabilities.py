@@ -1,9 +1,10 @@
 """Which precisions a device's runtimes execute. A precision that is not listed as executed is refused, never replaced.
 
 Sources: NVIDIA's hardware support matrix by compute capability (INT8 from 7.5, INT4 weights from 8.0, FP8 from 8.9, FP4
-from 10.0); onnxruntime pull request 12088 for the saturation of 8-bit products on x86 without VNNI. Relative times are
-medians measured with ONNX Runtime on one thread: 8 layers of width 256 (2.4, 0.81 and 1.4 ms) and 12 of width 512
-(15.5, 5.1 and 6.6 ms) in FP32, INT8 and INT4 weights.
+from 10.0); onnxruntime pull request 12088 for 8-bit products on x86 without VNNI: they saturate unless the session asks
+for exact ones, as the engine does; those take AVX2 and more time. Relative times are medians measured with ONNX Runtime
+on one thread: 8 layers of width 256 (2.4, 0.81 and 1.4 ms) and 12 of width 512 (15.5, 5.1 and 6.6 ms) in FP32, INT8 and
+INT4 weights; that of INT8 without dot product instructions is an estimate.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _MINIMUM_CAPABILITY: Mapping[str, tuple[int, int]] = {
     "fp32": (5, 0), "fp16": (5, 3), "w8a8": (7, 5), "w4a16": (8, 0), "fp8": (8, 9), "fp4": (10, 0),
 }  # fmt: skip
 _INT8_TIME = 0.33
+_INT8_TIME_WITHOUT_DOT_PRODUCT = 0.6
 _INT4_WEIGHT_TIME = 0.5
 _FLOAT_TIME = 1.0
 
@@ -74,7 +76,15 @@ def runtimes(device: Device, version: Callable[[str], str | None] | None = None)
     found = version(ONNXRUNTIME)
     missing = None if found else "the Python package onnxruntime is not installed"
     processor = device.processor
-    cpu = Runtime(ONNXRUNTIME, found, "cpu", missing, lambda bits: _refused_by_cpu(bits, processor), _relative_time)
+    int8_time = _INT8_TIME if processor.features else _INT8_TIME_WITHOUT_DOT_PRODUCT
+    cpu = Runtime(
+        ONNXRUNTIME,
+        found,
+        "cpu",
+        missing,
+        lambda bits: _refused_by_cpu(bits, processor),
+        lambda bits: _relative_time(bits, int8_time),
+    )
     if device.gpu is None:
         return (cpu,)
     capability = device.gpu.compute_capability
@@ -123,10 +133,9 @@ def _refused_int8(processor: Processor) -> str | None:
     if processor.features:
         return None
     if processor.architecture == "x86_64":
-        return (
-            "W8A8: this processor has no VNNI, and without it ONNX Runtime's 8-bit products saturate at 16 bits: "
-            "actions could be wrong"
-        )
+        if processor.avx2:  # products in 16 bits without saturation: exact, but slower
+            return None
+        return "W8A8: this processor has neither VNNI nor AVX2, which ONNX Runtime's exact 8-bit products need"
     return f"W8A8: {processor.model} has no 8-bit dot product (asimddp, i8mm) that this software knows"
 
 
@@ -148,9 +157,9 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _relative_time(bits: Bits) -> float:
+def _relative_time(bits: Bits, int8_time: float = _INT8_TIME) -> float:
     if bits.kind == "int" and bits.activation == 8:
-        return _INT8_TIME
+        return int8_time
     if bits.kind == "int" and bits.weight == 4:
         return _INT4_WEIGHT_TIME
     return _FLOAT_TIME

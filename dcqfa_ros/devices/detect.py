@@ -36,12 +36,16 @@ _NO_NVML = "an NVIDIA driver is loaded but the Python package nvidia-ml-py is no
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """The CPU: ``features`` are those of :data:`DOT_PRODUCT_FEATURES` it has; ``cores`` counts logical processors."""
+    """The CPU: ``features`` are those of :data:`DOT_PRODUCT_FEATURES` it has; ``cores`` counts logical processors.
+
+    ``avx2`` says whether an x86 processor has the AVX2 instructions.
+    """
 
     model: str
     architecture: str
     cores: int
     features: tuple[str, ...]
+    avx2: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,8 @@ class Device:
         gpu: the first CUDA device, or None.
         l4t: Jetson Linux release such as ``36.4.3``, or None.
         memory_bytes: system memory, 0 where unknown.
-        memory_available_bytes: of it, what programs can still take, 0 where unknown.
+        memory_available_bytes: of it, what programs can still take within the limits of their control group, 0 where
+            unknown.
         notes: what could not be determined and what follows from it.
     """
 
@@ -96,6 +101,9 @@ def detect(root: Path = Path("/"), gpus: GpuProbe | None = None) -> Device:
     if not processor.cores:
         notes.append("the processor is unknown: /proc/cpuinfo could not be read")
     memory, available = _memory(_read(root, "proc/meminfo"))
+    granted = _control_group_memory(root)
+    if granted is not None:
+        available = min(available, granted) if available else granted
     if not memory:
         notes.append("the memory size is unknown: /proc/meminfo could not be read")
     model = _read(root, "proc/device-tree/model").strip("\0 \n")
@@ -139,8 +147,13 @@ def _jetson(
     l4t = f"{release[1]}.{release[2]}" if release else None
     if l4t is None:
         notes.append("the Jetson Linux release is unknown: /etc/nv_tegra_release could not be read")
+    # The power mode caps clocks and cores: latencies of different modes are not comparable.
+    mode = re.search(r"\bpmode:(\d+)", _read(root, "var/lib/nvpmodel/status"))
+    if mode is None:
+        notes.append("the power mode is unknown: /var/lib/nvpmodel/status could not be read")
     gpu = Gpu("Orin (nvgpu)", _ORIN_COMPUTE_CAPABILITY, None, None)
-    fingerprint = f"{name}, L4T {l4t or 'unknown'}, {processor.cores} cores"
+    power = int(mode[1]) if mode else "unknown"
+    fingerprint = f"{name}, L4T {l4t or 'unknown'}, {processor.cores} cores, power mode {power}"
     return Device("jetson", name, fingerprint, processor, gpu, l4t, memory, available, tuple(notes))
 
 
@@ -202,7 +215,7 @@ def _processor(cpuinfo: str) -> Processor:
         # Virtual machines and pre-production parts hide the product: family and model number tell them apart.
         if not re.search(r"\d{3}", model):
             model += f" family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-        return Processor(model, "x86_64", cores, features)
+        return Processor(model, "x86_64", cores, features, "avx2" in words)
     if "cpu part" in fields:
         part = fields["cpu part"].lower()
         return Processor(_ARM_PARTS.get(part, f"ARM part {part}"), "aarch64", cores, features)
@@ -212,3 +225,16 @@ def _processor(cpuinfo: str) -> Processor:
 def _memory(meminfo: str) -> tuple[int, int]:
     values = {k: int(v) * _KIB for k, v in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, re.MULTILINE)}
     return values.get("MemTotal", 0), values.get("MemAvailable", 0)
+
+
+def _control_group_memory(root: Path) -> int | None:
+    """Return the bytes this process' control group (version 2) and those above it still grant, None without a limit."""
+    own = re.search(r"^0::/(.*)$", _read(root, "proc/self/cgroup"), re.MULTILINE)
+    names = [name for name in own[1].split("/") if name not in ("", "..")] if own else []
+    left = []
+    for depth in range(len(names) + 1):
+        folder = "/".join(["sys/fs/cgroup", *names[:depth]])
+        limit, used = (_read(root, f"{folder}/memory.{kind}").strip() for kind in ("max", "current"))
+        if re.fullmatch(r"[0-9]+", limit) and re.fullmatch(r"[0-9]+", used):  # "max": no limit
+            left.append(max(1, int(limit) - int(used)))  # 0 would mean unknown
+    return min(left, default=None)

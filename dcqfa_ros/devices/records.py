@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -95,6 +95,35 @@ def records_of(variant: VariantSpec, local: LocalRecords) -> tuple[LatencyRecord
     weights = variant.files["denoiser"].sha256
     own = tuple(r.record for r in local.records if r.weights == weights)
     return own + variant.latency
+
+
+def bench_records(document: Mapping[str, Any]) -> tuple[LocalRecord, ...]:
+    """Return the ONNX Runtime rows of what ``dcqfa bench engine --json`` prints, each with the weights it measured.
+
+    Raises:
+        KeyError: a field is missing.
+        ValueError: a field's value is not of its kind.
+        TypeError: a field is not of its structure.
+    """
+    return tuple(
+        LocalRecord(
+            variant=row["variant"],
+            weights=row["weights"],
+            record=LatencyRecord(
+                device=document["fingerprint"],
+                runtime=f"onnxruntime {document['versions']['onnxruntime']}",
+                kind="measured",
+                threads=row["threads"],
+                steps=row["steps"],
+                p50_ms=row["p50_ms"],
+                p99_ms=row["p99_ms"],
+                command=f"dcqfa bench engine --bundle {document['bundle']} --steps {row['steps']} "
+                f"--threads {row['threads']}",
+            ),
+        )
+        for row in document["rows"]
+        if row["engine"] == "onnxruntime"
+    )
 
 
 def _key(local: LocalRecord) -> tuple[str, str, str, int, int]:

@@ -1,14 +1,14 @@
 """Choose the variant of a bundle for a device: the fastest that this device executes within the budgets, and why.
 
-Latencies measured on this device decide where there are any. Next come predictions for this device. Without either the
-variants are ranked by a model (parameters x relative time of the layers' precision), which cannot be held against a
-budget in milliseconds: the choice then says ``modelled`` and how to measure.
+Latencies measured on this device decide where every variant that fits has one. Otherwise what is missing is modelled:
+parameters x relative time of the layers' precision, scaled by a latency that is known. A modelled time is not held
+against a budget in milliseconds; the choice then says ``modelled``, which variant is not measured, and how to measure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dcqfa_ros.bundle.schema import BundleSpec, LatencyRecord, VariantSpec
@@ -50,8 +50,9 @@ class Candidate:
     Attributes:
         variant: its name.
         accepted: whether this device executes it within the budgets.
-        basis: what its rank rests on.
-        latency_ms: p99 (p50 where the record has no p99) of one chunk; None when modelled.
+        basis: what is known of its own latency.
+        latency_ms: p99 (p50 where the record has no p99) of one chunk; when modelled, scaled from another variant's, or
+            None where no latency is known.
         relative_time: modelled time, the bundle's FP32 network = 1.
         memory_bytes: estimated resident memory of its worker.
         reason: why it has its rank or was rejected.
@@ -68,7 +69,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The result: ``variant`` is None when no variant fits; ``ranking`` is best first, rejected variants last."""
+    """The result: ``variant`` is None when no variant fits; ``ranking`` is best first, rejected variants last.
+
+    ``basis`` is the weakest among the accepted variants: a choice is measured when all it compares is.
+    """
 
     variant: str | None
     reason: str
@@ -94,8 +98,8 @@ def budget_for(
         spec: the bundle.
         device: where it runs.
         control_rate: actions per second; 0: the bundle's.
-        latency_ms: time one chunk may take; 0: what the executed actions of a chunk last, because the next chunk is
-            computed meanwhile.
+        latency_ms: time one chunk may take; 0: one control period, because a chunk is computed when the last action
+            of the one before has been executed, and its first action is due one period later.
         memory_mb: MiB its worker may take; 0: half of the free memory.
 
     Raises:
@@ -108,8 +112,8 @@ def budget_for(
     if latency_ms:
         latency, latency_reason = latency_ms, "given"
     else:
-        latency = 1e3 * spec.action.executed / rate
-        latency_reason = f"{spec.action.executed} executed actions at {rate:g} Hz"
+        latency = 1e3 / rate
+        latency_reason = f"one control period at {rate:g} Hz"
     if memory_mb:
         return Budget(latency, int(memory_mb * 2**20), latency_reason, "given")
     if not device.memory_available_bytes:
@@ -150,20 +154,22 @@ def choose(
     runtime = next(iter(runtimes(device) if available is None else available))
     local = local or LocalRecords()
     candidates = [_candidate(v, spec, device, runtime, budget, local, steps, threads) for v in spec.variants]
-    accepted = sorted((c for c in candidates if c.accepted), key=lambda c: _rank(c, spec))
+    accepted = sorted(_scaled([c for c in candidates if c.accepted]), key=lambda c: _rank(c, spec))
     rejected = [c for c in candidates if not c.accepted]
     best = accepted[0] if accepted else None
+    basis = max((c.basis for c in accepted), key=_ORDER.__getitem__) if accepted else None
     if best is None:
         reason = "no variant fits this device: " + "; ".join(f"{c.variant}: {c.reason}" for c in rejected)
     else:
         reason = f"{best.variant}: {best.reason}"
-        if best.basis != "measured":
+        if basis != "measured":
             options = f"--bundle {spec.name} --steps {steps} --threads {threads} --save"
-            reason += f"; {best.basis}, not measured on this device: profile it by 'dcqfa bench engine {options}'"
+            missing = ", ".join(c.variant for c in accepted if c.basis != "measured")
+            reason += f"; {basis}, {missing} not measured on this device: profile it by 'dcqfa bench engine {options}'"
     return Choice(
         best.variant if best else None,
         reason,
-        best.basis if best else None,
+        basis,
         (*accepted, *rejected),
         device.fingerprint,
         f"{runtime.name} {runtime.version or '(not installed)'}",
@@ -178,11 +184,33 @@ def memory_estimate(variant: VariantSpec) -> int:
     return WORKER_BYTES + WEIGHT_COPIES * variant.size.disk_bytes
 
 
-def _rank(candidate: Candidate, spec: BundleSpec) -> tuple[int, float, int, bool]:
-    """Measured before predicted before modelled; then fastest; then smallest; then the bundle's default."""
+def _scaled(accepted: list[Candidate]) -> list[Candidate]:
+    """Give variants of unknown latency that of the best known one times the ratio of modelled times.
+
+    Being known does not make a variant fast: it must not win against one that nobody has measured yet.
+    """
+    known = [c for c in accepted if c.latency_ms is not None]
+    if not known:
+        return accepted
+    base = min(known, key=lambda c: (_ORDER[c.basis], c.latency_ms))
+    assert base.latency_ms is not None
+    result = []
+    for candidate in accepted:
+        if candidate.latency_ms is None:
+            latency = base.latency_ms * candidate.relative_time / base.relative_time
+            reason = (
+                f"modelled {latency:.1f} ms per chunk, scaled from {base.variant} ({base.basis}); not measured here"
+            )
+            candidate = replace(candidate, latency_ms=latency, reason=reason)
+        result.append(candidate)
+    return result
+
+
+def _rank(candidate: Candidate, spec: BundleSpec) -> tuple[float, int, bool]:
+    """Fastest; then smallest; then the bundle's default. Either all candidates have a latency or none has."""
     time = candidate.relative_time if candidate.latency_ms is None else candidate.latency_ms
     size = spec.variant(candidate.variant).size.disk_bytes
-    return _ORDER[candidate.basis], time, size, candidate.variant != spec.default_variant
+    return time, size, candidate.variant != spec.default_variant
 
 
 def _candidate(

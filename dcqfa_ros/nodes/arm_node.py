@@ -6,6 +6,7 @@ starts disarmed and stays so until an operator (or the trial node) calls ``~/arm
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
 from dcqfa_ros.runtime.arm_executor import (
     ArmExecutor,
+    ArmMode,
     ArmRefusedError,
     ArmSettings,
     Stop,
@@ -59,9 +61,16 @@ class ArmNode(ManagedNode):
         add("rate", "realtime", "pace of the simulated cell", choices=RATES)
         add("control_rate", 10.0, "control tick, Hz", minimum=0.1, maximum=1000.0, read_only=True)
         add("command_source", "policy", "holder of the command lease", choices=SOURCES)
-        add("command_timeout_s", 2.0, "deadman: seconds without a usable command", minimum=0.05, maximum=60.0)
+        add("command_timeout_s", 2.0, "deadman, seconds", minimum=0.05, maximum=60.0, read_only=True)
         add("lockstep_timeout_s", 30.0, "the same in lockstep, seconds", minimum=1.0, maximum=600.0)
-        add("observation_max_age_s", 1.0, "refuse chunks of older observations, seconds", minimum=0.01, maximum=60.0)
+        add(
+            "observation_max_age_s",
+            1.0,
+            "limit of a chunk's observation, seconds",
+            minimum=0.01,
+            maximum=60.0,
+            read_only=True,
+        )
         add("max_steps", 300, "steps after which an episode ends", minimum=1, read_only=True)
         add("seed", 0, "start state that ~/reset_cell sets", minimum=0, maximum=2**32 - 1)
         add("frame", "table", "frame of poses and chunks", read_only=True)
@@ -72,7 +81,8 @@ class ArmNode(ManagedNode):
         self.on_parameter("command_source", self._validate_source, self._apply_source)
         self.executor_core: ArmExecutor | None = None
         self._control_thread: threading.Thread | None = None
-        self._halt = threading.Event()
+        self._halt = threading.Event()  # one per activation, so that an old thread can never come back to life
+        self._state_lock = threading.Lock()
         self._ticker: Ticker | None = None
 
     def _validate_rate(self, value: str) -> str | None:
@@ -109,8 +119,8 @@ class ArmNode(ManagedNode):
         shared = cell_state_name(self.context.get_domain_id(), self.get_namespace())
         self._cell = driver = SimulatedPlanarArm(step_limit=settings.max_steps, seed=self._seed, shared_as=shared)
         core = ArmExecutor(driver, limits, lease, settings)
+        self.executor_core = core  # before connecting: teardown() releases what connect() leaves half done
         core.connect(self._seed)
-        self.executor_core = core
         self._pose_publisher = self.create_interface_publisher("tcp_pose")
         self._joints_publisher = self.create_interface_publisher("joint_states")
         self._points_publisher = self.create_interface_publisher("keypoints")
@@ -125,14 +135,15 @@ class ArmNode(ManagedNode):
 
     def start(self) -> None:
         """Begin to tick; the arm stays disarmed."""
-        self._halt.clear()
-        self._publish_state(self._core.stamp_ns)
-        self._control_thread = threading.Thread(target=self.guard(self._run), name="control", daemon=True)
+        self._halt = threading.Event()
+        self._publish_state()
+        run = functools.partial(self._run, self._halt)
+        self._control_thread = threading.Thread(target=self.guard(run), name="control", daemon=True)
         self._control_thread.start()
 
     def stop(self, reason: str) -> None:
         """Disarm, publish why, and end the control thread."""
-        self._disarm(Stop(StopCode.SHUTDOWN, reason))
+        self._disarm(Stop(StopCode.FAULT if self.faulted else StopCode.SHUTDOWN, reason))
         self._halt.set()
         thread, self._control_thread = self._control_thread, None
         if thread is not None and thread is not threading.current_thread():
@@ -153,34 +164,37 @@ class ArmNode(ManagedNode):
 
     # control thread
 
-    def _run(self) -> None:
-        while not self._halt.is_set():
+    def _run(self, halt: threading.Event) -> None:
+        while not halt.is_set():
             if self.parameter("rate") == "max" and self._core.armed:
-                self._lockstep()
+                self._lockstep(halt)
             else:
-                self._realtime_tick()
+                self._realtime_tick(halt)
 
-    def _realtime_tick(self) -> None:
+    def _realtime_tick(self, halt: threading.Event) -> None:
         ticker = self._ticker
         assert ticker is not None
-        ticker.wait(self._halt)
-        if self._halt.is_set():
+        ticker.wait(halt)
+        if halt.is_set():
             return
         self._control_period()
         ticker.done()
 
     def _control_period(self) -> None:
-        core = self._core
-        was_armed = core.armed
-        self._publish(core.tick(time.monotonic_ns()))
-        if was_armed and not core.armed:
-            self._after_stop()
+        try:
+            tick = self._core.tick(time.monotonic_ns())
+        except DriverError:
+            self._after_stop(self._core.stop)
+            raise
+        self._publish(tick)
+        if tick.stopped is not None:
+            self._after_stop(tick.stopped)
 
-    def _lockstep(self) -> None:
+    def _lockstep(self, halt: threading.Event) -> None:
         """Advance the cell only on a command that carries its observation's stamp."""
         core, waited_from = self._core, time.monotonic()
         while not core.wait_for_command(LOCKSTEP_POLL_S):
-            if self._halt.is_set() or not core.armed:
+            if halt.is_set() or not core.armed:
                 return
             limit = float(self.parameter("lockstep_timeout_s"))
             if time.monotonic() - waited_from > limit:
@@ -221,47 +235,48 @@ class ArmNode(ManagedNode):
         }
         self._judgement_publisher.publish(status_message(tick.stamp_ns, "cell", 0, "step judged", values))
 
-    def _publish_state(self, stamp_ns: int) -> None:
+    def _publish_state(self) -> None:
         core = self._core
-        stop = core.stop
-        level = 0 if core.armed or stop.code.normal else 2
-        text = "armed" if core.armed else f"disarmed: {stop.text}"
-        values = {
-            "state": core.mode.value,
-            "episode": core.episode,
-            "code": "" if core.armed else stop.code.value,
-            "reason": "" if core.armed else stop.text,
-            "source": core.lease.holder,
-            "seed": self._seed,
-            "rate": self.parameter("rate"),
-            "step": core.step,
-            "missed_ticks": self._ticker.missed if self._ticker else 0,
-            "starved_ticks": core.starved,
-        }
-        self._state_publisher.publish(status_message(stamp_ns, "arm", level, text, values))
+        with self._state_lock:  # what is published last is what was true last
+            now = core.snapshot()
+            armed, stop = now.mode is ArmMode.ARMED, now.stop
+            values = {
+                "state": now.mode.value,
+                "episode": now.episode,
+                "code": "" if armed else stop.code.value,
+                "reason": "" if armed else stop.text,
+                "source": core.lease.holder,
+                "seed": self._seed,
+                "rate": self.parameter("rate"),
+                "step": now.step,
+                "missed_ticks": self._ticker.missed if self._ticker else 0,
+                "starved_ticks": now.starved,
+            }
+            text = "armed" if armed else f"disarmed: {stop.text}"
+            level = 0 if armed or stop.code.normal else 2
+            self._state_publisher.publish(status_message(now.stamp_ns, "arm", level, text, values))
 
     def _disarm(self, stop: Stop) -> bool:
         core = self.executor_core
         if core is None or not core.disarm(stop):
             return False
-        self._after_stop()
+        self._after_stop(stop)
         return True
 
-    def _after_stop(self) -> None:
-        core = self._core
-        self._publish_state(core.stamp_ns)
-        self.event(0 if core.stop.code.normal else 2, f"disarmed: {core.stop.text}", code=core.stop.code.value)
+    def _after_stop(self, stop: Stop) -> None:
+        self._publish_state()
+        self.event(0 if stop.code.normal else 2, f"disarmed: {stop.text}", code=stop.code.value)
 
     # callbacks
 
     def _on_chunk(self, message: Any) -> None:
         core = self._core
-        if self.count_publishers(self._chunks.topic_name) > 1:
-            text = f"two publishers on {self._chunks.topic_name}: a second stack runs under the same names"
+        text = self._rivals()
+        if text:
             if not self._disarm(Stop(StopCode.TWO_PUBLISHERS, text)):
                 self.event(2, text, code=StopCode.TWO_PUBLISHERS.value)
             return
-        was_armed = core.armed
+        was_armed, episode = core.armed, core.episode
         try:
             actions, period = planar_chunk_actions(message, self._frame, self._units)
         except MessageError as error:
@@ -270,23 +285,33 @@ class ArmNode(ManagedNode):
             return
         stamp = from_time(message.header.stamp)
         refusal = core.submit("policy", stamp, period or core.settings.period_ns, actions, time.monotonic_ns())
-        if was_armed and not core.armed:
-            self._after_stop()
+        if was_armed and core.stop.code is StopCode.NOT_FINITE and not core.armed and core.episode == episode:
+            self._after_stop(core.stop)
         elif refusal is not None and was_armed:
             self.event(1, f"chunk refused: {refusal.value}", stamp=stamp, refused=sum(core.refused.values()))
+
+    def _rivals(self) -> str:
+        """Why commands cannot be trusted to come from one source, or an empty text."""
+        topic = self._chunks.topic_name
+        if self.count_publishers(topic) < 2:
+            return ""
+        return f"two publishers on {topic}: a second stack under the same names, or a policy killed less than 10 s ago"
 
     def _on_arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if not self.is_active:
             raise Refused("arm_node is not active")
+        rivals = self._rivals()
+        if rivals:
+            raise Refused(rivals)
         if self._ticker is not None:
             self._ticker.restart()
             self._ticker.missed = 0
         stamp = self.get_clock().now().nanoseconds
         try:
-            tick = self._core.arm(stamp, time.monotonic_ns())
+            tick = self._core.arm(stamp, time.monotonic_ns(), lockstep=self.parameter("rate") == "max")
         except ArmRefusedError as error:
             raise Refused(str(error)) from error
-        self._publish_state(tick.stamp_ns)
+        self._publish_state()
         self._publish(tick)
         response.success, response.message = True, f"armed, episode {self._core.episode}"
         return response
@@ -298,11 +323,12 @@ class ArmNode(ManagedNode):
         return response
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        self._seed = int(self.parameter("seed"))
+        seed = int(self.parameter("seed"))
         try:
-            self._core.reset(self._seed)
+            self._core.reset(seed)
         except ArmRefusedError as error:
             raise Refused(str(error)) from error
+        self._seed = seed
         response.success, response.message = True, f"cell reset to seed {self._seed}"
         return response
 

@@ -95,7 +95,7 @@ class LifecycleManagerNode(ManagedNode):
 
     def stop(self, reason: str) -> None:
         """Bring the graph down too: without its manager it would be unwatched."""
-        down = self._bring_down(reason, SAFE_STOP_TIMEOUT_S) if self._in_charge and not self._leaving else None
+        down = self._stop_together(reason, SAFE_STOP_TIMEOUT_S) if self._in_charge and not self._leaving else None
         self._sequencer.run(down)
 
     def teardown(self) -> None:
@@ -105,11 +105,11 @@ class LifecycleManagerNode(ManagedNode):
             clients.destroy()
 
     def leave(self, reason: str) -> bool:
-        """Deactivate the graph in reverse order before this node goes."""
+        """Deactivate the graph before this node goes."""
         if not self._leaving:
             self._leaving = True
             if self._in_charge and self.is_active:
-                self._sequencer.run(self._bring_down(reason, LEAVE_TIMEOUT_S))
+                self._sequencer.run(self._stop_together(reason, LEAVE_TIMEOUT_S))
         return self._sequencer.idle
 
     def status(self) -> Sequence[Status]:
@@ -204,6 +204,16 @@ class LifecycleManagerNode(ManagedNode):
         self._set_state(INACTIVE)
         self.event(Level.OK, f"graph deactivated: {reason}")
 
+    def _stop_together(self, reason: str, timeout: float) -> Steps:
+        """Deactivate every node at once: when the graph ends, the arm must not wait for a policy that hangs."""
+        self._set_state("stopping")
+        yield from self._transitions.deactivate_all(timeout)
+        for peer in self.peers:
+            if peer.state == ACTIVE:
+                self.event(Level.WARN, f"{peer.name} did not deactivate within {timeout:g} s", node=peer.name)
+        self._set_state(INACTIVE)
+        self.event(Level.OK, f"graph deactivated: {reason}")
+
     def _safe_stop(self, lost: Peer, finding: Finding, text: str) -> Steps:
         lost.wanted = False
         self._set_state("safe_stop")
@@ -283,7 +293,7 @@ class LifecycleManagerNode(ManagedNode):
             elif finding is Finding.FINISHED:
                 self.event(Level.OK, text, node=peer.name)
                 if peer.needed:
-                    self._sequencer.run(self._bring_down(text, SAFE_STOP_TIMEOUT_S))
+                    self._sequencer.run(self._stop_together(text, SAFE_STOP_TIMEOUT_S))
                     return
             elif peer.needed:
                 self._sequencer.run(self._safe_stop(peer, finding, text))

@@ -30,6 +30,7 @@ from dcqfa_ros.runtime.variant_host import SwapResult, VariantHost
 
 AUTO = "auto"
 WAIT_S = 0.1
+STOP_S = 0.5
 LATENCIES_KEPT = 500
 
 
@@ -60,7 +61,7 @@ class PolicyNode(ManagedNode):
         )
         add("engine_threads", 1, "threads of the engine", minimum=1, maximum=64, read_only=True)
         add("selector_timeout_s", 5.0, "auto: wait this long for the selector, seconds", minimum=0.1)
-        add("sync_tolerance_ms", 0.0, "stamps of one time step may differ by this much, ms", minimum=0.0)
+        add("sync_tolerance_ms", 0.0, "stamps of one time step may differ by this, ms", minimum=0.0, read_only=True)
         add("units_per_metre", 1024.0, "bundle units (px) per metre", minimum=1e-6, read_only=True)
         add(
             "observation_sources",
@@ -74,7 +75,7 @@ class PolicyNode(ManagedNode):
         self._bundle: Bundle | None = None
         self._sync: ObservationSynchronizer | None = None
         self._inference_thread: threading.Thread | None = None
-        self._halt = threading.Event()
+        self._halt = threading.Event()  # one per activation, so that an old thread can never come back to life
         self._choice = ""
         self._nothing_fits = False  # the selector's verdict: then a default would break a budget
         self._wanted = ""
@@ -168,7 +169,7 @@ class PolicyNode(ManagedNode):
 
     def start(self) -> None:
         """Begin to infer; in ``auto`` the selector's choice is awaited for a while, then the default is used."""
-        self._halt.clear()
+        self._halt = threading.Event()
         self._problem = ""
         if self._host is not None and not self._host.active:
             if self.parameter("variant") != AUTO:
@@ -178,7 +179,8 @@ class PolicyNode(ManagedNode):
             else:
                 timeout = float(self.parameter("selector_timeout_s"))
                 self._fallback = self.create_guarded_timer(timeout, self._use_default)
-        self._inference_thread = threading.Thread(target=self.guard(self._run), name="inference", daemon=True)
+        run = functools.partial(self._run, self._halt)
+        self._inference_thread = threading.Thread(target=self.guard(run), name="inference", daemon=True)
         self._inference_thread.start()
 
     def _use_default(self) -> None:
@@ -195,7 +197,11 @@ class PolicyNode(ManagedNode):
             self._sync.end()
         thread, self._inference_thread = self._inference_thread, None
         if thread is not None and thread is not threading.current_thread():
-            thread.join(2.0)
+            thread.join(STOP_S)
+            if thread.is_alive() and self._host is not None:  # an engine that does not answer must not keep the node
+                self._host.abort()
+                self._wanted = ""
+                thread.join(STOP_S)
 
     def teardown(self) -> None:
         """End the engine's worker."""
@@ -213,14 +219,18 @@ class PolicyNode(ManagedNode):
         self._host.request(variant)
 
     def _on_swap(self, result: SwapResult) -> None:
+        self.post(functools.partial(self._settle_swap, result))
+
+    def _settle_swap(self, result: SwapResult) -> None:
         values = {"swap_id": result.swap_id, "requested": result.requested, "active": result.active}
         if result.ok:
             self.event(0, f"variant {result.active!r} is active", **values, load_ms=round(result.load_ms, 1))
         else:
-            self._wanted = result.active
             self.event(2, f"variant {result.requested!r} refused: {result.reason}", **values, reason=result.reason)
-            if result.active and self.parameter("variant") not in (AUTO, result.active):
-                self.post(lambda: self.restore_parameter("variant", result.active))
+            if self._wanted == result.requested:  # else a newer request is under way: its outcome counts
+                self._wanted = result.active
+            if result.active and self.parameter("variant") == result.requested:
+                self.restore_parameter("variant", result.active)
         self._publish_active()
 
     def _publish_active(self) -> None:
@@ -229,7 +239,11 @@ class PolicyNode(ManagedNode):
     def _on_choice(self, message: Any) -> None:
         if self._host is None:
             return
-        choice = status_values(message).get("variant", "")
+        try:
+            choice = status_values(message).get("variant", "")
+        except MessageError as error:
+            self.event(1, f"message on the selector's topic ignored: {error}")
+            return
         self._nothing_fits = not choice
         if not choice:
             if self.parameter("variant") == AUTO:
@@ -257,8 +271,12 @@ class PolicyNode(ManagedNode):
             self._halt_episode(str(error))
 
     def _on_arm_state(self, message: Any) -> None:
-        values = status_values(message)
-        number = int(values["episode"])
+        try:
+            values = status_values(message)
+            number, cell_seed = int(values["episode"]), int(values["seed"])
+        except (MessageError, KeyError, ValueError) as error:
+            self.event(1, f"message on the arm's state topic ignored: {error!r}")
+            return
         if values.get("state") != "armed":
             with self._episode_lock:
                 self._episode = None
@@ -275,7 +293,7 @@ class PolicyNode(ManagedNode):
             self._latencies.clear()
             self._chunks = 0
             own = int(self.parameter("noise_seed"))
-            seed = own if own >= 0 else int(values.get("seed", "0"))
+            seed = own if own >= 0 else cell_seed
             stamp = from_time(message.header.stamp)
             self._episode = (number, stamp, seed)
             self._problem = ""
@@ -300,31 +318,31 @@ class PolicyNode(ManagedNode):
 
     # inference thread
 
-    def _run(self) -> None:
+    def _run(self, halt: threading.Event) -> None:
         running: tuple[int, int, int] | None = None
         due = chunk = 0
-        while not self._halt.is_set():
+        while not halt.is_set():
             with self._episode_lock:
                 episode = self._episode
             if episode is None or self._host is None or not self._host.active:
                 running = None
-                self._halt.wait(0.005)
+                halt.wait(0.005)
                 continue
             if episode != running:
                 running, due, chunk = episode, episode[1], 0
             assert self._sync is not None
             frames = self._sync.wait_for(due, WAIT_S)
-            if not self._fresh() or frames is None:
+            if not self._fresh(frames) or frames is None:
                 continue
-            if self._infer(episode, frames, chunk):
+            if self._infer(episode, frames, chunk, halt):
                 due = frames[-1].stamp_ns + self._spec.action.executed * self._period_ns - self._period_ns // 2
                 chunk += 1
 
-    def _fresh(self) -> bool:
+    def _fresh(self, frames: list[Frame] | None) -> bool:
         if self.parameter("rate") == "max":
             return True  # the cell waits for the command: nothing ages
         assert self._sync is not None
-        ages = self._sync.ages_ms(time.monotonic_ns())
+        ages = self._sync.ages_ms(time.monotonic_ns(), frames[-1].stamp_ns if frames else None)
         for key, spec in self._sync.specs.items():
             age = ages[key]
             if age is None or age > spec.max_age_ms:
@@ -333,7 +351,7 @@ class PolicyNode(ManagedNode):
                 return False
         return True
 
-    def _infer(self, episode: tuple[int, int, int], frames: list[Frame], chunk: int) -> bool:
+    def _infer(self, episode: tuple[int, int, int], frames: list[Frame], chunk: int, halt: threading.Event) -> bool:
         host, sync = self._host, self._sync
         assert host is not None and sync is not None
         begin = time.monotonic()
@@ -342,17 +360,15 @@ class PolicyNode(ManagedNode):
                 stack_history(frames, sync.specs), episode[2], chunk, int(self.parameter("denoising_steps")) or None
             )
         except WorkerDiedError as error:
-            self._wanted = ""
-            self._publish_active()
-            self._halt_episode(str(error))
-            self.fault(str(error))
+            if not halt.is_set():  # else it was killed to let this node go
+                self._lose_worker(str(error))
             return False
         except PolicyError as error:
             self._halt_episode(str(error))
             return False
         self._latencies.append((time.monotonic() - begin) * 1e3)
         with self._episode_lock:
-            if self._episode != episode or self._halt.is_set():
+            if self._episode != episode or halt.is_set():
                 return False  # the arm was disarmed meanwhile: no command after a stop
             self._chunk_publisher.publish(
                 planar_chunk_message(
@@ -361,6 +377,12 @@ class PolicyNode(ManagedNode):
             )
             self._chunks += 1
         return True
+
+    def _lose_worker(self, reason: str) -> None:
+        self._wanted = ""
+        self._publish_active()
+        self._halt_episode(reason)
+        self.fault(reason)
 
     def _figures(self) -> dict[str, object]:
         latency = np.array(self._latencies or [0.0])
@@ -372,6 +394,9 @@ class PolicyNode(ManagedNode):
         host, sync = self._host, self._sync
         if host is None or sync is None:
             return [Status(1, "policy", "not configured", {})]
+        lost = host.lost()
+        if lost:
+            self._lose_worker(lost)
         ages = sync.ages_ms(time.monotonic_ns())
         values = {
             "variant": host.active,

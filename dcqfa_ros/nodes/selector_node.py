@@ -41,7 +41,7 @@ class SelectorNode(ManagedNode):
         add("control_rate", 0.0, "actions per second; 0: the bundle's own", minimum=0.0, maximum=10_000.0)
         add("denoising_steps", 0, "denoising steps per chunk; 0: the bundle's own", minimum=0, maximum=10_000)
         add("engine_threads", 1, "threads of the engine", minimum=1, maximum=64)
-        add("budget_latency_ms", 0.0, "time a chunk may take, ms; 0: what its executed actions last", minimum=0.0)
+        add("budget_latency_ms", 0.0, "time a chunk may take, ms; 0: one control period", minimum=0.0)
         add("budget_memory_mb", 0.0, "memory a variant may take, MiB; 0: half of the free memory", minimum=0.0)
         for name in BUDGETS:
             self.on_parameter(name, None, lambda _: self.post(self._decide))  # after the new value is stored

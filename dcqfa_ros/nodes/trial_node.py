@@ -7,10 +7,11 @@ until the arm is disarmed. Trials are named in the parameter ``trials`` and begu
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from std_srvs.srv import Trigger
 
 from dcqfa_ros.devices.detect import detect
 from dcqfa_ros.errors import UserError
-from dcqfa_ros.ros.conversions import status_values
+from dcqfa_ros.ros.conversions import MessageError, status_values
 from dcqfa_ros.ros.diagnostics import EVENT, Status, from_message
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
@@ -67,7 +68,7 @@ class TrialNode(ManagedNode):
         add("timeout_s", 120.0, "wall-clock limit of one trial, seconds", minimum=1.0, maximum=3600.0)
         add("videos", 1, "how many trials to embed as video in the report", minimum=0, maximum=100)
         self.on_parameter("trials", lambda texts: _plan(texts)[1])
-        self._halt = threading.Event()
+        self._halt = threading.Event()  # one per activation, so that an old thread can never come back to life
         self._go = threading.Event()
         self._trial_lock = threading.Lock()
         self._trial_thread: threading.Thread | None = None
@@ -102,10 +103,11 @@ class TrialNode(ManagedNode):
 
     def start(self) -> None:
         """Begin to conduct trials on an own thread, now or at ``~/start``."""
-        self._halt.clear()
+        self._halt = threading.Event()
         if self.parameter("autostart"):
             self._go.set()
-        self._trial_thread = threading.Thread(target=self.guard(self._conduct), name="trials", daemon=True)
+        conduct = functools.partial(self._conduct, self._halt)
+        self._trial_thread = threading.Thread(target=self.guard(conduct), name="trials", daemon=True)
         self._trial_thread.start()
 
     def stop(self, reason: str) -> None:
@@ -128,13 +130,23 @@ class TrialNode(ManagedNode):
     def _on_judgement(self, message: Any) -> None:
         with self._trial_lock:
             if self._current is not None:
-                self._current.judgement(status_values(message))
+                self._take(self._current.judgement, message)
 
     def _on_arm_state(self, message: Any) -> None:
         with self._trial_lock:
-            self._arm = status_values(message)
-            if self._current is not None:
-                self._current.arm_state(self._arm)
+            self._take(self._arm_state, message)
+
+    def _arm_state(self, values: dict[str, str]) -> None:
+        int(values["episode"])  # refuses what is no state of an arm before it is kept
+        self._arm = values
+        if self._current is not None:
+            self._current.arm_state(values)
+
+    def _take(self, take: Callable[[dict[str, str]], None], message: Any) -> None:
+        try:
+            take(status_values(message))
+        except (MessageError, KeyError, ValueError) as error:
+            self.event(1, f"malformed status message ignored: {error!r}")
 
     def _on_variant(self, message: Any) -> None:
         with self._trial_lock:
@@ -166,23 +178,23 @@ class TrialNode(ManagedNode):
 
     # trial thread
 
-    def _conduct(self) -> None:
-        while not self._halt.is_set():
+    def _conduct(self, halt: threading.Event) -> None:
+        while not halt.is_set():
             if not self._go.wait(POLL_S):
                 continue
             self._series_running = True
             self._go.clear()
             try:
-                self._series()
+                self._series(halt)
             except UserError as error:
-                if self._halt.is_set():
+                if halt.is_set():
                     return
                 self._progress = str(error)
                 self.event(2, str(error))
                 self._series_running = False
                 self._end(ABNORMAL_EXIT, str(error))
 
-    def _series(self) -> None:
+    def _series(self, halt: threading.Event) -> None:
         plan, _ = _plan(self.parameter("trials"))
         default = f"out/trials/{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
         folder = Path(str(self.parameter("output")) or default)
@@ -190,7 +202,7 @@ class TrialNode(ManagedNode):
         self._await_ready()
         for number, planned in enumerate(plan, start=1):
             self._progress = f"trial {number} of {len(plan)} ({planned})"
-            record, collector = self._run_trial(planned)
+            record, collector = self._run_trial(planned, halt)
             session.add(record, collector.states, collector.targets)
             normal = record.stop_reason in NORMAL_STOPS
             self.event(
@@ -232,7 +244,7 @@ class TrialNode(ManagedNode):
         )
         self._await("no variant was loaded", lambda: bool(self._variant) and bool(self._arm), READY_TIMEOUT_S)
 
-    def _run_trial(self, planned: PlannedTrial) -> tuple[TrialRecord, TrialCollector]:
+    def _run_trial(self, planned: PlannedTrial, halt: threading.Event) -> tuple[TrialRecord, TrialCollector]:
         pace = "max" if planned.mode is TrialMode.LOCKSTEP else "realtime"
         if self._arm.get("state") == "armed":
             self._trigger("disarm")
@@ -243,19 +255,25 @@ class TrialNode(ManagedNode):
             collector = TrialCollector(planned, int(self._arm["episode"]) + 1)
             collector.variant(self._variant)
             self._current = collector
+            self._problems.clear()
         self._trigger("arm")
         limit = float(self.parameter("timeout_s"))
         try:
             self._await(f"trial {planned}: not finished", lambda: collector.stopped, limit)
         except TrialError:
-            if not self._halt.is_set():
-                self._trigger("disarm")
+            if halt.is_set():
+                raise
+            with self._trial_lock:  # before the arm says "operator"
                 collector.stop_code, collector.stop_reason = "trial_timeout", f"not finished within {limit:g} s"
+            self._trigger("disarm")
         deadline = time.monotonic() + SETTLE_S
-        while not collector.complete and time.monotonic() < deadline and not self._halt.is_set():
+        while not collector.complete and time.monotonic() < deadline and not halt.is_set():
             time.sleep(POLL_S / 4)
         with self._trial_lock:
             self._current = None
+            cause = self._problems.get("policy_node")
+        if cause and collector.stop_code not in NORMAL_STOPS:
+            collector.stop_reason = f"{collector.stop_reason}; policy_node: {cause}"
         if collector.lost:
             self.event(1, f"trial {planned}: {collector.lost} judgements were lost on the way")
         return collector.record(self._device, str(self.parameter("cell"))), collector

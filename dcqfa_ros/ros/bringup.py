@@ -43,7 +43,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("cell", "pusht", "the cell to run", ("pusht",)),
     Option("namespace", "", "namespace of every node and topic, so that several stacks run side by side"),
     Option("autostart", "true", "configure and activate the nodes at once", ("true", "false")),
-    Option("record", "false", "record all topics of the graph with ros2 bag", ("true", "false")),
+    Option("record", "false", "record the topics of the graph, without pictures, with ros2 bag", ("true", "false")),
     Option("rate", "realtime", "pace of the simulated cell: realtime, or max for lockstep", ("realtime", "max")),
     Option("restart", "false", "restart a node that dies instead of ending the run", ("true", "false")),
     Option("parameters_file", "", "YAML file whose parameters replace those of the cell's own file"),

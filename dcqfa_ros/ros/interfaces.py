@@ -86,7 +86,7 @@ _CELL_RATE = "control rate (10 Hz on Push-T)"
 INTERFACES: tuple[Interface, ...] = (
     _topic(
         "tcp_pose", "tcp_pose", "geometry_msgs/msg/PoseStamped", "stream", "table", "m, quaternion", _CELL_RATE,
-        "arm_node", ("policy_node", "trial_node"), "Measured pose of the tool centre point.",
+        "arm_node", ("policy_node",), "Measured pose of the tool centre point.",
     ),
     _topic(
         "joint_states", "joint_states", "sensor_msgs/msg/JointState", "stream", "-", "m, rad", _CELL_RATE,
@@ -100,11 +100,6 @@ INTERFACES: tuple[Interface, ...] = (
         "chunk", "command/policy/chunk", "trajectory_msgs/msg/MultiDOFJointTrajectory", "stream", "table", "m, s",
         "once per chunk", "policy_node", ("arm_node",),
         "Action chunk in Cartesian space; its stamp is that of the observation it was computed from.",
-    ),
-    _topic(
-        "joint_chunk", "command/policy/joints", "trajectory_msgs/msg/JointTrajectory", "stream", "-", "m, rad, s",
-        "once per chunk", "policy_node", ("arm_node",),
-        "Joint and gripper part of the chunk that carries the same stamp.",
     ),
     _topic(
         "judgement", "cell/judgement", "diagnostic_msgs/msg/DiagnosticArray", "events", "table", "-", _CELL_RATE,
@@ -122,11 +117,11 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "clock", "clock", "rosgraph_msgs/msg/Clock", "stream", "-", "s", "per step, lockstep only",
-        "arm_node", ("policy_node", "trial_node"), "Simulated time, which advances only with the cell.",
+        "arm_node", (), "Simulated time, which advances only with the cell.",
     ),
     _topic(
         "color", "{camera}/color/image_raw", "sensor_msgs/msg/Image", "image", "{camera}_color_optical_frame",
-        "rgb8", "parameter fps", "camera_node", ("trial_node",), "Color picture.",
+        "rgb8", "parameter fps", "camera_node", (), "Color picture.",
     ),
     _topic(
         "camera_info", "{camera}/color/camera_info", "sensor_msgs/msg/CameraInfo", "sensor",
@@ -143,13 +138,13 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "graph_state", "lifecycle_manager_node/graph_state", "std_msgs/msg/String", "latched", "-", "-", "on change",
-        "lifecycle_manager_node", ("trial_node",),
+        "lifecycle_manager_node", ("operator",),
         "State of the whole graph: starting, active, stopping, inactive, safe_stop or refused.",
     ),
     _trigger("arm", "arm_node/arm", "arm_node", ("trial_node", "operator"), "Allow motion."),
     _trigger("disarm", "arm_node/disarm", "arm_node", ("trial_node", "operator"), "Stop and forbid motion."),
     _trigger("reset_cell", "arm_node/reset_cell", "arm_node", ("trial_node",), "Set the simulated cell to its seed."),
-    _trigger("policy_reset", "policy_node/reset", "policy_node", ("trial_node",), "Forget observations and chunks."),
+    _trigger("policy_reset", "policy_node/reset", "policy_node", ("operator",), "Forget observations and chunks."),
     _trigger("trial_start", "trial_node/start", "trial_node", ("operator",), "Start the trials."),
     _trigger(
         "graph_activate", "lifecycle_manager_node/activate", "lifecycle_manager_node", ("operator",),

@@ -133,6 +133,11 @@ class ManagedNode(GuardedNode):
         if own:
             self.publish_statuses(own)
 
+    @property
+    def faulted(self) -> bool:
+        """Whether the last stop was the node's own, by :meth:`fault`."""
+        return self.__faulted
+
     # Stopping --------------------------------------------------------------------------------------------------------
 
     def fault(self, reason: str) -> None:

@@ -15,7 +15,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from dcqfa_ros.drivers.protocols import ArmDriver, ArmObservation
+from dcqfa_ros.drivers.protocols import ArmDriver, ArmObservation, DriverError
 from dcqfa_ros.runtime.chunk_buffer import ChunkBuffer
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.safety.deadman import Deadman
@@ -44,11 +44,12 @@ class StopCode(str, Enum):
     NOT_FINITE = "not_finite"
     TWO_PUBLISHERS = "two_publishers"
     DRIVER = "driver"
+    FAULT = "fault"
     SHUTDOWN = "shutdown"
 
     @property
     def normal(self) -> bool:
-        """Whether this is how a healthy trial ends."""
+        """Whether nothing went wrong."""
         return self in (
             StopCode.NEVER_ARMED,
             StopCode.OPERATOR,
@@ -90,6 +91,19 @@ class Tick:
     stamp_ns: int
     advanced: bool
     starved: bool
+    stopped: Stop | None = None  # the stop that this period caused
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSnapshot:
+    """The executor's state at one moment."""
+
+    mode: ArmMode
+    stop: Stop
+    episode: int
+    step: int
+    stamp_ns: int
+    starved: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +131,11 @@ class ArmExecutor:
         self._condition = threading.Condition(threading.RLock())
         self._buffer = ChunkBuffer(len(limits.names))
         self._deadman = Deadman(settings.command_timeout_s)
+        self._lockstep = False  # the cell waits for commands: neither observations nor the deadman age
         self._begun = False  # a chunk was accepted since arming
         self._published: OrderedDict[int, tuple[int, int]] = OrderedDict()  # stamp -> (consumed, monotonic ns)
         self._origin_ns = 0  # stamp of step 0
+        self._newest_ns = 0  # newest stamp published: stamps never go back, also not from one episode to the next
         self._now: ArmObservation | None = None
 
     @property
@@ -136,6 +152,11 @@ class ArmExecutor:
     def stamp_ns(self) -> int:
         """Stamp of the present observation: start of the episode plus steps times the period."""
         return self._origin_ns + self.step * self.settings.period_ns
+
+    def snapshot(self) -> ArmSnapshot:
+        """Mode, last stop, episode, step and starved ticks, all of one moment."""
+        with self._condition:
+            return ArmSnapshot(self.mode, self.stop, self.episode, self.step, self.stamp_ns, self.starved)
 
     def connect(self, seed: int) -> ArmObservation:
         """Connect the driver and put the cell into the start state of ``seed``; the arm stays disarmed.
@@ -164,10 +185,19 @@ class ArmExecutor:
                 raise ArmRefusedError("the arm is armed: call ~/disarm before ~/reset_cell")
             self._published.clear()
             self._now = self.driver.reset(seed)
+            self._begin_at(self._newest_ns + self.settings.period_ns)
             return self._now
 
-    def arm(self, stamp_ns: int, now_ns: int) -> Tick:
-        """Accept commands from now on; begins an episode whose step 0 carries ``stamp_ns``.
+    def _begin_at(self, stamp_ns: int) -> None:
+        """Give the present observation the stamp ``stamp_ns``, or the next one that was not used yet."""
+        stamp = max(stamp_ns, self._newest_ns + self.settings.period_ns)
+        self._origin_ns = stamp - self.step * self.settings.period_ns
+
+    def arm(self, stamp_ns: int, now_ns: int, *, lockstep: bool = False) -> Tick:
+        """Accept commands from now on; begins an episode whose first observation carries ``stamp_ns``, or a later one
+        where the cell's time has run ahead (in lockstep an episode takes less time than it counts).
+
+        In ``lockstep`` the cell waits for commands, so observations do not age and the deadman is the caller's.
 
         Raises:
             ArmRefusedError: already armed, or the cell's episode is over and needs a reset first.
@@ -177,11 +207,12 @@ class ArmExecutor:
                 raise ArmRefusedError("already armed")
             if self._now is None or self._now.done:
                 raise ArmRefusedError("the episode in the cell is over: call ~/reset_cell first")
-            self._origin_ns = stamp_ns - self._now.step * self.settings.period_ns
+            self._begin_at(stamp_ns)
             self._buffer.clear()
             self._begun = False
             self._published.clear()
             self.episode += 1
+            self._lockstep = lockstep
             self.starved = 0
             self.mode = ArmMode.ARMED
             self._deadman.feed(now_ns)
@@ -228,7 +259,7 @@ class ArmExecutor:
         if known is None:
             return Refusal.UNKNOWN_OBSERVATION
         consumed, seen_ns = known
-        if now_ns - seen_ns > self.settings.observation_max_age_s * 1e9:
+        if not self._lockstep and now_ns - seen_ns > self.settings.observation_max_age_s * 1e9:
             return Refusal.OLD_OBSERVATION
         if abs(period_ns - self.settings.period_ns) > PERIOD_TOLERANCE * self.settings.period_ns:
             return Refusal.PERIOD
@@ -257,47 +288,59 @@ class ArmExecutor:
 
         Disarmed: the observation only. Armed but without any chunk yet: the cell waits. Armed and out of actions: the
         arm holds, the period counts as starved, and the deadman disarms it after its time-out.
+
+        Raises:
+            DriverError: the arm cannot be read or moved; it is disarmed.
         """
         with self._condition:
-            if not self.armed:
-                self._now = self.driver.observe()
-                return self._publishable(now_ns, advanced=False, starved=False)
-            if self._deadman.expired(now_ns):
-                seconds = self.settings.command_timeout_s
-                self.disarm(Stop(StopCode.COMMAND_TIMEOUT, f"no usable command for {seconds:g} s"))
-                return self._publishable(now_ns, advanced=False, starved=True)
-            action = self._buffer.next()
-            if action is None:
-                if not self._begun:
-                    return self._publishable(now_ns, advanced=False, starved=False)
-                self.starved += 1
-                self._now = self.driver.hold()
-            else:
-                try:
-                    bounded = self.limits.apply(action)
-                except NotFiniteActionError as error:  # cannot pass submit(); kept as the last gate before the arm
-                    self.disarm(Stop(StopCode.NOT_FINITE, str(error)))
-                    return self._publishable(now_ns, advanced=False, starved=False)
-                self._deadman.feed(now_ns)
-                self._now = self.driver.step(bounded)
-            self._finish_episode()
-            return self._publishable(now_ns, advanced=True, starved=action is None)
+            armed = self.armed
+            try:
+                advanced, starved = self._advance(now_ns) if armed else (False, False)
+                if not armed:
+                    self._now = self.driver.observe()
+            except DriverError as error:
+                self.disarm(Stop(StopCode.DRIVER, str(error)))
+                raise
+            stopped = self.stop if armed and not self.armed else None
+            return self._publishable(now_ns, advanced=advanced, starved=starved, stopped=stopped)
 
-    def _finish_episode(self) -> None:
-        now = self._now
-        assert now is not None
+    def _advance(self, now_ns: int) -> tuple[bool, bool]:
+        """One armed period; returns whether the arm was driven and whether it had to hold for want of an action."""
+        if not self._lockstep and self._deadman.expired(now_ns):
+            seconds = self.settings.command_timeout_s
+            self.disarm(Stop(StopCode.COMMAND_TIMEOUT, f"no usable command for {seconds:g} s"))
+            return False, False
+        action = self._buffer.next()
+        if action is None:
+            if not self._begun:
+                return False, False
+            self.starved += 1
+            self._now = self.driver.hold()
+        else:
+            try:
+                bounded = self.limits.apply(action)
+            except NotFiniteActionError as error:  # cannot pass submit(); kept as the last gate before the arm
+                self.disarm(Stop(StopCode.NOT_FINITE, str(error)))
+                return False, False
+            self._deadman.feed(now_ns)
+            self._now = self.driver.step(bounded)
+        self._finish_episode(self._now)
+        return True, action is None
+
+    def _finish_episode(self, now: ArmObservation) -> None:
         if now.score >= 1.0 and now.done:
             self.disarm(Stop(StopCode.SUCCESS, f"the cell's goal was reached in {now.step} steps"))
         elif now.done or now.step >= self.settings.max_steps:
             self.disarm(Stop(StopCode.STEP_LIMIT, f"{now.step} steps done, the episode's limit"))
 
-    def _publishable(self, now_ns: int, *, advanced: bool, starved: bool) -> Tick:
+    def _publishable(self, now_ns: int, *, advanced: bool, starved: bool, stopped: Stop | None = None) -> Tick:
         now, stamp = self._now, self.stamp_ns
         assert now is not None
+        self._newest_ns = max(self._newest_ns, stamp)
         if stamp not in self._published:
             self._published[stamp] = (self._buffer.consumed, now_ns)
             while len(self._published) > STAMPS_REMEMBERED:
                 self._published.popitem(last=False)
         elif not self._begun:
             self._published[stamp] = (0, now_ns)  # the cell waits: its observation is measured again
-        return Tick(now, stamp, advanced, starved)
+        return Tick(now, stamp, advanced, starved, stopped)

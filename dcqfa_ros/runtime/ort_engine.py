@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -41,6 +42,31 @@ _OUTPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
     "denoiser": {"noise": ("tensor(float)", ("B", "T", "Da"))},
 }
 _SYMBOLIC = frozenset({"B", "T", "S"})
+
+
+def session_options(threads: int = 1) -> ort.SessionOptions:
+    """Return the options every session of this software has, so that a report on a graph is about what the robot runs.
+
+    Args:
+        threads: intra-operator threads, at least 1.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # warnings about folded initializers are not for users
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits, which saturates: make them exact.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def open_session(model: onnx.ModelProto, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Open a lowered graph on ONNX Runtime's CPU provider, without the optimizers that undo integer products."""
+    disabled = list(_DISABLED_IF_QUANTIZED) if is_quantized(model) else []
+    return ort.InferenceSession(
+        serialize(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    )
 
 
 class _DenoiserBinding:
@@ -147,19 +173,8 @@ class OnnxRuntimeEngine:
         self.quantizers[role] = lower_for_onnxruntime_cpu(model, label)
         if self.quantizers[role]:
             fuse_for_onnxruntime_cpu(model)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3  # warnings about folded initializers are not for users
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits, which saturates: make them exact.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        disabled = list(_DISABLED_IF_QUANTIZED) if is_quantized(model) else []
         try:
-            return ort.InferenceSession(
-                serialize(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-            )
+            return open_session(model, session_options(self.threads))
         except Exception as error:  # as above
             raise EngineError(
                 f"{label}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}"

@@ -23,10 +23,9 @@ KEPT = 64  # frames, and partly filled frames, kept while keys arrive in any ord
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One complete time step: stamp, monotonic arrival of its last part (ns), and an array per key."""
+    """One complete time step: stamp (ns) and an array per key."""
 
     stamp_ns: int
-    arrival_ns: int
     values: Mapping[str, NDArray[Any]]
 
 
@@ -44,6 +43,7 @@ class ObservationSynchronizer:
         self._frames: deque[Frame] = deque(maxlen=KEPT)
         self._start_ns: int | None = None
         self._arrivals: dict[str, int] = {}
+        self._stamps: dict[str, int] = {}
 
     def begin(self, start_ns: int) -> None:
         """Begin an episode: frames stamped before ``start_ns`` are never used again."""
@@ -72,7 +72,7 @@ class ObservationSynchronizer:
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
             raise PolicyError(f"observation {key!r} holds {value[index]} at index {index}")
         with self._condition:
-            self._arrivals[key] = arrival_ns
+            self._arrivals[key], self._stamps[key] = arrival_ns, stamp_ns
             newest = self._frames[-1].stamp_ns if self._frames else None
             if newest == stamp_ns:
                 return  # the same time step, measured again
@@ -81,7 +81,7 @@ class ObservationSynchronizer:
             parts[key] = value.astype(spec.dtype, copy=False)
             if len(parts) == len(self.specs):
                 del self._pending[slot]
-                self._complete(Frame(slot, arrival_ns, parts))
+                self._complete(Frame(slot, parts))
             while len(self._pending) > KEPT:
                 self._pending.popitem(last=False)
                 self.dropped += 1
@@ -116,10 +116,20 @@ class ObservationSynchronizer:
         start = self._start_ns
         return bool(self._frames) and start is not None and self._frames[-1].stamp_ns >= max(due_ns, start)
 
-    def ages_ms(self, now_ns: int) -> dict[str, float | None]:
-        """Monotonic age of the newest value per key in milliseconds; None where none has come."""
+    def ages_ms(self, now_ns: int, used_ns: int | None = None) -> dict[str, float | None]:
+        """Age per key in milliseconds; None where nothing has come.
+
+        Args:
+            now_ns: monotonic time.
+            used_ns: stamp of the frame that is about to be used. Its age is the monotonic age of what came last plus by
+                how much its stamp lies behind the newest stamp of any key; without it, only the former is told.
+        """
         with self._condition:
-            return {k: (now_ns - self._arrivals[k]) / 1e6 if k in self._arrivals else None for k in self.specs}
+            behind = max(0, max(self._stamps.values(), default=0) - used_ns) if used_ns is not None else 0
+            return {
+                key: (now_ns - self._arrivals[key] + behind) / 1e6 if key in self._arrivals else None
+                for key in self.specs
+            }
 
 
 def stack_history(frames: list[Frame], specs: Mapping[str, ObservationSpec]) -> dict[str, NDArray[Any]]:

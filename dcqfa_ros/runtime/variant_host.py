@@ -19,6 +19,7 @@ from dcqfa_ros.runtime.policy import PolicyError
 from dcqfa_ros.runtime.worker import EngineWorker, WorkerDiedError
 
 START_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class VariantHost:
         self._lock = threading.Lock()  # guards the fields below, never held while a worker computes
         self._use = threading.Lock()  # held while a worker computes or is exchanged
         self._worker: EngineWorker | None = None
+        self._starting: EngineWorker | None = None
         self._active = ""
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -97,12 +99,20 @@ class VariantHost:
 
     def _exchange(self, swap_id: int, variant: str) -> SwapResult:
         begin = time.monotonic()
-        worker = EngineWorker(self.bundle.folder, variant, threads=self.threads)
+        worker: EngineWorker | None = None
         try:
+            worker = EngineWorker(self.bundle.folder, variant, threads=self.threads)
+            with self._lock:
+                self._starting = worker
+                if self._closed:
+                    worker.abort()
             worker.start(START_TIMEOUT_S)
-        except Exception as error:  # noqa: BLE001 - whatever a runtime raises while loading is a refused exchange, never a crash
-            worker.close()
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises while loading is a refused exchange
+            if worker is not None:
+                worker.close()
             return SwapResult(swap_id, variant, self._active, False, str(error), _ms(begin))
+        finally:
+            self._starting = None
         with self._use, self._lock:  # the chunk boundary: no prediction is under way
             old: EngineWorker | None = worker
             reason = "the policy is shutting down"
@@ -111,6 +121,21 @@ class VariantHost:
         if old is not None:
             old.close()
         return SwapResult(swap_id, variant, self._active, not reason, reason, _ms(begin))
+
+    def lost(self) -> str | None:
+        """Look whether the active worker still runs; where it died on its own, forget it and return what happened."""
+        if not self._use.acquire(blocking=False):
+            return None  # a prediction is under way and will notice by itself
+        try:
+            worker, variant = self._worker, self._active
+            if worker is None or worker.alive:
+                return None
+            ended = worker.how_it_ended() or "ended"
+            self._worker, self._active = None, ""
+            worker.close()
+            return f"engine worker {variant!r} {ended}"
+        finally:
+            self._use.release()
 
     def predict(
         self, observation: Mapping[str, NDArray], seed: int, chunk: int, steps: int | None
@@ -131,13 +156,20 @@ class VariantHost:
                 worker.close()
                 raise
 
-    def close(self) -> None:
-        """End the worker; a pending exchange is abandoned. May be called twice."""
+    def abort(self) -> None:
+        """Kill the workers, so that whoever waits for one goes on; the host is closed for further requests."""
         with self._lock:
             self._closed = True
-            thread = self._thread
+            workers = [worker for worker in (self._starting, self._worker) if worker is not None]
+        for worker in workers:
+            worker.abort()
+
+    def close(self) -> None:
+        """End the workers at once, also one that still loads. May be called twice."""
+        self.abort()
+        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(START_TIMEOUT_S)
+            thread.join(CLOSE_TIMEOUT_S)
         with self._use:
             worker, self._worker, self._active = self._worker, None, ""
         if worker is not None:

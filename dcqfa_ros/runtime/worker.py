@@ -114,6 +114,7 @@ class EngineWorker:
         self._info: WorkerInfo | None = None
         self._finalizer: weakref.finalize[Any, EngineWorker] | None = None
         self._death: WorkerDiedError | None = None
+        self._aborted = False
 
     @property
     def info(self) -> WorkerInfo:
@@ -131,6 +132,11 @@ class EngineWorker:
         """Tell whether the worker runs; cheap enough for a 1 Hz check that notices a death between two chunks."""
         process = self._process
         return self._info is not None and process is not None and process.poll() is None
+
+    def how_it_ended(self) -> str | None:
+        """Say how the worker's process ended; None while it runs or before it was started."""
+        code = None if self._process is None else self._process.poll()
+        return None if code is None else describe_exit(code)
 
     def rss_bytes(self) -> int:
         """Return the worker's resident memory now, bytes; 0 where it does not run."""
@@ -167,6 +173,8 @@ class EngineWorker:
                     self._release()
                     raise PolicyError(f"engine worker {self.variant}: cannot start {self._python}: {error}") from error
             self._finalizer = weakref.finalize(self, _end, self._process, ours)
+            if self._aborted:  # abort() came before there was a process to kill
+                self._process.kill()
             request = {
                 "folder": str(self.bundle.folder),
                 "variant": self.variant,
@@ -226,6 +234,16 @@ class EngineWorker:
             }
             self._ask(request, timeout)
             return memory.actions[0].copy()
+
+    def abort(self) -> None:
+        """Kill the worker now, from any thread: a ``start`` or ``predict`` under way then raises ``WorkerDiedError``.
+
+        ``close`` is still needed to release everything.
+        """
+        self._aborted = True
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the worker and release everything. Closing twice is allowed."""

@@ -79,7 +79,8 @@ class TrialCollector:
     def arm_state(self, values: Mapping[str, str]) -> None:
         """Take the arm's state; a disarming ends the trial."""
         if int(values["episode"]) == self.episode and values["state"] == "disarmed":
-            self.stop_code, self.stop_reason = values["code"], values["reason"]
+            if not self.stop_code:  # the first reason counts
+                self.stop_code, self.stop_reason = values["code"], values["reason"]
             self.final_step = int(values["step"])
             self.missed = int(values["missed_ticks"])
 

@@ -46,13 +46,13 @@ class TrialSession:
         self._states: dict[int, tuple[Sequence[NDArray[Any]], Sequence[NDArray[Any]]]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                for name in (RECORDS, TABLE, SUMMARY, REPORT):
+                    (folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise SessionError(f"{folder}: cannot create the output folder: {error.strerror}") from error
+            raise SessionError(f"{folder}: the output folder cannot be written: {error.strerror}") from error
         if (folder / RECORDS).exists():
-            if not overwrite:
-                raise SessionError(f"{folder}: holds the records of earlier trials; give another output folder")
-            for name in (RECORDS, TABLE, SUMMARY, REPORT):
-                (folder / name).unlink(missing_ok=True)
+            raise SessionError(f"{folder}: holds the records of earlier trials; give another output folder")
 
     def add(self, record: TrialRecord, states: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> None:
         """Keep one finished trial at once, so that a killed run loses none of those before."""

@@ -47,18 +47,25 @@ def transitions(graph: Graph) -> list[tuple[str, str]]:
     return [entry for entry in seen if entry[1] != "unconfigured"]
 
 
-def test_nodes_come_up_in_order_and_go_down_in_reverse(graph: Graph) -> None:
+def test_nodes_come_up_in_order_go_down_in_reverse_on_request_and_all_at_once_on_a_signal(graph: Graph) -> None:
     toys(graph, "c", "a", "b")
     for name in ("a", "b", "c"):
         graph.wait_for(name, "lifecycle", state="unconfigured")
     manager = manage(graph, "a", "b", "c")
     graph.wait_graph("active")
+    assert graph.trigger(f"{MANAGER}/deactivate").success
+    wait_until(lambda: len(transitions(graph)) >= 9, "down")
+    assert graph.trigger(f"{MANAGER}/activate").success
+    wait_until(lambda: len(transitions(graph)) >= 12, "up again")
+    graph.wait_graph("active")
     manager.send(signal.SIGINT)
     assert manager.wait(5.0) == 0
-    wait_until(lambda: len(transitions(graph)) >= 9, "all transitions")
-    up, down = transitions(graph)[:6], transitions(graph)[6:]
-    assert up == [(n, s) for s in ("inactive", "active") for n in "abc"]
-    assert down == [(n, "inactive") for n in "cba"]
+    wait_until(lambda: len(transitions(graph)) >= 15, "all transitions")
+    seen = transitions(graph)
+    assert seen[:6] == [(n, s) for s in ("inactive", "active") for n in "abc"]
+    assert seen[6:9] == [(n, "inactive") for n in "cba"]
+    assert seen[9:12] == [(n, "active") for n in "abc"]
+    assert sorted(seen[12:]) == [(n, "inactive") for n in "abc"]
     assert "Traceback" not in manager.output
 
 

@@ -81,7 +81,7 @@ def test_a_late_subscriber_gets_the_choice_and_every_reason(graph: Graph, tiny_b
     assert values["variant"] in status.message
     assert values["basis"] == "modelled"
     assert "profile it" in status.message
-    assert values["budget_ms"] == "800.0"
+    assert values["budget_ms"] == "100.0"
     assert values["runtime"].startswith("onnxruntime ")
     assert set(f"{values['ranking']},{values['rejected']}".strip(",").split(",")) == {"fp32", "w8a8"}
     assert all(values[f"candidate.{name}"] for name in ("fp32", "w8a8"))

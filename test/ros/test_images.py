@@ -202,7 +202,9 @@ def test_headers_a_ros_message_cannot_carry_are_refused(stamp, frame: str, words
 
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 def test_equals_cv_bridge_where_it_is_installed(encoding: str) -> None:
-    cv_bridge = pytest.importorskip("cv_bridge", reason="cv_bridge is not installed: no reference to compare with")
+    cv_bridge = pytest.importorskip(
+        "cv_bridge", exc_type=ImportError, reason="cv_bridge is not installed: no reference to compare with"
+    )
     pixels = picture(encoding, 5, 7)
     data = encode_image((1, 2), "c", pixels, encoding)
     reference = cv_bridge.CvBridge().imgmsg_to_cv2(deserialize_message(data, Image), desired_encoding="passthrough")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcqfa_ros.drivers.protocols import ArmObservation
+from dcqfa_ros.drivers.protocols import ArmObservation, DriverError
 from dcqfa_ros.runtime.arm_executor import (
     ArmExecutor,
     ArmRefusedError,
@@ -207,3 +207,41 @@ def test_the_arm_never_repeats_or_skips_an_action_however_late_chunks_come(sched
         for _ in range(ticks):
             stamps.append((core.tick(0).stamp_ns, len(core.driver.actions)))
     assert [a[0] for a in core.driver.actions] == list(range(len(core.driver.actions)))
+
+
+def test_in_lockstep_nothing_ages_however_long_a_chunk_takes():
+    core = executor()
+    stamp = core.arm(stamp_ns=10**18, now_ns=0, lockstep=True).stamp_ns
+    late = 100 * 10**9
+    assert core.submit("policy", stamp, PERIOD, chunk(0), late) is None
+    assert core.tick(late).advanced and core.armed
+
+
+def test_a_driver_that_fails_disarms_with_that_reason():
+    arm = RecordingArm()
+    core, stamp = armed(arm)
+    core.submit("policy", stamp, PERIOD, chunk(0), 0)
+    arm.step = lambda _: (_ for _ in ()).throw(DriverError("cable pulled"))
+    with pytest.raises(DriverError):
+        core.tick(0)
+    assert core.snapshot().stop == Stop(StopCode.DRIVER, "cable pulled") and not core.stop.code.normal
+
+
+def test_the_period_that_stops_the_arm_says_so_once():
+    core, stamp = armed(max_steps=1)
+    core.submit("policy", stamp, PERIOD, chunk(0), 0)
+    assert core.tick(0).stopped.code is StopCode.STEP_LIMIT
+    assert core.tick(0).stopped is None
+
+
+def test_stamps_never_go_back_even_when_episodes_run_ahead_of_the_clock():
+    core = executor()
+    seen = []
+    for _ in range(3):
+        tick = core.arm(stamp_ns=10**18, now_ns=0, lockstep=True)  # the clock stands still
+        core.submit("policy", tick.stamp_ns, PERIOD, chunk(0), 0)
+        seen += [tick.stamp_ns, *(core.tick(0).stamp_ns for _ in range(4))]
+        core.disarm(Stop(StopCode.OPERATOR, ""))
+        core.reset(0)
+        seen.append(core.tick(0).stamp_ns)
+    assert seen == sorted(set(seen))

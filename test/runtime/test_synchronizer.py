@@ -103,3 +103,13 @@ def test_a_source_whose_clock_began_anew_is_followed():
     fill(sync, 100)
     fill(sync, 1)
     assert [f.stamp_ns for f in sync.wait_for(0, 0.0)] == [1, 1]
+
+
+def test_the_age_of_a_frame_counts_how_far_it_lies_behind_the_newest_stamp():
+    sync = ObservationSynchronizer(SPECS)
+    sync.begin(0)
+    fill(sync, 1_000_000)
+    sync.add("a", 401_000_000, np.zeros(2), 500_000)  # "b" lags by 400 ms
+    ages = sync.ages_ms(2_500_000, 1_000_000)
+    assert ages == {"a": 402.0, "b": 402.5}
+    assert sync.ages_ms(2_500_000) == {"a": 2.0, "b": 2.5}

@@ -1,11 +1,13 @@
 """Readers of demonstration sets: one in-memory form, whatever the file.
 
 A data set is a dictionary of row-aligned arrays plus ``episode_ends`` (exclusive), the layout of the Diffusion Policy
-replay buffer. Readers: ``.npz`` files and zarr replay buffers (directory or zip, format 2 or 3).
+replay buffer. Readers: ``.npz`` files and zarr replay buffers (directory or zip, format 2 or 3), in which an array may
+also lie in the groups ``data`` and ``meta``, as published replay buffers have them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +39,14 @@ class Demonstrations:
     def episodes(self) -> int:
         """Number of episodes."""
         return len(self.ends)
+
+    def sha256(self) -> str:
+        """Hash of observations, actions and episode ends with their shapes, in hexadecimal; equal for any file form."""
+        digest = hashlib.sha256()
+        for array, form in ((self.observation, "<f4"), (self.action, "<f4"), (self.ends, "<i8")):
+            digest.update(f"{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array, dtype=form).tobytes())
+        return digest.hexdigest()
 
 
 def _read_npz(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
@@ -70,14 +80,38 @@ def _read_zarr(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
         except Exception as error:  # zarr raises many unrelated types
             raise DataError(f"{path}: not a readable zarr folder or zip file ({error})") from error
         for name in names:
+            places = [place for place in (name, f"data/{name}", f"meta/{name}") if place in group]
+            if not places:
+                raise DataError(f"{path}: no array {name!r}, nor data/{name} or meta/{name}")
             try:
-                arrays[name] = np.asarray(group[name][...])
+                arrays[name] = np.asarray(group[places[0]][...])
             except Exception as error:
-                raise DataError(f"{path}: array {name!r} cannot be read ({error!r})") from error
+                raise DataError(f"{path}: array {places[0]!r} cannot be read ({error!r})") from error
     return arrays
 
 
+def _format_of(path: Path) -> str:
+    """Tell the format from what the path is.
+
+    Raises:
+        DataError: the path does not exist or tells nothing.
+    """
+    if path.is_dir() or path.suffix in (".zarr", ".zip"):
+        return "zarr"
+    if path.suffix == ".npz":
+        return "npz"
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; pass the demonstrations' path with --data")
+    raise DataError(f"{path}: expected a .npz file, or a zarr replay buffer as a folder or .zip file")
+
+
 def _columns(source: ObservationSource | ActionSource, data: NDArray[Any], where: str) -> NDArray[np.float32]:
+    if data.dtype.kind not in "biuf":
+        raise DataError(f"{where}: expected numbers, got values of type {data.dtype}")
+    if not data.ndim:
+        raise DataError(f"{where}: expected one row per time step, got a single value")
+    if data.ndim == 1:
+        data = data[:, None]
     if source.columns is not None:
         flat = data.reshape(len(data), -1)
         if max(source.columns) >= flat.shape[1]:
@@ -94,11 +128,14 @@ def read_demonstrations(config: DataConfig) -> Demonstrations:
     """Read the data set that ``config`` describes.
 
     Raises:
-        DataError: a file or array is missing, lengths disagree, values are not finite, or the set is empty.
+        DataError: a file or array is missing, lengths disagree, values are no finite numbers, or the set is empty.
     """
     path = Path(config.path)
     names = {o.array for o in config.observations.values()} | {config.action.array, config.episode_ends}
-    arrays = (_read_npz if config.format == "npz" else _read_zarr)(path, names)
+    form = _format_of(path) if config.format == "auto" else config.format
+    arrays = (_read_npz if form == "npz" else _read_zarr)(path, names)
+    if arrays[config.episode_ends].dtype.kind not in "iu":
+        raise DataError(f"{path}: {config.episode_ends!r} must hold whole numbers")
     ends = arrays[config.episode_ends].astype(np.int64).reshape(-1)
     if not len(ends) or (np.diff(ends) <= 0).any() or ends[0] <= 0:
         raise DataError(f"{path}: {config.episode_ends!r} must be a non-empty, strictly rising list of exclusive ends")

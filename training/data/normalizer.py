@@ -19,7 +19,8 @@ def fit_normalizer(data: NDArray[np.float32], kind: NormalizerKind) -> Normalize
     if kind is NormalizerKind.IDENTITY:
         return NormalizerSpec(kind=kind)
     if kind is NormalizerKind.MEAN_STD:
-        scale = 1.0 / np.maximum(x.std(axis=0), RANGE_EPSILON)
+        deviation = x.std(axis=0)
+        scale = 1.0 / np.where(deviation < RANGE_EPSILON, 1.0, deviation)
         offset = -x.mean(axis=0) * scale
     else:
         low, high = (

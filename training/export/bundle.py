@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from dcqfa_ros.bundle.write import file_spec, write_bundle
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from training.config import override
+from training.data.episodes import read_demonstrations
 from training.export.calibration import Float, denoise_chunks, quantize_policy, training_observations
 from training.export.diffusion_policy_t import export_graphs
 from training.export.executed import RUNTIME, integer_weights
 from training.export.graph import OPSET
+from training.export.records import Result
 from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
 from training.quant.linear import QuantizedLinear
 from training.torch_engine import TorchEngine
@@ -32,6 +36,10 @@ PARITY_SEED = 257
 PARITY_SAMPLES = 64
 FP32_MAX_ABS = 1e-4  # normalised action units, over whole denoised chunks
 TOLERANCE_RMS = {"fp32": 1e-5, "w8a8": 0.02}  # 0.02 is 5 px on the 512 px table
+# Against the network with the same quantizers. Rounding differences of 1e-7 move single activations by a whole
+# quantization step, and denoising carries that on: integer arithmetic agrees less closely than floating point.
+TOLERANCE_EXPORT_RMS = {"fp32": 1e-5, "w8a8": 0.01}
+PACKAGES = ("dcqfa_ros", "torch", "onnx", "onnxruntime", "numpy")
 DESCRIPTIONS = {
     "fp32": "full precision",
     "w8a8": "post-training 8-bit weights and activations; embeddings, memory MLP, attention products, norms and action "
@@ -51,16 +59,17 @@ class ExportOptions:
         variants: names from ``DESCRIPTIONS``, the default one first.
         calibration: observations that activation scales are found on.
         data: path of the demonstrations; None for the one the run used.
-        quality: evaluations to record per variant.
-        latency: measured latencies to record per variant; those of variants that are not exported are left out.
+        quality: evaluations to record per variant; they must be of the weights that are written.
+        latency: measured latencies to record per variant, likewise; those of variants that are not exported are left
+            out.
         threads: PyTorch threads.
     """
 
     variants: tuple[str, ...] = ("fp32", "w8a8")
     calibration: int = 256
     data: str | None = None
-    quality: Mapping[str, tuple[QualityRecord, ...]] = field(default_factory=dict)
-    latency: Mapping[str, tuple[LatencyRecord, ...]] = field(default_factory=dict)
+    quality: Mapping[str, tuple[Result[QualityRecord], ...]] = field(default_factory=dict)
+    latency: Mapping[str, tuple[Result[LatencyRecord], ...]] = field(default_factory=dict)
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -87,27 +96,37 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
     Raises:
         CheckpointError: the checkpoint cannot be read.
         DataError: the demonstrations cannot be read.
-        ExportError: an exported variant fails its parity check; nothing is written.
+        ExportError: an exported variant fails its parity check, or a result is of other weights; nothing is written.
         BundleError: ``folder`` cannot be replaced by a bundle.
     """
     trained = load_trained(checkpoint)
     meaning, network = trained.meaning, trained.network
     diffusion = meaning.specification().diffusion
-    data = override(trained.config, data={"path": options.data}).data
-    parity_inputs = training_observations(meaning, data, PARITY_SAMPLES, PARITY_SEED)
+    source = {} if options.data is None else {"path": options.data, "format": "auto"}
+    demonstrations = read_demonstrations(override(trained.config, data=source).data)
+    parity_inputs = training_observations(meaning, demonstrations, PARITY_SAMPLES, PARITY_SEED)
     torch.set_num_threads(options.threads)
     reference = denoise_chunks(TorchEngine(network, options.threads), diffusion, network.config, parity_inputs)
 
     variants, contents = [], {}
     for name in options.variants:
-        exported = network
+        exported, calibration, export_reference = network, None, reference
         if name == "w8a8":
-            observations = training_observations(meaning, data, options.calibration, CALIBRATION_SEED)
+            observations = training_observations(meaning, demonstrations, options.calibration, CALIBRATION_SEED)
             with tqdm(total=len(observations), desc="calibrate", unit="obs") as bar:
                 exported = quantize_policy(network, diffusion, observations, options.threads, bar.update)
+            calibration = {
+                "samples": options.calibration,
+                "seed": CALIBRATION_SEED,
+                "data_sha256": demonstrations.sha256(),
+            }
+            engine = TorchEngine(exported, options.threads)
+            export_reference = denoise_chunks(engine, diffusion, network.config, parity_inputs)
         graphs = export_graphs(exported, diffusion.train_timesteps)
         files = {role: (f"variants/{name}/{role}.onnx", data) for role, data in graphs.items()}
         contents.update(dict(files.values()))
+        described = {role: file_spec(path, data).model_dump(mode="json") for role, (path, data) in files.items()}
+        _check_weights(name, described["denoiser"]["sha256"], options)
         layers = _layers(network, exported, graphs)
         variants.append(
             {
@@ -115,19 +134,25 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
                 "description": DESCRIPTIONS[name],
                 "precision": name,
                 "opset": OPSET,
-                "files": {role: file_spec(path, data).model_dump(mode="json") for role, (path, data) in files.items()},
+                "files": described,
                 "layers": layers,
                 "size": {
                     "parameters": parameter_count(network),
                     "paper_bytes": _paper_bytes(network, layers),
                     "disk_bytes": sum(len(data) for data in graphs.values()),
                 },
-                "latency": [record.model_dump(mode="json") for record in options.latency.get(name, ())],
-                "quality": [record.model_dump(mode="json") for record in options.quality.get(name, ())],
-                "parity": _parity(name, graphs, diffusion, network, parity_inputs, reference),
+                "calibration": calibration,
+                "latency": [result.record.model_dump(mode="json") for result in options.latency.get(name, ())],
+                "quality": [result.record.model_dump(mode="json") for result in options.quality.get(name, ())],
+                "parity": _parity(name, graphs, diffusion, network, parity_inputs, reference, export_reference),
             }
         )
-    document = {**meaning.fields(), "default_variant": options.variants[0], "variants": variants}
+    document = {
+        **meaning.fields(),
+        "created_by": _versions(),
+        "default_variant": options.variants[0],
+        "variants": variants,
+    }
     spec = BundleSpec.model_validate_json(json.dumps(document), strict=True)
     write_bundle(folder, spec, contents)
     return spec
@@ -140,20 +165,64 @@ def _parity(
     network: DiffusionPolicyT,
     inputs: Float,
     reference: Float,
+    export_reference: Float,
 ) -> dict[str, Any]:
-    """Error of whole denoised chunks on ONNX Runtime against the full-precision network."""
+    """Error of whole denoised chunks on ONNX Runtime.
+
+    ``reference`` holds the chunks of the full-precision network, ``export_reference`` those of the network that was
+    exported, quantized where it is.
+    """
     engine = OnnxRuntimeEngine(graphs, name=name)
     try:
-        error = (denoise_chunks(engine, diffusion, network.config, inputs) - reference).astype(np.float64)
+        chunks = denoise_chunks(engine, diffusion, network.config, inputs)
     finally:
         engine.close()
-    maximum, rms = float(np.abs(error).max()), float(np.sqrt(np.square(error).mean()))
+    maximum, rms = float(np.abs(chunks - reference).max()), _rms(chunks, reference)
+    export_rms = _rms(chunks, export_reference)
+    if not export_rms <= TOLERANCE_EXPORT_RMS[name]:
+        raise ExportError(
+            f"variant {name}: denoised chunks on ONNX Runtime differ from the network with the same quantizers by rms "
+            f"{export_rms:.3g} (normalised units); allowed is {TOLERANCE_EXPORT_RMS[name]:g}. Nothing was written"
+        )
     if not rms <= TOLERANCE_RMS[name] or (name == "fp32" and maximum > FP32_MAX_ABS):
         raise ExportError(
             f"variant {name}: denoised chunks on ONNX Runtime differ from the network by rms {rms:.3g}, maximum "
             f"{maximum:.3g} (normalised units); allowed is rms {TOLERANCE_RMS[name]:g}. Nothing was written"
         )
-    return {"samples": len(inputs), "max_abs": maximum, "rms": rms, "tolerance_rms": TOLERANCE_RMS[name]}
+    return {
+        "samples": len(inputs),
+        "max_abs": maximum,
+        "rms": rms,
+        "tolerance_rms": TOLERANCE_RMS[name],
+        "export_rms": export_rms,
+        "tolerance_export_rms": TOLERANCE_EXPORT_RMS[name],
+    }
+
+
+def _rms(chunks: Float, reference: Float) -> float:
+    return float(np.sqrt(np.square((chunks - reference).astype(np.float64)).mean()))
+
+
+def _check_weights(name: str, weights: str, options: ExportOptions) -> None:
+    """Refuse results that were obtained with other weights than those about to be written."""
+    for option, results in (("--quality", options.quality), ("--latency", options.latency)):
+        for result in results.get(name, ()):
+            if result.weights != weights:
+                raise ExportError(
+                    f"{option} {result.file}: was obtained with other weights of variant {name} (denoiser "
+                    f"{result.weights[:12]}..., now {weights[:12]}...); repeat it with this export. Nothing was written"
+                )
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what makes a bundle, by package; one that is not installed as a package is left out."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def _layers(network: DiffusionPolicyT, exported: DiffusionPolicyT, graphs: Mapping[str, bytes]) -> list[dict[str, Any]]:

@@ -11,8 +11,7 @@ from dcqfa_ros.bundle.schema import DiffusionSpec
 from dcqfa_ros.runtime.denoising import DenoisingLoop
 from dcqfa_ros.runtime.engine import Engine
 from dcqfa_ros.runtime.noise import chunk_noise, step_noise
-from training.config import DataConfig
-from training.data.episodes import DataError, read_demonstrations, split_episodes
+from training.data.episodes import DataError, Demonstrations, split_episodes
 from training.data.normalizer import concatenate_normalizers, normalize
 from training.data.sequences import window_rows
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
@@ -26,13 +25,13 @@ CHUNK_SEED = 7_000_001  # seeds the noise of calibration and parity chunks; no e
 BATCH = 64
 
 
-def training_observations(meaning: PolicyMeaning, data: DataConfig, count: int, seed: int) -> Float:
+def training_observations(meaning: PolicyMeaning, demonstrations: Demonstrations, count: int, seed: int) -> Float:
     """Normalised observations (count, To, Do), float32, drawn without replacement from the training episodes.
 
     Raises:
-        DataError: the data set cannot be read or holds fewer observations.
+        DataError: the training episodes hold fewer observations.
     """
-    demonstrations = read_demonstrations(data)
+    data = meaning.config.data
     train, _ = split_episodes(demonstrations.episodes, data.validation_ratio, data.split_seed, data.max_train_episodes)
     history = meaning.config.policy.observation_horizon
     rows = window_rows(demonstrations, train, history, history - 1, 0)

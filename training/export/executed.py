@@ -6,12 +6,13 @@ import tempfile
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 
 from dcqfa_ros.runtime.fusion import fuse_for_onnxruntime_cpu
-from dcqfa_ros.runtime.lowering import is_quantized, lower_for_onnxruntime_cpu, parse_model, serialize
+from dcqfa_ros.runtime.lowering import lower_for_onnxruntime_cpu, parse_model
+from dcqfa_ros.runtime.ort_engine import open_session, session_options
 
 RUNTIME = "onnxruntime"
+_MADE_UNSIGNED = "_s8_2_u8"  # what ONNX Runtime appends to weights it makes unsigned on x86 without VNNI
 INTEGER_PRODUCTS = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger"})
 
 
@@ -24,13 +25,10 @@ def integer_weights(data: bytes, label: str) -> set[str]:
     model = parse_model(data, label)
     if lower_for_onnxruntime_cpu(model, label):
         fuse_for_onnxruntime_cpu(model)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # warnings about the saved graph being specific to this machine
-    disabled = ["MatMulAddFusion"] if is_quantized(model) else []  # as the engine does
+    options = session_options()  # as the engine runs it
     with tempfile.TemporaryDirectory(prefix="dcqfa-export-") as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        ort.InferenceSession(
-            serialize(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-        )
+        open_session(model, options)
         optimized = onnx.load(options.optimized_model_filepath)
-    return {name for node in optimized.graph.node if node.op_type in INTEGER_PRODUCTS for name in node.input}
+    products = (node for node in optimized.graph.node if node.op_type in INTEGER_PRODUCTS)
+    return {name.removesuffix(_MADE_UNSIGNED) for node in products for name in node.input}

@@ -5,24 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from dcqfa_ros.bundle.schema import LatencyRecord, QualityRecord
+from dcqfa_ros.devices.records import bench_records
 from dcqfa_ros.errors import UserError
+
+Record = TypeVar("Record", LatencyRecord, QualityRecord)
 
 
 class RecordError(UserError, ValueError):
     """A file of results that cannot be recorded; the message names option or file and field."""
 
 
-def read_quality(arguments: Sequence[str]) -> dict[str, tuple[QualityRecord, ...]]:
+@dataclass(frozen=True, slots=True)
+class Result(Generic[Record]):
+    """A record with the file it comes from and the SHA-256 of the denoiser it was taken with."""
+
+    record: Record
+    weights: str
+    file: Path
+
+
+def read_quality(arguments: Sequence[str]) -> dict[str, tuple[Result[QualityRecord], ...]]:
     """Read ``VARIANT=FILE`` arguments, each FILE the output of ``dcqfa eval --json``.
 
     Raises:
-        RecordError: an argument has another form, or a file cannot be read, lacks a field, or its seeds have gaps.
+        RecordError: an argument has another form, or a file cannot be read, lacks a field, is about a checkpoint, or
+            its seeds have gaps.
     """
-    records: dict[str, tuple[QualityRecord, ...]] = {}
+    records: dict[str, tuple[Result[QualityRecord], ...]] = {}
     for argument in arguments:
         variant, separator, file = argument.partition("=")
         if not (variant and separator and file):
@@ -31,43 +45,34 @@ def read_quality(arguments: Sequence[str]) -> dict[str, tuple[QualityRecord, ...
     return records
 
 
-def read_latency(files: Sequence[Path]) -> dict[str, tuple[LatencyRecord, ...]]:
+def read_latency(files: Sequence[Path]) -> dict[str, tuple[Result[LatencyRecord], ...]]:
     """Read the ONNX Runtime rows per variant of files that ``dcqfa bench engine --json`` wrote.
 
     Raises:
         RecordError: a file cannot be read or lacks a field.
     """
-    records: dict[str, tuple[LatencyRecord, ...]] = {}
+    records: dict[str, tuple[Result[LatencyRecord], ...]] = {}
     for file in files:
         document = _load(file, "dcqfa bench engine --json")
         with _fields_of(file, "dcqfa bench engine --json"):
-            for row in document["rows"]:
-                if row["engine"] != "onnxruntime":
-                    continue
-                record = LatencyRecord(
-                    device=document["device"],
-                    runtime=f"onnxruntime {document['versions']['onnxruntime']}",
-                    kind="measured",
-                    threads=row["threads"],
-                    steps=row["steps"],
-                    p50_ms=row["p50_ms"],
-                    p99_ms=row["p99_ms"],
-                    command=f"dcqfa bench engine --bundle {document['bundle']} --steps {row['steps']} "
-                    f"--threads {row['threads']}",
-                )
-                records[row["variant"]] = (*records.get(row["variant"], ()), record)
+            for row in bench_records(document):
+                result = Result(row.record, row.weights, file)
+                records[row.variant] = (*records.get(row.variant, ()), result)
     return records
 
 
-def _record(variant: str, file: Path) -> QualityRecord:
+def _record(variant: str, file: Path) -> Result[QualityRecord]:
     document = _load(file, "dcqfa eval --json")
     with _fields_of(file, "dcqfa eval --json"):
         seeds, first, steps = list(document["seeds"]), document["first_seed"], document["denoising_steps"]
         if document["variant"] != variant:
             raise RecordError(f"{file}: holds an evaluation of variant {document['variant']!r}, not of {variant!r}")
+        weights = document["weights"]
+        if not isinstance(weights, str):
+            raise RecordError(f"{file}: holds an evaluation of no bundle; export first and evaluate the bundle")
         if seeds != list(range(first, first + len(seeds))):
             raise RecordError(f"{file}: seeds: expected consecutive ones from first_seed {first}")
-        return QualityRecord(
+        record = QualityRecord(
             metric=document["metric"],
             mean=document["mean"],
             ci95=document["ci95"],
@@ -77,6 +82,7 @@ def _record(variant: str, file: Path) -> QualityRecord:
             command=f"dcqfa eval {document['policy']} --variant {variant} --seeds {len(seeds)} --first-seed {first} "
             f"--steps {steps}",
         )
+        return Result(record, weights, file)
 
 
 def _load(file: Path, source: str) -> dict[str, Any]:
