@@ -28,8 +28,8 @@ def train(subparsers: Any) -> None:
         "train",
         help="train a policy from demonstrations",
         description="Train a full-precision policy. A run folder that holds a checkpoint is continued, bit for bit as "
-        "if it had never stopped (with equal threads, compilation and device). Ctrl-C writes a checkpoint, a second one "
-        "interrupts at once. TensorBoard events are written to the run folder.",
+        "if it had never stopped (with equal threads, compilation and device). Ctrl-C writes a checkpoint, a second "
+        "one interrupts at once. TensorBoard events are written to the run folder.",
         epilog="example: dcqfa train --config config/training/pusht_keypoints.yaml --data pusht_human_demos_lowdim.npz",
     )
     parser.add_argument("--config", type=Path, required=True, help="training YAML")
@@ -173,7 +173,7 @@ def export(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="VARIANT=FILE",
-        help="record an evaluation of these weights (output of `dcqfa eval BUNDLE --json`) with a variant; may be repeated",
+        help="record an evaluation of these weights (output of `dcqfa eval BUNDLE --json`); may be repeated",
     )
     parser.add_argument(
         "--latency",
@@ -217,6 +217,6 @@ def _export(args: argparse.Namespace) -> int:
     for row in rows:
         print(
             f"  {row['variant']}: {row['disk_bytes'] / 1e6:.1f} MB on disk, {row['paper_bytes'] / 1e6:.1f} MB by bits, "
-            f"parity max {row['parity_max_abs']:.2g}, rms {row['parity_rms']:.2g}, of the export {row['export_rms']:.2g}"
+            f"parity max {row['parity_max_abs']:.2g}, rms {row['parity_rms']:.2g}, export rms {row['export_rms']:.2g}"
         )
     return 0

@@ -158,15 +158,14 @@ def evaluate(
         raise EvaluationError("--seeds: expected at least 1")
     if min(seeds) < 0 or max(seeds) > LAST_SEED:
         raise EvaluationError(f"seeds {min(seeds)} to {max(seeds)}: start seeds are 0 to {LAST_SEED}")
-    if against is not None and is_checkpoint(target):
-        raise EvaluationError(f"--against {against}: {target} is a checkpoint and has no variants; export it first")
+    if against is not None:
+        _check_against(target, variant, against)
     first = _evaluate(target, variant, seeds, steps, threads)
     if against is None:
         return first | {"paired": None}
-    if against == first["variant"]:
-        raise EvaluationError(f"--against {against}: expected another variant than the one evaluated")
     other = _evaluate(target, against, seeds, steps, threads)
-    difference = paired_difference(*(dict(zip(r["seeds"], r["scores"], strict=True)) for r in (first, other)))
+    ours, theirs = (dict(zip(result["seeds"], result["scores"], strict=True)) for result in (first, other))
+    difference = paired_difference(ours, theirs)
     paired = {
         "other": against,
         "mean": difference.estimate,
@@ -176,6 +175,18 @@ def evaluate(
         "other_weights": other["weights"],
     }
     return first | {"paired": paired}
+
+
+def _check_against(target: str, variant: str | None, against: str) -> None:
+    """Find out before the first evaluation whether there is a second one to compare with."""
+    if is_checkpoint(target):
+        raise EvaluationError(f"--against {against}: {target} is a checkpoint and has no variants; export it first")
+    spec = load_bundle(find_bundle(target), verify=False).spec
+    known = [candidate.name for candidate in spec.variants]
+    if against not in known or against == (variant or spec.default_variant):
+        raise EvaluationError(
+            f"--against {against}: expected another variant of {spec.name!r}; it has {', '.join(known)}"
+        )
 
 
 def _evaluate(

@@ -157,7 +157,7 @@ def choose(
     accepted = sorted(_scaled([c for c in candidates if c.accepted]), key=lambda c: _rank(c, spec))
     rejected = [c for c in candidates if not c.accepted]
     best = accepted[0] if accepted else None
-    basis = max((c.basis for c in accepted), key=_ORDER.__getitem__) if accepted else None
+    basis = max(accepted, key=lambda c: _ORDER[c.basis]).basis if accepted else None
     if best is None:
         reason = "no variant fits this device: " + "; ".join(f"{c.variant}: {c.reason}" for c in rejected)
     else:
