@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dcqfa_ros.bundle.schema import BundleSpec, NormalizerSpec, TrainingSegment
+from dcqfa_ros.bundle.provenance import TrainingSegment
+from dcqfa_ros.bundle.schema import BundleSpec, NormalizerSpec
 from training.config import ConfigError, TrainConfig
 
 

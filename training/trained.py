@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dcqfa_ros.bundle.schema import NormalizerSpec, TrainingSegment
+from dcqfa_ros.bundle.provenance import TrainingSegment
+from dcqfa_ros.bundle.schema import NormalizerSpec
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
 from training.config import TrainConfig
 from training.policies.diffusion_policy_t import DiffusionPolicyT

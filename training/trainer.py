@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dcqfa_ros.bundle.schema import NormalizerKind, TrainingSegment
+from dcqfa_ros.bundle.provenance import TrainingSegment
+from dcqfa_ros.bundle.schema import NormalizerKind
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.schedule import alphas_cumprod, squared_cosine_betas
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint

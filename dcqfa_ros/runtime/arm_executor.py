@@ -194,8 +194,10 @@ class ArmExecutor:
         self._origin_ns = stamp - self.step * self.settings.period_ns
 
     def arm(self, stamp_ns: int, now_ns: int, *, lockstep: bool = False) -> Tick:
-        """Accept commands from now on; begins an episode whose first observation carries ``stamp_ns``, or a later one
-        where the cell's time has run ahead (in lockstep an episode takes less time than it counts).
+        """Accept commands from now on: an episode begins.
+
+        Its first observation carries ``stamp_ns``, or a later stamp where the cell's time has run ahead (in lockstep an
+        episode takes less time than it counts).
 
         In ``lockstep`` the cell waits for commands, so observations do not age and the deadman is the caller's.
 

@@ -14,6 +14,7 @@ from dcqfa_ros.bench import engine as bench
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.commands.bench import _engine
+from dcqfa_ros.devices.detect import detect
 from test.runtime.conftest import tiny_spec
 
 
@@ -126,6 +127,9 @@ def test_command_prints_rows_and_ratios_as_json(
     assert set(printed["rows"][0]) >= {"engine", "variant", "threads", "steps", "p50_ms", "p99_ms"}
     assert set(printed["ratios"]) == {"w8a8_vs_torch_eager", "w8a8_vs_fp32"}
     assert printed["device"]
+    spec = load_bundle(folder).spec
+    assert [row["weights"] for row in printed["rows"]] == [v.files["denoiser"].sha256 for v in spec.variants]
+    assert printed["fingerprint"] == detect().fingerprint
     assert printed["batch"] == 1
 
 

@@ -42,6 +42,7 @@ def jetson(model: str, module: str, carrier: str, memory: float, cores: int, rel
     }
     if release is not None:
         files["etc/nv_tegra_release"] = release.encode()
+        files["var/lib/nvpmodel/status"] = b"pmode:0002 fmode:quiet\n"
     return files
 
 

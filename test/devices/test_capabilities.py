@@ -17,7 +17,7 @@ def runtime(device, name: str) -> Runtime:
     ("device", "executed"),
     [
         ("cpu_vnni", {"fp32", "w8a8", "w4a16"}),
-        ("cpu_avx2", {"fp32", "w4a16"}),
+        ("cpu_avx2", {"fp32", "w8a8", "w4a16"}),
         ("cpu_arm", {"fp32", "w4a16"}),
         ("orin_nx_8", {"fp32", "w8a8", "w4a16"}),
         ("unknown", {"fp32", "w4a16"}),
@@ -29,10 +29,14 @@ def test_onnx_runtime_on_the_processor(recorded, device: str, executed: set[str]
     assert set(precisions) == set(PRECISIONS)
 
 
-def test_saturating_products_are_the_reason_without_vnni(recorded) -> None:
-    refusal = runtime(recorded("cpu_avx2"), "onnxruntime").precisions()["w8a8"]
-    assert "VNNI" in refusal
-    assert "saturate" in refusal
+def test_exact_products_on_x86_need_avx2_and_take_longer_without_vnni(recorded, tree) -> None:
+    slow, fast = (runtime(recorded(name), "onnxruntime") for name in ("cpu_avx2", "cpu_vnni"))
+    assert fast.relative_time(PRECISIONS["w8a8"]) < slow.relative_time(PRECISIONS["w8a8"]) == 0.6
+    assert slow.relative_time(PRECISIONS["fp32"]) == 1.0
+    root = tree("cpu_avx2")
+    file = root / "proc/cpuinfo"
+    file.write_text(file.read_text().replace("avx2", "sse4_2"))
+    assert "neither VNNI nor AVX2" in runtime(detect(root), "onnxruntime").precisions()["w8a8"]
 
 
 @pytest.mark.parametrize(

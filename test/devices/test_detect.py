@@ -46,6 +46,16 @@ def test_an_unknown_module_is_named_and_its_memory_measured(recorded) -> None:
     assert device.l4t is None
     assert any("p3767-0099" in note for note in device.notes)
     assert any("nv_tegra_release" in note for note in device.notes)
+    assert any("power mode is unknown" in note for note in device.notes)
+    assert device.fingerprint.endswith("power mode unknown")
+
+
+def test_power_modes_of_one_module_are_told_apart(tree) -> None:
+    root = tree("orin_nx_16")
+    first = detect(root).fingerprint
+    (root / "var/lib/nvpmodel/status").write_text("pmode:0000")
+    second = detect(root).fingerprint
+    assert first.endswith("power mode 2") and second.endswith("power mode 0")
 
 
 def test_a_processor_with_vnni_says_so(recorded) -> None:
@@ -60,6 +70,7 @@ def test_a_processor_with_vnni_says_so(recorded) -> None:
 def test_a_processor_without_vnni_says_so(recorded) -> None:
     device = recorded("cpu_avx2")
     assert device.processor.features == ()
+    assert device.processor.avx2
     assert "no 8-bit dot product" in device.fingerprint
     assert device.name == "Intel(R) Core(TM) i7-7700K CPU @ 4.20GHz"
 
@@ -68,6 +79,28 @@ def test_memory_is_that_of_meminfo_in_bytes(recorded) -> None:
     device = recorded("cpu_vnni")
     assert device.memory_bytes == pytest.approx(23.5 * 2**30, rel=1e-6)
     assert device.memory_available_bytes == pytest.approx(21 * 2**30, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "max\n", "memory.current": "1000\n"}, 21 * 2**30),
+        ({"memory.max": f"{2**30}\n", "memory.current": f"{2**28}\n"}, 2**30 - 2**28),
+        ({"memory.max": f"{2**40}\n", "memory.current": "0\n"}, 21 * 2**30),
+        ({"memory.max": "100\n", "memory.current": "200\n"}, 1),
+        ({"a/memory.max": "500\n", "a/memory.current": "100\n"}, 400),
+        ({"a/b/memory.max": "max", "a/b/memory.current": "7", "memory.max": "90", "memory.current": "7"}, 83),
+    ],
+)
+def test_available_memory_is_what_the_control_group_grants(tree, files: dict[str, str], expected: int) -> None:
+    root = tree("cpu_vnni")
+    (root / "proc/self").mkdir()
+    (root / "proc/self/cgroup").write_text("0::/../a/b\n")
+    for name, text in files.items():
+        file = root / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert detect(root).memory_available_bytes == expected
 
 
 def test_an_unknown_device_is_described_with_what_is_missing(recorded) -> None:

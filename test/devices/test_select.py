@@ -78,9 +78,9 @@ def test_without_measurements_the_ranking_is_modelled_and_says_how_to_measure(sp
 
 
 def test_a_precision_the_processor_cannot_execute_is_never_chosen(spec, recorded) -> None:
-    choice = decide(spec, recorded("cpu_avx2"))
+    choice = decide(spec, recorded("cpu_arm"))
     assert choice.variant == "fp32"
-    assert "VNNI" in reason(choice, "w8a8")
+    assert "8-bit dot product" in reason(choice, "w8a8")
     assert "blocks.0.mlp" in reason(choice, "w8a8")
 
 
@@ -109,7 +109,23 @@ def test_records_in_the_users_cache_count_for_the_same_weights_only(spec, record
     own = LocalRecord(variant="fp32", weights=weights, record=latency(device, 5.0, 6.0))
     foreign = LocalRecord(variant="w8a8", weights="0" * 64, record=latency(device, 1.0, 1.0))
     choice = decide(spec, device, LocalRecords(records=(own, foreign)))
-    assert (choice.variant, choice.basis) == ("fp32", "measured")
+    basis = {c.variant: c.basis for c in choice.ranking}
+    assert basis == {"fp32": "measured", "w8a8": "modelled"}
+
+
+def test_a_measured_variant_does_not_beat_one_that_nobody_has_measured(spec, recorded) -> None:
+    device = recorded("cpu_vnni")
+    spec = with_variant(spec, "fp32", latency=(latency(device, 50.0, 60.0),))
+    choice = decide(spec, device)
+    assert (choice.variant, choice.basis) == ("w8a8", "modelled")
+    assert choice.ranking[0].latency_ms == pytest.approx(60.0 * 0.33)
+    assert "scaled from fp32 (measured)" in reason(choice, "w8a8")
+    assert "modelled, w8a8 not measured on this device" in choice.reason
+    slow = with_variant(spec, "fp32", latency=())
+    slow = with_variant(slow, "w8a8", latency=(latency(device, 60.0, 80.0),))
+    choice = decide(slow, device)
+    assert (choice.variant, choice.basis) == ("w8a8", "modelled")
+    assert "fp32 not measured" in choice.reason
 
 
 def test_a_variant_over_the_latency_budget_is_rejected_with_both_figures(spec, recorded) -> None:
@@ -118,7 +134,7 @@ def test_a_variant_over_the_latency_budget_is_rejected_with_both_figures(spec, r
     choice = decide(spec, device)
     assert choice.variant == "w8a8"
     assert "950.0 ms" in reason(choice, "fp32")
-    assert "800.0 ms (8 executed actions at 10 Hz)" in reason(choice, "fp32")
+    assert "100.0 ms (one control period at 10 Hz)" in reason(choice, "fp32")
 
 
 def test_no_variant_within_budget_is_no_choice(spec, recorded) -> None:
@@ -145,11 +161,15 @@ def test_executed_bits_decide_over_exported_ones(spec, recorded) -> None:
     assert "4-bit activations" in reason(refused, "w8a8")
 
 
-def test_predictions_for_this_device_rank_behind_measurements(spec, recorded) -> None:
+def test_a_choice_that_compares_with_predictions_says_so(spec, recorded) -> None:
     device = recorded("cpu_vnni")
     spec = with_variant(spec, "w8a8", latency=(latency(device, 1.0, kind="predicted"),))
-    assert decide(spec, device).basis == "predicted"
+    assert decide(spec, device).basis == "modelled"
     spec = with_variant(spec, "fp32", latency=(latency(device, 30.0),))
+    choice = decide(spec, device)
+    assert (choice.variant, choice.basis) == ("w8a8", "predicted")
+    assert "predicted, w8a8 not measured" in choice.reason
+    spec = with_variant(spec, "w8a8", latency=(latency(device, 1.0, kind="predicted"), latency(device, 40.0)))
     assert (decide(spec, device).variant, decide(spec, device).basis) == ("fp32", "measured")
 
 
@@ -162,7 +182,7 @@ def test_without_a_runtime_nothing_is_chosen(spec, recorded) -> None:
 
 def test_budgets_derive_from_rate_chunk_and_free_memory(spec, recorded) -> None:
     budget = budget_for(spec, recorded("cpu_vnni"), control_rate=20.0)
-    assert (budget.latency_ms, budget.memory_bytes) == (400.0, int(10.5 * 2**30))
+    assert (budget.latency_ms, budget.memory_bytes) == (50.0, int(10.5 * 2**30))
     assert budget_for(spec, recorded("unknown")).memory_bytes is None
     given_budget = budget_for(spec, recorded("cpu_avx2"), latency_ms=50, memory_mb=256)
     assert (given_budget.latency_ms, given_budget.memory_bytes) == (50, 256 * MIB)

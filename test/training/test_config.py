@@ -34,6 +34,7 @@ def test_every_shipped_configuration_loads() -> None:
         (lambda d: d["data"].pop("episode_ends"), "data.episode_ends"),
         (lambda d: d["data"].update(observations={}), "data.observations"),
         (lambda d: d["data"]["action"].update(space="telepathy"), "data.action.space"),
+        (lambda d: d["data"]["action"].update(columns=[]), "data.action.columns"),
     ],
 )
 def test_a_wrong_value_is_refused_by_file_and_field(
@@ -87,3 +88,25 @@ def test_command_line_values_replace_fields_and_are_checked(tiny_config: Callabl
     assert (changed.run.steps, changed.run.threads, changed.data.path) == (9, config.run.threads, "elsewhere")
     with pytest.raises(ConfigError, match=r"run\.steps"):
         override(config, run={"steps": 0})
+
+
+def test_a_key_given_twice_is_refused_by_name(write_config: Callable[..., Path]) -> None:
+    path = write_config()
+    path.write_text(path.read_text() + "license: MIT\nlicense: Apache-2.0\n")
+    with pytest.raises(ConfigError, match="license: stands twice"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(("text", "hint"), [("3e-4", "3.0e-4"), ("1e2", "1.0e+2"), ("2.5e3", "2.5e+3")])
+def test_a_number_that_yaml_takes_for_text_is_explained(
+    write_config: Callable[..., Path], text: str, hint: str
+) -> None:
+    path = write_config()
+    written = path.read_text()
+    assert "learning_rate: 0.0003" in written
+    path.write_text(written.replace("learning_rate: 0.0003", f"learning_rate: {text}", 1))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert f"write {hint}" in str(caught.value)
+    path.write_text(written.replace("learning_rate: 0.0003", f"learning_rate: {hint}", 1))
+    assert load_config(path).optimizer.learning_rate == float(text)

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from dcqfa_ros.bundle.schema import NormalizerKind, NormalizerSpec
 from dcqfa_ros.sim.tee import key_points
+from training.commands import _data
 from training.config import DataConfig, TrainConfig, load_config, override
 from training.data.episodes import DataError, Demonstrations, read_demonstrations, split_episodes
 from training.data.normalizer import concatenate_normalizers, fit_normalizer, normalize
@@ -75,6 +76,10 @@ def test_the_published_zarr_layout_reads_like_the_npz(
         (lambda a: a.update(episode_ends=a["episode_ends"][::-1]), "episode_ends"),
         (lambda a: a.update(episode_ends=np.zeros(0, np.int64)), "episode_ends"),
         (lambda a: a.update(state=a["state"][:, :1]), "columns"),
+        (lambda a: a.update(action=a["action"].astype(str)), "'action' .*expected numbers"),
+        (lambda a: a.update(action=a["action"].astype(complex)), "'action' .*expected numbers"),
+        (lambda a: a.update(action=np.float32(1.0)), "'action' .*a single value"),
+        (lambda a: a.update(episode_ends=a["episode_ends"].astype(str)), "'episode_ends' must hold whole numbers"),
     ],
 )
 def test_damaged_arrays_are_refused_by_name(
@@ -191,3 +196,39 @@ def test_the_published_demonstrations_read_as_documented(published_data: Path) -
     with np.load(published_data) as archive:
         pose = archive["state"][1000, 2:]
     np.testing.assert_allclose(demonstrations.observation[1000, :18].reshape(9, 2), key_points(pose), atol=0.02)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_shipped_configuration_reads_a_published_zarr(
+    tmp_path: Path, arrays: dict[str, np.ndarray], tiny_config: Config, packed: bool
+) -> None:
+    path = Path(published_zarr(tmp_path / "pusht.zarr", arrays).path)
+    if packed:
+        path = Path(shutil.make_archive(str(tmp_path / "pusht"), "zip", path))
+    shipped = load_config(ROOT / "config/training/pusht_keypoints.yaml")
+    config = override(shipped, data=_data(str(path)))
+    demonstrations = read_demonstrations(config.data)
+    assert demonstrations.sha256() == read_demonstrations(tiny_config().data).sha256()
+
+
+def test_a_path_that_tells_no_format_is_refused(tmp_path: Path, tiny_config: Config) -> None:
+    (tmp_path / "demonstrations.csv").write_text("1,2")
+    for name, message in (("demonstrations.csv", r"expected a \.npz file"), ("absent", "no such file or folder")):
+        with pytest.raises(DataError, match=message):
+            read_demonstrations(override(tiny_config(), data=_data(str(tmp_path / name))).data)
+
+
+def test_arrays_of_one_dimension_are_columns(npz: Path, arrays: dict[str, np.ndarray], tiny_config: Config) -> None:
+    np.savez(npz, **arrays, force=arrays["action"][:, 0])
+    config = tiny_config()
+    document = config.data.model_dump(mode="json")
+    document["observations"]["force"] = {"array": "force", "units": "N", "frame": "table"}
+    demonstrations = read_demonstrations(override(config, data=document).data)
+    assert demonstrations.shapes["force"] == (1,)
+    np.testing.assert_array_equal(demonstrations.observation[:, -1], arrays["action"][:, 0])
+
+
+def test_a_constant_column_keeps_its_unit_under_mean_and_deviation() -> None:
+    spec = fit_normalizer(np.array([[7.0, 1.0], [7.0, 3.0]], np.float32), NormalizerKind.MEAN_STD)
+    assert spec.scale == (1.0, 1.0)
+    assert spec.offset == (-7.0, -2.0)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dcqfa_ros.bundle.load import load_bundle
+from training import evaluate as evaluate_module
 from training.envs.pusht import PushTWorlds
 from training.evaluate import EvaluationError, evaluate, roll_out
 from training.export import bundle as bundle_module
@@ -122,7 +124,14 @@ def test_the_eval_command_prints_mean_interval_scores_and_seeds(dcqfa: list[str]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["absent_bundle"], ["absent_bundle", "--seeds", "0"], ["x", "--first-seed", "-1"], ["absent.pt"]]
+    "arguments",
+    [
+        ["absent_bundle"],
+        ["absent_bundle", "--seeds", "0"],
+        ["x", "--first-seed", "-1"],
+        ["absent.pt"],
+        ["absent_bundle", "--first-seed", "4294967290"],
+    ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(dcqfa: list[str], arguments: list[str]) -> None:
     done = subprocess.run(
@@ -131,3 +140,45 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(dcqfa: list[str], argument
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("dcqfa: error: ")
+
+
+def test_the_result_names_the_weights_it_belongs_to(bundle: Path, trained_run: Path) -> None:
+    expected = load_bundle(bundle).spec.variant("w8a8").files["denoiser"].sha256
+    assert evaluate(str(bundle), "w8a8", SEEDS[:1], steps=1)["weights"] == expected
+    assert evaluate(str(trained_run), None, SEEDS[:1], steps=1)["weights"] is None
+
+
+def test_two_variants_are_compared_in_pairs_on_the_same_seeds(bundle: Path) -> None:
+    result = evaluate(str(bundle), "fp32", SEEDS, steps=1, against="w8a8")
+    alone = evaluate(str(bundle), "w8a8", SEEDS, steps=1)
+    differences = np.subtract(result["scores"], alone["scores"])
+    paired = result["paired"]
+    assert paired["other"] == "w8a8"
+    assert paired["mean"] == pytest.approx(differences.mean(), abs=1e-12)
+    assert paired["ci95"] == pytest.approx(4.302652729911275 * differences.std(ddof=1) / np.sqrt(3), abs=1e-12)
+    assert alone["paired"] is None
+
+
+def test_a_comparison_that_makes_no_sense_is_refused_before_any_evaluation(
+    bundle: Path, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "roll_out", lambda *_: pytest.fail("an episode was run"))
+    for target, variant, other in ((bundle, None, "fp32"), (bundle, "w8a8", "w8a8"), (bundle, "fp32", "w4a4")):
+        with pytest.raises(EvaluationError, match=f"--against {other}: expected another variant"):
+            evaluate(str(target), variant, SEEDS, against=other)
+    with pytest.raises(EvaluationError, match="has no variants"):
+        evaluate(str(trained_run), None, SEEDS, against="fp32")
+
+
+def test_seeds_beyond_the_legacy_generator_are_refused(bundle: Path) -> None:
+    with pytest.raises(EvaluationError, match="start seeds are 0 to 4294967295"):
+        evaluate(str(bundle), "fp32", range(4294967290, 4294967340))
+
+
+def test_the_eval_command_prints_the_paired_difference(dcqfa: list[str], bundle: Path) -> None:
+    options = ["--seeds", "2", "--first-seed", "200000", "--steps", "1", "--against", "w8a8"]
+    command = [*dcqfa, "eval", str(bundle), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "against w8a8 (mean score" in done.stdout
+    assert "95 % interval" in done.stdout

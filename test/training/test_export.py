@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 from collections import Counter
@@ -13,9 +14,14 @@ import torch
 
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.verify import verify_bundle
-from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.cli import main
+from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.devices.select import budget_for, choose
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine, session_options
 from training.checkpoint import CheckpointError
+from training.data.episodes import read_demonstrations
 from training.export import bundle as bundle_module
+from training.export import executed as executed_module
 from training.export.bundle import ExportError, ExportOptions, export_bundle
 from training.export.calibration import quantize_policy, training_observations
 from training.export.diffusion_policy_t import export_graphs
@@ -177,7 +183,8 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 
 def test_calibration_observations_are_repeatable_and_from_training_episodes(trained_run: Path) -> None:
     trained = load_trained(trained_run)
-    first, second = (training_observations(trained.meaning, trained.config.data, 20, seed=1) for _ in range(2))
+    demonstrations = read_demonstrations(trained.config.data)
+    first, second = (training_observations(trained.meaning, demonstrations, 20, seed=1) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert first.shape == (20, 2, 20)
     assert np.abs(first).max() <= 1.0 + 1e-5  # the normaliser was fitted on these very episodes
@@ -193,24 +200,157 @@ def evaluation(**changes: Any) -> dict[str, Any]:
         "first_seed": 100,
         "seeds": [100, 101],
         "denoising_steps": 16,
+        "weights": "a" * 64,
     } | changes
 
 
-def test_evaluations_and_latencies_are_recorded_with_their_variant(trained_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "eval.json").write_text(json.dumps(evaluation()))
-    quality = read_quality([f"fp32={tmp_path / 'eval.json'}"])
-    row = {"engine": "onnxruntime", "variant": "fp32", "threads": 1, "steps": 16, "p50_ms": 20.0, "p99_ms": 25.0}
-    bench = {"bundle": "tiny", "device": "a computer", "versions": {"onnxruntime": "1.31.1"}}
-    bench["rows"] = [row, row | {"engine": "torch_eager"}]
-    (tmp_path / "bench.json").write_text(json.dumps(bench))
-    latency = read_latency([tmp_path / "bench.json"])
-    options = ExportOptions(variants=("fp32",), quality=quality, latency=latency)
-    spec = export_bundle(trained_run, tmp_path / "policy", options)
+def test_results_of_the_exported_weights_are_recorded_and_the_selector_uses_them(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = detect()
+    first = export_bundle(trained_run, tmp_path / "policy", OPTIONS)
+    weights = first.variant("fp32").files["denoiser"].sha256
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation(weights=weights)))
+    capsys.readouterr()
+    assert main(["bench", "engine", "--bundle", str(tmp_path / "policy"), "--rounds", "2", "--json"]) == 0
+    (tmp_path / "bench.json").write_text(capsys.readouterr().out)
+    quality, latency = read_quality([f"fp32={tmp_path / 'eval.json'}"]), read_latency([tmp_path / "bench.json"])
+    spec = export_bundle(
+        trained_run, tmp_path / "policy", ExportOptions(calibration=16, quality=quality, latency=latency)
+    )
     (record,) = spec.variants[0].quality
-    assert spec.variants[0].latency == latency["fp32"]
-    assert (latency["fp32"][0].p50_ms, latency["fp32"][0].runtime) == (20.0, "onnxruntime 1.31.1")
     assert (record.mean, record.seeds, record.first_seed) == (0.9, 2, 100)
     assert record.command == "dcqfa eval tiny --variant fp32 --seeds 2 --first-seed 100 --steps 16"
+    for variant in spec.variants:
+        (measured,) = variant.latency
+        assert (measured.device, measured.steps, measured.threads) == (device.fingerprint, 4, 1)
+        assert measured.runtime.startswith("onnxruntime ")
+    choice = choose(spec, device, budget_for(spec, device, latency_ms=10_000, memory_mb=10_000))
+    accepted = [candidate for candidate in choice.ranking if candidate.accepted]
+    assert choice.basis == "measured"
+    assert {candidate.basis for candidate in accepted} == {"measured"}
+
+
+@pytest.mark.parametrize("option", ["quality", "latency"])
+def test_results_of_other_weights_are_refused_by_file(trained_run: Path, tmp_path: Path, option: str) -> None:
+    file = tmp_path / "result.json"
+    row = {"engine": "onnxruntime", "variant": "fp32", "weights": "b" * 64, "threads": 1, "steps": 4}
+    measured: dict[str, Any] = {"bundle": "tiny", "fingerprint": "computer", "versions": {"onnxruntime": "1.31.1"}}
+    measured["rows"] = [row | {"p50_ms": 20.0, "p99_ms": 25.0}]
+    if option == "quality":
+        file.write_text(json.dumps(evaluation()))
+        results: Any = read_quality([f"fp32={file}"])
+    else:
+        file.write_text(json.dumps(measured))
+        results = read_latency([file])
+    with pytest.raises(ExportError, match=rf"--{option} .*result\.json: was obtained with other weights"):
+        export_bundle(trained_run, tmp_path / "policy", ExportOptions(variants=("fp32",), **{option: results}))
+    assert not (tmp_path / "policy").exists()
+
+
+def test_an_evaluation_of_a_checkpoint_is_no_quality_of_a_variant(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation(weights=None)))
+    with pytest.raises(RecordError, match="export first and evaluate the bundle"):
+        read_quality([f"fp32={tmp_path / 'eval.json'}"])
+
+
+def test_another_process_exports_the_same_bytes(dcqfa: list[str], trained_run: Path, tmp_path: Path) -> None:
+    spec = export_bundle(trained_run, tmp_path / "here", OPTIONS)
+    command = [*dcqfa, "export", str(trained_run), "--out", str(tmp_path / "there"), "--calibration", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    other = load_bundle(tmp_path / "there").spec
+    assert [variant.files for variant in spec.variants] == [variant.files for variant in other.variants]
+
+
+def test_the_record_says_how_weights_and_scales_came_about(trained_run: Path, tmp_path: Path) -> None:
+    spec = export_bundle(trained_run, tmp_path / "policy", OPTIONS)
+    training, (full, small) = spec.training, spec.variants
+    assert training.data_sha256 == read_demonstrations(load_trained(trained_run).config.data).sha256()
+    assert (training.planned_steps, [entry.step for entry in training.history]) == (6, [0])
+    assert training.history[0].torch == torch.__version__
+    assert training.command == "dcqfa train --config pusht_keypoints --data demonstrations.npz --steps 6"
+    assert full.calibration is None
+    assert small.calibration is not None
+    assert (small.calibration.samples, small.calibration.data_sha256) == (16, training.data_sha256)
+    assert small.parity.export_rms < small.parity.rms
+    assert full.parity.export_rms == full.parity.rms
+    assert {"python", "torch", "onnxruntime"} <= set(spec.created_by)
+    architecture = spec.architecture
+    assert (architecture.depth, architecture.heads, architecture.dim, architecture.ffn_dim) == (2, 2, 32, 64)
+
+
+def test_the_record_names_the_configuration_file_that_was_given(trained_run: Path, tmp_path: Path) -> None:
+    payload = torch.load(trained_run / "checkpoint.pt", weights_only=True)
+    payload["config"]["data"]["max_train_episodes"] = 2
+    torch.save(payload | {"config_file": "mine.yaml"}, tmp_path / "checkpoint.pt")
+    training = load_trained(tmp_path).meaning.specification().training
+    assert training.command.startswith("dcqfa train --config mine.yaml --data")
+    assert training.split.endswith("at most 2 training episodes")
+
+
+def test_a_checkpoint_of_an_older_version_is_exported(trained_run: Path, tmp_path: Path) -> None:
+    payload = torch.load(trained_run / "checkpoint.pt", weights_only=True)
+    for key in ("data_sha256", "history", "config_file"):
+        del payload[key]
+    payload["config"]["data"]["format"] = "npz"
+    del payload["config"]["data"]["observations"]["keypoints"]["names"]
+    torch.save(payload, tmp_path / "checkpoint.pt")
+    spec = export_bundle(tmp_path / "checkpoint.pt", tmp_path / "policy", ExportOptions(variants=("fp32",)))
+    assert (spec.training.data_sha256, spec.training.history) == (None, ())
+
+
+def test_a_quantized_export_that_differs_from_its_network_is_not_written(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(network: DiffusionPolicyT, timesteps: int) -> dict[str, bytes]:
+        if not isinstance(network.decoder_blocks()[0].fc1, QuantizedLinear):
+            return export_graphs(network, timesteps)
+        changed = copy.deepcopy(network)
+        changed.head.bias.data += 0.01  # small beside the cost of quantization
+        return export_graphs(changed, timesteps)
+
+    monkeypatch.setattr(bundle_module, "export_graphs", wrong)
+    monkeypatch.setitem(bundle_module.TOLERANCE_RMS, "w8a8", 1.0)
+    with pytest.raises(ExportError, match=r"w8a8: .* the network with the same quantizers"):
+        export_bundle(trained_run, tmp_path / "policy", OPTIONS)
+
+
+def test_weights_that_the_runtime_makes_unsigned_are_recognised(
+    quantized: DiffusionPolicyT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = onnx.load
+
+    def as_without_vnni(path: str) -> onnx.ModelProto:
+        model = load(path)
+        for node in model.graph.node:
+            if node.op_type in executed_module.INTEGER_PRODUCTS:
+                renamed = [f"{name}_s8_2_u8" if name.endswith(".weight") else name for name in node.input]
+                del node.input[:]
+                node.input.extend(renamed)
+        return model
+
+    data = export_graphs(quantized, 100)["denoiser"]
+    expected = integer_weights(data, "denoiser")
+    assert "blocks.0.fc1.weight" in expected
+    monkeypatch.setattr(executed_module.onnx, "load", as_without_vnni)
+    assert integer_weights(data, "denoiser") == expected
+
+
+def test_the_report_on_a_graph_runs_it_as_the_engine_does(
+    quantized: DiffusionPolicyT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def record(threads: int = 1) -> Any:
+        asked.append(session_options(threads))
+        return asked[-1]
+
+    monkeypatch.setattr(executed_module, "session_options", record)
+    integer_weights(export_graphs(quantized, 100)["encoder"], "encoder")
+    (options,) = asked
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 @pytest.mark.parametrize(

@@ -72,3 +72,20 @@ def test_a_wrong_data_path_is_one_line_and_exit_code_2(
     assert errors.count("\n") == 1
     assert "absent.npz" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_resuming_under_other_conditions_or_with_another_length_is_told(
+    dcqfa: list[str], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = ("train", "--config", write_config(), "--out", tmp_path / "run", "--threads")
+    assert start(dcqfa, *run, 1).wait(timeout=60) == 0
+    _, errors = (process := start(dcqfa, *run, 2)).communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "not bit for bit as before: threads 1 -> 2" in errors
+    _, errors = (process := start(dcqfa, *run, 1, "--steps", 7)).communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--change-length" in errors
+    _, errors = (process := start(dcqfa, *run, 1, "--steps", 7, "--change-length")).communicate(timeout=60)
+    assert process.returncode == 0, errors
+    payload = load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert (payload["step"], payload["config_file"]) == (7, "tiny.yaml")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,13 +44,18 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     second = Trainer(config, tmp_path / "parts")
     assert second.step == 4
     assert second.run()
-    assert_equal(load_checkpoint(whole.checkpoint_path), load_checkpoint(second.checkpoint_path))
+    one, other = (load_checkpoint(trainer.checkpoint_path) for trainer in (whole, second))
+    assert [entry["step"] for entry in one.pop("history")] == [0]
+    assert [entry["step"] for entry in other.pop("history")] == [4]
+    assert_equal(one, other)
 
 
 def test_training_lowers_the_loss(tiny_config: Config, tmp_path: Path) -> None:
     config = override(tiny_config(steps=40, batch=32, log_every=5), optimizer={"learning_rate": 3e-3})
     losses: list[float] = []
-    assert Trainer(config, tmp_path).run(lambda record: losses.append(record["loss"]))
+    assert Trainer(config, tmp_path).run(
+        lambda record: losses.append(record.get("loss", losses[-1] if losses else 1.0))
+    )
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -93,8 +99,10 @@ def test_a_gradient_that_is_not_finite_updates_nothing(
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_field(tiny_config: Config, tmp_path: Path) -> None:
     Trainer(tiny_config(), tmp_path).run()
-    with pytest.raises(CheckpointError, match="differs in run"):
+    with pytest.raises(CheckpointError, match=r"differs in run\.batch\)"):
         Trainer(tiny_config(batch=4), tmp_path)
+    with pytest.raises(CheckpointError, match=r"differs in run\.batch\)"):
+        Trainer(tiny_config(batch=4), tmp_path, change_length=True)
     moved = override(tiny_config(), data={"path": tiny_config().data.path}, run={"log_every": 1})
     assert Trainer(moved, tmp_path).step == 6  # bookkeeping may differ
 
@@ -151,3 +159,69 @@ def test_averaging_starts_at_once_and_reaches_its_maximum() -> None:
 
 def test_every_step_has_its_own_seed() -> None:
     assert len({step_seed(seed, step) for seed in range(3) for step in range(500)}) == 1500
+
+
+def test_another_length_is_continued_only_when_that_is_said(tiny_config: Config, tmp_path: Path) -> None:
+    Trainer(tiny_config(), tmp_path).run()
+    with pytest.raises(CheckpointError, match=r"differs in run\.steps\).*--change-length permits"):
+        Trainer(tiny_config(steps=8), tmp_path)
+    longer = Trainer(tiny_config(steps=8), tmp_path, change_length=True)
+    assert longer.run()
+    planned = [(entry["step"], entry["planned_steps"]) for entry in load_checkpoint(longer.checkpoint_path)["history"]]
+    assert planned == [(0, 6), (6, 8)]
+    Trainer(tiny_config(steps=8), tmp_path).run()  # nothing is left to do: no start to record
+    assert len(load_checkpoint(longer.checkpoint_path)["history"]) == 2
+
+
+def test_other_data_behind_the_same_configuration_are_refused(
+    tiny_config: Config, tmp_path: Path, npz: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    trainer = Trainer(tiny_config(), tmp_path / "run")
+    trainer.save()
+    arrays["action"][5] += 1.0
+    np.savez(npz, **arrays)
+    with pytest.raises(CheckpointError, match=r"trained on other data than .*differs in data_sha256"):
+        Trainer(tiny_config(), tmp_path / "run")
+    payload = load_checkpoint(trainer.checkpoint_path)
+    for key in ("data_sha256", "history", "config_file"):
+        del payload[key]
+    save_checkpoint(trainer.checkpoint_path, payload)  # as older versions wrote it
+    assert Trainer(tiny_config(), tmp_path / "run").step == 0
+    arrays["action"][:, 0] *= 0.5
+    np.savez(npz, **arrays)
+    with pytest.raises(CheckpointError, match="differs in action_norm"):
+        Trainer(tiny_config(), tmp_path / "run")
+
+
+def test_a_history_that_is_none_is_refused_by_file(tiny_config: Config, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(), tmp_path)
+    save_checkpoint(trainer.checkpoint_path, trainer.payload() | {"history": [{"step": "first"}]})
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt"):
+        Trainer(tiny_config(), tmp_path)
+
+
+def test_conditions_that_break_the_repetition_are_told(tiny_config: Config, tmp_path: Path) -> None:
+    Trainer(tiny_config(), tmp_path).save()
+    assert Trainer(tiny_config(), tmp_path).changed == ()
+    assert Trainer(tiny_config(threads=2), tmp_path).changed == ("threads 1 -> 2",)
+
+
+def test_validation_does_not_wait_for_a_log_step_and_the_last_window_is_logged(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    records: list[dict[str, float]] = []
+    Trainer(tiny_config(steps=5, log_every=3, validate_every=2), tmp_path).run(records.append)
+    assert [record["step"] for record in records if "validation_loss" in record] == [2, 4]
+    assert [record["step"] for record in records if "loss" in record] == [3, 5]
+
+
+@pytest.mark.parametrize("kind", ["mean_std", "identity"])
+def test_actions_beyond_what_the_sampler_keeps_are_refused_before_training(
+    tiny_config: Config, tmp_path: Path, kind: str
+) -> None:
+    config = tiny_config()
+    document = config.data.action.model_dump(mode="json") | {"normalizer": kind}
+    with pytest.raises(ConfigError, match=rf"normalizer {kind} .*clip_sample cuts at 1"):
+        Trainer(override(config, data={"action": document}), tmp_path)
+    wide = override(config, data={"action": document}, diffusion={"clip_sample": 600.0})
+    assert Trainer(wide, tmp_path).step == 0
