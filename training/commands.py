@@ -91,7 +91,7 @@ def eval(subparsers: Any) -> None:  # noqa: A001 (the command is called eval)
         "eval",
         help="score a policy in simulated Push-T",
         description="Run a policy closed loop in Push-T by the published protocol, all seeds together, and report the "
-        "mean score with its 95 %% interval. Bundles need no PyTorch. Seeds 100000 to 100049 are for the reported "
+        "mean score with its 95 % interval. Bundles need no PyTorch. Seeds 100000 to 100049 are for the reported "
         "number only: choose checkpoints and tune with others.",
         epilog="example: dcqfa eval models/pusht_keypoints --variant fp32 --seeds 50 --first-seed 100000 --json",
     )
