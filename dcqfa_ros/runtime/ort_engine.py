@@ -7,8 +7,11 @@ Spinning is off because an idle engine must leave the cores to the control tick.
 
 from __future__ import annotations
 
+import platform
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,9 +59,24 @@ def session_options(threads: int = 1) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3  # warnings about folded initializers are not for users
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits, which saturates: make them exact.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if adds_products_in_16_bits():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
+
+
+def adds_products_in_16_bits(machine: str = "", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether this processor adds pairs of uint8 x int8 products in 16 bits, where they can saturate.
+
+    True for x86 without VNNI, and for x86 whose flags cannot be read. ONNX Runtime can then be told to be exact; where
+    VNNI is exact anyway, that option costs half of the speed (ONNX Runtime 1.31: 24.5 against 16.7 ms a chunk).
+    """
+    if (machine or platform.machine()).lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    except OSError:
+        return True
+    return flags is None or not {"avx512_vnni", "avx_vnni"} & set(flags[1].split())
 
 
 def open_session(model: onnx.ModelProto, options: ort.SessionOptions) -> ort.InferenceSession:

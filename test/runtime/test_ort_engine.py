@@ -9,7 +9,7 @@ from onnx import reference
 
 from dcqfa_ros.runtime.engine import Engine
 from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine, adds_products_in_16_bits
 from test.runtime.conftest import ACTED, HISTORY, OBSERVED, denoiser_model, encoder_model, tiny_files
 
 
@@ -121,3 +121,20 @@ def test_closed_engine_is_refused() -> None:
 def test_threads_below_one_are_refused() -> None:
     with pytest.raises(EngineError, match="threads"):
         OnnxRuntimeEngine(tiny_files(), threads=0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "saturates"),
+    [
+        ("x86_64", "fpu avx2 avx512_vnni", False),
+        ("AMD64", "fpu avx2 avx_vnni", False),
+        ("x86_64", "fpu avx2 avx512f", True),
+        ("x86_64", None, True),
+        ("aarch64", "fp asimd", False),
+    ],
+)
+def test_exact_products_are_asked_for_only_where_the_processor_would_saturate(tmp_path, machine, flags, saturates):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert adds_products_in_16_bits(machine, cpuinfo) is saturates

@@ -349,7 +349,6 @@ def test_the_report_on_a_graph_runs_it_as_the_engine_does(
     monkeypatch.setattr(executed_module, "session_options", record)
     integer_weights(export_graphs(quantized, 100)["encoder"], "encoder")
     (options,) = asked
-    assert options.get_session_config_entry("session.x64quantprecision") == "1"
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
