@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = [NAME, f"{NAME}.*"]
 NODES = ("arm_node", "camera_node", "lifecycle_manager_node", "policy_node", "selector_node", "trial_node")
 
-# pip builds a wheel and installs `training` too; colcon runs `install` or `develop` and puts the robot's part into the
-# workspace only.
-WITH_TRAINING = not {"bdist_wheel", "dist_info", "editable_wheel", "sdist"}.isdisjoint(sys.argv)
+# pip installs `training` too; colcon runs `install` or `develop` and puts the robot's part into the workspace only.
+WITH_TRAINING = {"install", "develop"}.isdisjoint(sys.argv)
 
 
 def requirements(name: str) -> list[str]:
