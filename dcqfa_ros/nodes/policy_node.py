@@ -10,10 +10,10 @@ import functools
 import sys
 import threading
 import time
-from collections import deque
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
@@ -24,14 +24,13 @@ from dcqfa_ros.ros.conversions import MessageError, from_time, observation_array
 from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode, run_node
-from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
-from dcqfa_ros.runtime.synchronizer import Frame, ObservationSynchronizer, stack_history
+from dcqfa_ros.runtime.errors import PolicyError
+from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
+from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
 from dcqfa_ros.runtime.variant_host import SwapResult, VariantHost
 
 AUTO = "auto"
-WAIT_S = 0.1
 STOP_S = 0.5
-LATENCIES_KEPT = 500
 
 
 class PolicyNode(ManagedNode):
@@ -73,18 +72,12 @@ class PolicyNode(ManagedNode):
         self.on_parameter("denoising_steps", self._validate_steps)
         self._host: VariantHost | None = None
         self._bundle: Bundle | None = None
-        self._sync: ObservationSynchronizer | None = None
+        self._session: PolicySession | None = None
         self._inference_thread: threading.Thread | None = None
         self._halt = threading.Event()  # one per activation, so that an old thread can never come back to life
         self._choice = ""
         self._nothing_fits = False  # the selector's verdict: then a default would break a budget
         self._wanted = ""
-        self._episode_lock = threading.Lock()
-        self._episode: tuple[int, int, int] | None = None  # number, first stamp, seed
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
-        self._chunks = 0
-        self._report_of = -1  # episode whose figures are being collected
-        self._problem = ""
 
     # parameters
 
@@ -132,11 +125,18 @@ class PolicyNode(ManagedNode):
         sources = self._sources(bundle)
         self._period_ns = round(1e9 / rate)
         self._units = float(self.parameter("units_per_metre"))
-        self._sync = ObservationSynchronizer(
-            bundle.spec.observations, round(float(self.parameter("sync_tolerance_ms")) * 1e6)
-        )
+        tolerance_ns = round(float(self.parameter("sync_tolerance_ms")) * 1e6)
         self._bundle = bundle
         self._host = VariantHost(bundle, int(self.parameter("engine_threads")), self._on_swap)
+        hooks = SessionHooks(
+            publish=self._publish_chunk,
+            problem=self._tell_problem,
+            lost=self._lose_worker,
+            steps=lambda: int(self.parameter("denoising_steps")) or None,
+            ageless=lambda: self.parameter("rate") == "max",
+        )
+        observations = ObservationSynchronizer(bundle.spec.observations, tolerance_ns)
+        self._session = PolicySession(bundle.spec, self._host, observations, self._period_ns, hooks)
         self._chunk_publisher = self.create_interface_publisher("chunk")
         self._active_publisher = self.create_interface_publisher("active_variant")
         self._publish_active()
@@ -170,7 +170,6 @@ class PolicyNode(ManagedNode):
     def start(self) -> None:
         """Begin to infer; in ``auto`` the selector's choice is awaited for a while, then the default is used."""
         self._halt = threading.Event()
-        self._problem = ""
         if self._host is not None and not self._host.active:
             if self.parameter("variant") != AUTO:
                 self._want(str(self.parameter("variant")))
@@ -179,7 +178,9 @@ class PolicyNode(ManagedNode):
             else:
                 timeout = float(self.parameter("selector_timeout_s"))
                 self._fallback = self.create_guarded_timer(timeout, self._use_default)
-        run = functools.partial(self._run, self._halt)
+        if self._session is None:
+            raise PolicyError("policy_node is not configured")
+        run = functools.partial(self._session.run, self._halt)
         self._inference_thread = threading.Thread(target=self.guard(run), name="inference", daemon=True)
         self._inference_thread.start()
 
@@ -193,8 +194,8 @@ class PolicyNode(ManagedNode):
     def stop(self, reason: str) -> None:  # noqa: ARG002 - the base class publishes the reason
         """Publish no further chunk and end the inference thread."""
         self._halt.set()
-        if self._sync is not None:
-            self._sync.end()
+        if self._session is not None:
+            self._session.observations.end()  # wakes the thread
         thread, self._inference_thread = self._inference_thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(STOP_S)
@@ -208,7 +209,7 @@ class PolicyNode(ManagedNode):
         host, self._host = self._host, None
         if host is not None:
             host.close()
-        self._bundle, self._sync, self._wanted, self._choice = None, None, "", ""
+        self._bundle, self._session, self._wanted, self._choice = None, None, "", ""
 
     # variant
 
@@ -260,154 +261,74 @@ class PolicyNode(ManagedNode):
     # observations and episodes
 
     def _on_observation(self, key: str, message: Any) -> None:
-        sync, now = self._sync, time.monotonic_ns()
-        if sync is None:
+        session, now = self._session, time.monotonic_ns()
+        if session is None:
             return
-        spec = sync.specs[key]
+        spec = session.observations.specs[key]
         scale = self._units if spec.units == "px" else 1.0
         try:
-            sync.add(key, from_time(message.header.stamp), observation_array(message, spec.shape, scale), now)
+            value = observation_array(message, spec.shape, scale)
+            session.observations.add(key, from_time(message.header.stamp), value, now)
         except (MessageError, PolicyError) as error:
-            self._halt_episode(str(error))
+            session.refuse(str(error))
 
     def _on_arm_state(self, message: Any) -> None:
+        session = self._session
+        if session is None:
+            return
         try:
             values = status_values(message)
             number, cell_seed = int(values["episode"]), int(values["seed"])
         except (MessageError, KeyError, ValueError) as error:
             self.event(1, f"message on the arm's state topic ignored: {error!r}")
             return
-        if values.get("state") != "armed":
-            with self._episode_lock:
-                self._episode = None
-                reported, self._report_of = self._report_of == number, -1
-            if self._sync is not None:
-                self._sync.end()
-            if reported:
-                self.event(0, f"episode {number} ended: {values.get('reason', '')}", episode=number, **self._figures())
-            return
-        with self._episode_lock:
-            if self._report_of == number:
-                return
-            self._report_of = number
-            self._latencies.clear()
-            self._chunks = 0
+        if values.get("state") == "armed":
             own = int(self.parameter("noise_seed"))
-            seed = own if own >= 0 else cell_seed
-            stamp = from_time(message.header.stamp)
-            self._episode = (number, stamp, seed)
-            self._problem = ""
-            if self._sync is not None:
-                self._sync.begin(stamp)
-
-    def _halt_episode(self, reason: str) -> None:
-        """Send nothing more in this episode; the arm's deadman then stops the arm."""
-        with self._episode_lock:
-            first = self._episode is not None and not self._problem
-            self._problem = self._problem or reason
-            self._episode = None
-        if self._sync is not None:
-            self._sync.end()
-        if first:
-            self.event(2, f"no further commands in this episode: {reason}", reason=reason)
+            session.begin(Episode(number, from_time(message.header.stamp), own if own >= 0 else cell_seed))
+        elif session.end(number):
+            self.event(0, f"episode {number} ended: {values.get('reason', '')}", episode=number, **session.figures())
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        self._halt_episode("reset by ~/reset")
+        if self._session is not None:
+            self._session.refuse("reset by ~/reset")
         response.success, response.message = True, "observations and chunks forgotten; the next arming begins anew"
         return response
 
-    # inference thread
+    # what the session asks for, on the inference thread
 
-    def _run(self, halt: threading.Event) -> None:
-        running: tuple[int, int, int] | None = None
-        due = chunk = 0
-        while not halt.is_set():
-            with self._episode_lock:
-                episode = self._episode
-            if episode is None or self._host is None or not self._host.active:
-                running = None
-                halt.wait(0.005)
-                continue
-            if episode != running:
-                running, due, chunk = episode, episode[1], 0
-            assert self._sync is not None
-            frames = self._sync.wait_for(due, WAIT_S)
-            if not self._fresh(frames) or frames is None:
-                continue
-            if self._infer(episode, frames, chunk, halt):
-                due = frames[-1].stamp_ns + self._spec.action.executed * self._period_ns - self._period_ns // 2
-                chunk += 1
+    def _publish_chunk(self, stamp_ns: int, actions: NDArray[np.float32]) -> None:
+        frame = self._spec.action.frame
+        self._chunk_publisher.publish(planar_chunk_message(stamp_ns, frame, actions, self._period_ns, self._units))
 
-    def _fresh(self, frames: list[Frame] | None) -> bool:
-        if self.parameter("rate") == "max":
-            return True  # the cell waits for the command: nothing ages
-        assert self._sync is not None
-        ages = self._sync.ages_ms(time.monotonic_ns(), frames[-1].stamp_ns if frames else None)
-        for key, spec in self._sync.specs.items():
-            age = ages[key]
-            if age is None or age > spec.max_age_ms:
-                held = "has not come yet" if age is None else f"is {age:.0f} ms old"
-                self._halt_episode(f"observation {key!r} {held}, its limit is {spec.max_age_ms:.0f} ms")
-                return False
-        return True
-
-    def _infer(self, episode: tuple[int, int, int], frames: list[Frame], chunk: int, halt: threading.Event) -> bool:
-        host, sync = self._host, self._sync
-        assert host is not None and sync is not None
-        begin = time.monotonic()
-        try:
-            actions, _ = host.predict(
-                stack_history(frames, sync.specs), episode[2], chunk, int(self.parameter("denoising_steps")) or None
-            )
-        except WorkerDiedError as error:
-            if not halt.is_set():  # else it was killed to let this node go
-                self._lose_worker(str(error))
-            return False
-        except PolicyError as error:
-            self._halt_episode(str(error))
-            return False
-        self._latencies.append((time.monotonic() - begin) * 1e3)
-        with self._episode_lock:
-            if self._episode != episode or halt.is_set():
-                return False  # the arm was disarmed meanwhile: no command after a stop
-            self._chunk_publisher.publish(
-                planar_chunk_message(
-                    frames[-1].stamp_ns, self._spec.action.frame, actions, self._period_ns, self._units
-                )
-            )
-            self._chunks += 1
-        return True
+    def _tell_problem(self, reason: str) -> None:
+        self.event(2, f"no further commands in this episode: {reason}", reason=reason)
 
     def _lose_worker(self, reason: str) -> None:
         self._wanted = ""
         self._publish_active()
-        self._halt_episode(reason)
+        if self._session is not None:
+            self._session.refuse(reason)
         self.fault(reason)
-
-    def _figures(self) -> dict[str, object]:
-        latency = np.array(self._latencies or [0.0])
-        p50, p99 = np.percentile(latency, [50, 99])
-        return {"chunks": self._chunks, "inference_p50_ms": f"{p50:.2f}", "inference_p99_ms": f"{p99:.2f}"}
 
     def status(self) -> list[Status]:
         """Variant, latency percentiles, observation ages, drops."""
-        host, sync = self._host, self._sync
-        if host is None or sync is None:
+        host, session = self._host, self._session
+        if host is None or session is None:
             return [Status(1, "policy", "not configured", {})]
         lost = host.lost()
         if lost:
             self._lose_worker(lost)
-        ages = sync.ages_ms(time.monotonic_ns())
+        ages = session.observations.ages_ms(time.monotonic_ns())
         values = {
             "variant": host.active,
             "requested": str(self.parameter("variant")),
-            **{key: str(value) for key, value in self._figures().items()},
+            **session.figures(),
             "swaps": str(host.swaps),
-            "dropped_observations": str(sync.dropped),
+            "dropped_observations": str(session.observations.dropped),
             **{f"age_ms.{key}": "" if age is None else f"{age:.1f}" for key, age in ages.items()},
         }
-        if self._problem:
-            return [Status(2, "policy", self._problem, values)]
+        if session.problem:
+            return [Status(2, "policy", session.problem, values)]
         text = f"variant {host.active!r} active" if host.active else "no variant loaded yet"
         return [Status(0 if host.active else 1, "policy", text, values)]
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import threading
 import traceback
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,9 +56,9 @@ class GuardedNode(LifecycleNode):
         self.__diagnostics = self.create_interface_publisher("diagnostics")
         self.__types = {key: type(value) for key, value in vars(self).items() if value is not None}
 
+    @abstractmethod
     def fault(self, reason: str) -> None:
-        """Stop with ``reason``; the lifecycle decides how."""
-        raise NotImplementedError
+        """Stop with ``reason``; how is for the lifecycle to say (:class:`~dcqfa_ros.ros.node.ManagedNode`)."""
 
     def check_attributes(self) -> None:
         """Find subclasses that use an attribute's name of rclpy's node for something else (``_clock``, ``_logger``).
