@@ -21,7 +21,7 @@ from rclpy.parameter import Parameter
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.ros.diagnostics import EVENT, Level, Status, to_message
 from dcqfa_ros.ros.discovery import discovery_profile
-from dcqfa_ros.ros.interfaces import interface
+from dcqfa_ros.ros.interfaces import INTERFACES, interface
 from dcqfa_ros.ros.parameters import Apply, ParameterRules, Validate
 from dcqfa_ros.ros.qos import RELIABILITIES, profile, qos
 
@@ -119,6 +119,11 @@ class GuardedNode(LifecycleNode):
     def parameter(self, name: str) -> Any:
         """Return the present value of a declared parameter."""
         return self.get_parameter(name).value
+
+    def parameter_names(self) -> set[str]:
+        """Return every parameter that can be set, also those of topics that ``setup()`` only declares."""
+        topics = {f"qos.{entry.key}.reliability" for entry in INTERFACES if entry.kind == "topic"}
+        return set(self.get_parameters_by_prefix("")) | topics
 
     def on_parameter(self, name: str, validate: Validate | None = None, apply: Apply | None = None) -> None:
         """Say how a change of parameter ``name`` is treated; replaces the check of ``choices``.

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dcqfa_ros.ros.parameter_files import ParameterFileError, check_parameter_files
+
 if TYPE_CHECKING:
     from dcqfa_ros.ros.node import ManagedNode
 
@@ -126,8 +128,9 @@ def run_node(factory: Callable[[], ManagedNode], argv: Sequence[str] | None = No
     try:
         if not die_with_parent():
             return 0
-        with _context(sys.argv if argv is None else argv):
-            return _run(factory, stop)
+        given = sys.argv if argv is None else argv
+        with _context(given):
+            return _run(factory, stop, given)
     except Exception as error:  # noqa: BLE001 - last resort: a user sees one line, never a traceback
         text = " ".join(str(error).split()) or type(error).__name__
         what = "failed" if stop.attached else "could not start"
@@ -137,12 +140,17 @@ def run_node(factory: Callable[[], ManagedNode], argv: Sequence[str] | None = No
         stop.close()
 
 
-def _run(factory: Callable[[], ManagedNode], stop: StopRequest) -> int:
+def _run(factory: Callable[[], ManagedNode], stop: StopRequest, argv: Sequence[str]) -> int:
     from rclpy.executors import SingleThreadedExecutor
 
     if stop.reason is not None:
         return 0
     node = factory()
+    try:
+        check_parameter_files(argv, node.get_name(), node.parameter_names())
+    except ParameterFileError:
+        node.destroy_node()
+        raise
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     stop.attach(lambda: node.in_setup, node.wake)

@@ -130,6 +130,14 @@ def test_a_killed_node_is_reported_by_name_and_ends_the_run_with_its_code(policy
     assert "policy_node" in up.output.splitlines()[-1] and "Traceback" not in up.output
 
 
+def test_a_misspelt_parameter_in_a_file_is_named_and_nothing_stays_up(policy_bundle, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("/**/arm_node:\n  ros__parameters:\n    comand_timeout_s: 1.0\n")
+    done = run("up", "--isolated", f"bundle:={policy_bundle()}", f"parameters_file:={file}", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    assert "arm_node has no parameter 'comand_timeout_s'; did you mean command_timeout_s?" in done.stdout
+
+
 def test_trials_abandoned_half_way_end_the_demo_with_an_error(policy_bundle, tmp_path):
     demo = Running("demo", "--bundle", str(policy_bundle()), "--realtime", "1", "--lockstep", "0", cwd=tmp_path)
     demo.wait_for("is active")
