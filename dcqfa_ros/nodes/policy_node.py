@@ -20,6 +20,7 @@ from std_srvs.srv import Trigger
 from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.bundle.schema import ActionSpace
 from dcqfa_ros.paths import find_bundle
+from dcqfa_ros.ros.bringup import AUTO
 from dcqfa_ros.ros.conversions import MessageError, from_time, observation_array, planar_chunk_message, status_values
 from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.interfaces import interface
@@ -29,7 +30,6 @@ from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHook
 from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
 from dcqfa_ros.runtime.variant_host import SwapResult, VariantHost
 
-AUTO = "auto"
 STOP_S = 0.5
 
 

@@ -11,7 +11,7 @@ from dcqfa_ros.paths import find_config
 
 PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE"
 PROFILE_NAME = "fastdds_nodes.xml"
-_WORKING_DIRECTORY_PROFILE = "DEFAULT_FASTRTPS_PROFILES.xml"
+WORKING_DIRECTORY_PROFILE = "DEFAULT_FASTRTPS_PROFILES.xml"
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def discovery_profile(environment: MutableMapping[str, str] | None = None) -> It
     """
     env = os.environ if environment is None else environment
     before = env.get(PROFILE_VARIABLE)
-    if before or Path(_WORKING_DIRECTORY_PROFILE).is_file():
+    if before or Path(WORKING_DIRECTORY_PROFILE).is_file():
         yield False
         return
     env[PROFILE_VARIABLE] = str(find_config(PROFILE_NAME))

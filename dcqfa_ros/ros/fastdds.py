@@ -17,14 +17,13 @@ from typing import Literal
 
 from dcqfa_ros.errors import ConfigNotFoundError
 from dcqfa_ros.paths import find_config
+from dcqfa_ros.ros.discovery import PROFILE_VARIABLE, WORKING_DIRECTORY_PROFILE
 
-PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE"
 PROFILE_NAME = "fastdds_images.xml"
 SEGMENT_BYTES = 32 * 2**20
 MESSAGE_BYTES = 4 * 2**20
 _HEADROOM_BYTES = 4 * 2**20
 """Beyond the segment: Fast DDS' ports and bookkeeping (2.8 MiB with one subscriber) and other nodes' segments."""
-_WORKING_DIRECTORY_PROFILE = "DEFAULT_FASTRTPS_PROFILES.xml"  # Fast DDS also reads this file where a process starts
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives
 
@@ -96,7 +95,7 @@ def image_transport(
             f"(ours is {SEGMENT_BYTES >> 20} MiB)",
             None if Path(chosen).is_file() else f"{PROFILE_VARIABLE}={chosen} does not exist: correct or unset it",
         )
-    own = (working_directory or Path.cwd()) / _WORKING_DIRECTORY_PROFILE
+    own = (working_directory or Path.cwd()) / WORKING_DIRECTORY_PROFILE
     if not chosen and own.is_file():
         return ImageTransport(
             "user", rmw, {}, free, f"{own} is kept; its shared-memory segment must hold several images"

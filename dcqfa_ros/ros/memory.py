@@ -6,9 +6,10 @@ import os
 import time
 from pathlib import Path
 
+from dcqfa_ros.runtime.worker_main import resident_bytes
+
 SAMPLE_PERIOD_S = 1.0
 _PROC = Path("/proc")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def tree_memory(root: int | None = None) -> int:
@@ -29,15 +30,8 @@ def tree_memory(root: int | None = None) -> int:
     while queue:
         pid = queue.pop()
         queue += children.get(pid, [])
-        total += _resident(pid)
+        total += resident_bytes(pid)
     return total
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int((_PROC / str(pid) / "statm").read_text(encoding="ascii").split()[1]) * _PAGE
-    except (OSError, IndexError):
-        return 0
 
 
 class MemoryWatch:

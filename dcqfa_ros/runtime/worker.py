@@ -166,6 +166,7 @@ class EngineWorker:
                         [self._python, "-m", "dcqfa_ros.runtime.worker_main", *map(str, descriptors), str(os.getpid())],
                         pass_fds=descriptors,
                         stdin=subprocess.DEVNULL,
+                        cwd=self.bundle.folder,  # holds no module that could be imported by mistake
                         env=worker_environment(os.environ),
                         start_new_session=True,  # a terminal's Ctrl-C does not reach it, not even while it starts
                     )
