@@ -196,7 +196,7 @@ def test_any_ill_typed_field_is_refused_by_name(bundle: Path, data: st.DataObjec
     error = refusal(bundle)
     assert error.file == str(bundle / "bundle.yaml")
     assert error.field
-    # The place itself, what it stands in (a choice between types), or what is wrong inside the value that was put there.
+    # The place itself, what it stands in (a choice between types), or what is wrong inside the value put there.
     named, meant = error.field, field_name(path)
     assert meant.startswith(named) or named.startswith(f"{meant}.")
 
