@@ -27,6 +27,7 @@ LISTEN_S = 2.5  # two heartbeats: enough to hear a second process of the same na
 SAFE_STOP_TIMEOUT_S = 1.0
 LEAVE_TIMEOUT_S = 0.4
 RECOVERY_WINDOW_S = 60.0
+RIVAL_ADVICE = "end it, or choose another namespace:= or ROS_DOMAIN_ID"
 
 
 class LifecycleManagerNode(ManagedNode):
@@ -175,10 +176,7 @@ class LifecycleManagerNode(ManagedNode):
         found = {p.path: p.rivals(now, LISTEN_S) for p in managed}
         texts = [f"{path} (processes {' and '.join(r.pid for r in rs)})" for path, rs in found.items() if rs]
         if texts:
-            raise DuplicateError(
-                f"another stack runs under the same names: {', '.join(texts)}; end it, or choose another namespace:= "
-                "or ROS_DOMAIN_ID"
-            )
+            raise DuplicateError(f"another stack runs under the same names: {', '.join(texts)}; {RIVAL_ADVICE}")
 
     def _change_or_report(self, peer: Peer, transition: int) -> Steps:
         try:
@@ -263,7 +261,7 @@ class LifecycleManagerNode(ManagedNode):
             return
         pid = values.get("pid", "?")
         if float(values.get("started", "inf")) < self.started:
-            text = f"another stack runs under the same names: {self._self.path} (process {pid})"
+            text = f"another stack runs under the same names: {self._self.path} (process {pid}); {RIVAL_ADVICE}"
             self._in_charge = False
             self._set_state("refused")
             self.event(Level.ERROR, text)
