@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         parser = _parser(arguments)
-        args = parser.parse_args(arguments)
+        # argparse takes no positional arguments after an option once some came before it: put the assignments last.
+        assigned = [text for text in arguments if ":=" in text and not text.startswith("-")]
+        args = parser.parse_args([text for text in arguments if text not in assigned] + assigned)
         code: int = args.func(args)
         sys.stdout.flush()
         return code

@@ -22,6 +22,7 @@ from dcqfa_ros.ros.peers import ACTIVE, INACTIVE, Peer
 Steps = Generator[None, None, None]
 
 TICK_S = 0.05
+RESEND_S = 0.5
 REASON_DELAY_S = 0.3  # a refusal's reason travels on another topic than the refusal
 
 _VERBS = {
@@ -125,14 +126,21 @@ class LifecycleClients:
                     )
                 yield
         futures = {p.name: self._call(self._state_clients[p.name], GetState.Request()) for p in self._peers}
-        end = time.monotonic() + answer_timeout
+        began = asked = time.monotonic()
+        while not all(future.done() for future in futures.values()):
+            now = time.monotonic()
+            if now > began + answer_timeout:
+                silent = [name for name, future in futures.items() if not future.done()]
+                raise BringUpError(f"{', '.join(silent)}: no answer to get_state within {answer_timeout:g} s")
+            if now > asked + RESEND_S:  # a server that has not met our reader yet sends its answer to nobody
+                asked = now
+                for name, future in futures.items():
+                    if not future.done():
+                        self._state_clients[name].remove_pending_request(future)
+                        futures[name] = self._call(self._state_clients[name], GetState.Request())
+            yield
         for peer in self._peers:
-            future = futures[peer.name]
-            while not future.done():
-                if time.monotonic() > end:
-                    raise BringUpError(f"{peer.name} does not answer get_state")
-                yield
-            peer.state = future.result().current_state.label
+            peer.state = futures[peer.name].result().current_state.label
 
     def change(self, peer: Peer, transition: int, timeout: float) -> Steps:
         """Ask ``peer`` for a transition and wait.
@@ -146,13 +154,17 @@ class LifecycleClients:
         peer.wanted = transition == Transition.TRANSITION_ACTIVATE
         future = self._call(client, ChangeState.Request(transition=Transition(id=transition)))
         try:
-            end = time.monotonic() + timeout
+            began = time.monotonic()
+            end = began + timeout
             while not future.done():
+                if peer.state == goal and time.monotonic() > began + RESEND_S:  # it says so itself: its answer was lost
+                    client.remove_pending_request(future)
+                    break
                 if time.monotonic() > end:
                     client.remove_pending_request(future)
                     raise BringUpError(f"{peer.name} did not {verb} within {timeout:g} s")
                 yield
-            if not future.result().success:
+            if future.done() and not future.result().success:
                 peer.wanted = False
                 end = time.monotonic() + REASON_DELAY_S
                 while not peer.faulted and time.monotonic() < end:
