@@ -13,7 +13,3 @@ class UserError(Exception):
 
 class ConfigNotFoundError(UserError, ValueError):
     """No configuration file of that name; the message lists where it was looked for and which names exist."""
-
-
-class MissingPackageError(UserError, ImportError):
-    """A part of the software needs a Python package that is not installed."""

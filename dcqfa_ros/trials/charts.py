@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from dcqfa_ros.sim.tee import SUCCESS_COVERAGE
 from dcqfa_ros.trials.statistics import Interval
-
-SUCCESS_COVERAGE = 0.95
 
 
 def coverage_chart(curve: Sequence[float], seconds_per_step: float, label: str) -> str:
