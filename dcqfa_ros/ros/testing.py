@@ -31,6 +31,9 @@ from dcqfa_ros.ros.isolation import isolated_environment
 from dcqfa_ros.ros.qos import qos
 
 TIMEOUT_S = 20.0
+QUIET_S = 0.1
+"""Between the end of the processes and that of the probe: what they last announced is heard before its participant is
+taken down, because Fast DDS has crashed when it was taken down while peers were still coming up."""
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = TIMEOUT_S) -> Any:
@@ -112,6 +115,7 @@ class Graph:
             if spawned.process.poll() is None:
                 spawned.process.kill()
             spawned.process.wait()
+        time.sleep(QUIET_S)
         self._executor.shutdown()
         self._thread.join()
         self.node.destroy_node()

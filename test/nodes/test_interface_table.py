@@ -28,13 +28,20 @@ def test_every_row_of_the_table_is_what_the_graph_does(policy_bundle) -> None:
             topic = "/" + entry.resolve(**({"camera": "front"} if "{camera}" in entry.name else {}))
             publishers = everyone if entry.publisher == "all" else {entry.publisher}
             readers = set(entry.subscribers) - PEOPLE
-            wait_until(
-                lambda topic=topic, wanted=publishers: names(graph, topic, "publishers") >= wanted, f"{topic} published"
-            )
-            assert names(graph, topic, "publishers") == publishers, topic
-            assert names(graph, topic, "subscriptions") == readers, topic
+            for side, wanted in (("publishers", publishers), ("subscriptions", readers)):  # discovery takes its time
+                wait_until(
+                    lambda topic=topic, side=side, wanted=wanted: names(graph, topic, side) >= wanted,
+                    f"{topic}: {side} {', '.join(sorted(wanted))}",
+                )
+                assert names(graph, topic, side) == wanted, topic
             assert {i.topic_type for i in graph.node.get_publishers_info_by_topic(topic)} == {entry.type}, topic
-        found = {name: types for node in everyone for name, types in by_node(graph, node)}
+        found: dict[str, list[str]] = {}
+
+        def discovered() -> bool:
+            found.update(pair for node in everyone for pair in by_node(graph, node))
+            return set(found) >= set(services)
+
+        wait_until(discovered, "every service of the table")
         assert {name: found[name] for name in services} == {name: [type_] for name, (type_, _) in services.items()}
         own = {n for n, types in found.items() if types == ["std_srvs/srv/Trigger"]}
         assert own == set(services), "a service that the table does not know"
