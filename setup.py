@@ -45,7 +45,11 @@ def entry_points() -> dict[str, list[str]]:
         "console_scripts": [f"dcqfa = {NAME}.cli:main", *(f"{node} = {NAME}.nodes.{node}:main" for node in NODES)]
     }
     if WITH_TRAINING:
-        points["dcqfa.commands"] = [f"{name} = training.commands:{name}" for name in ("train", "eval", "export")]
+        points["dcqfa.commands"] = [
+            *(f"{name} = training.commands:{name}" for name in ("train", "eval", "export")),
+            *(f"{name} = training.commands_{name}:{name}" for name in ("pack", "profile", "sampler", "subnet")),
+        ]
+        points["dcqfa.bench_commands"] = ["train = training.commands_bench:train"]
         points["dcqfa.bench_engines"] = ["torch_eager = training.bench:torch_eager"]
     return points
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcqfa_ros.errors import UserError
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+    from training.supernet import SupernetTrainer
+    from training.trainer import Trainer
 
 EXIT_INTERRUPTED = 130
 
@@ -26,10 +31,12 @@ def train(subparsers: Any) -> None:
     """Register ``dcqfa train``."""
     parser = subparsers.add_parser(
         "train",
-        help="train a policy from demonstrations",
-        description="Train a full-precision policy. A run folder that holds a checkpoint is continued, bit for bit as "
-        "if it had never stopped (with equal threads, compilation and device). Ctrl-C writes a checkpoint, a second "
-        "one interrupts at once. TensorBoard events are written to the run folder.",
+        help="train a policy or a supernet from demonstrations",
+        description="Train a full-precision policy, or a supernet where the YAML has a section supernet. A run folder "
+        "that holds a checkpoint is continued, bit for bit as if it had never stopped (with equal threads, compilation "
+        "and device). Ctrl-C writes a checkpoint, a second one interrupts at once. TensorBoard events are written to "
+        "the run folder. Several processes share every batch when torchrun starts them: "
+        "torchrun --nproc-per-node 2 -m dcqfa_ros.cli train --config ... (--threads is then per process).",
         epilog="example: dcqfa train --config config/training/pusht_keypoints.yaml --data pusht_human_demos_lowdim.npz",
     )
     parser.add_argument("--config", type=Path, required=True, help="training YAML")
@@ -48,39 +55,70 @@ def train(subparsers: Any) -> None:
 def _train(args: argparse.Namespace) -> int:
     from training.config import load_config, override
     from training.log import TensorBoardLog
-    from training.trainer import Trainer
 
     config = override(
         load_config(args.config),
-        data=_data(args.data),
+        data=data_section(args.data),
         run={"steps": args.steps, "device": args.device, "threads": args.threads},
     )
     folder = args.out or Path("runs") / config.name
-    trainer = Trainer(config, folder, change_length=args.change_length, config_file=args.config.name)
-    if trainer.step:
+    trainer = _trainer(config, folder, change_length=args.change_length, config_file=args.config.name)
+    first = trainer.world.first  # of the processes that torchrun started; the others are silent
+    if trainer.step and first:
         print(f"continuing {trainer.checkpoint_path} at step {trainer.step}", file=sys.stderr)
-    if trainer.changed:
+    if trainer.changed and first:
         print(f"not bit for bit as before: {', '.join(trainer.changed)}", file=sys.stderr)
-    with closing(TensorBoardLog(folder, trainer.step)) as log:
+    with closing(TensorBoardLog(folder, trainer.step)) if first else nullcontext() as log:
         complete = trainer.run(log)
     outcome = {
         "complete": complete,
         "step": trainer.step,
         "steps": config.run.steps,
         "checkpoint": str(trainer.checkpoint_path),
-        "validation_loss": trainer.validate() if complete else None,
+        **_held_out(trainer, complete),
     }
-    if args.json:
-        print(json.dumps(outcome))
-    else:
-        print(f"step {trainer.step} of {config.run.steps}: {trainer.checkpoint_path}")
+    if first:
+        _print_outcome(outcome, args.json)
     if complete:
         return 0
-    print("stopped; run the same command again to continue from here", file=sys.stderr)
+    if first:
+        print("stopped; run the same command again to continue from here", file=sys.stderr)
     return EXIT_INTERRUPTED
 
 
-def _data(path: str | None) -> dict[str, Any]:
+def _trainer(config: TrainConfig, folder: Path, **options: Any) -> Trainer | SupernetTrainer:
+    """The run that ``config`` describes, continued where ``folder`` holds a checkpoint."""
+    if config.supernet is not None:
+        from training.supernet import SupernetTrainer
+
+        return SupernetTrainer(config, folder, **options)
+    from training.trainer import Trainer
+
+    return Trainer(config, folder, **options)
+
+
+def _held_out(trainer: Trainer | SupernetTrainer, complete: bool) -> dict[str, Any]:
+    """What a finished run reaches on held-out episodes (all processes have to ask); None where nothing is held out."""
+    figures = trainer.validate() if complete else None
+    if isinstance(figures, dict):
+        known = {name: loss for name, loss in figures.items() if math.isfinite(loss)}
+        return {"validation_loss": known.get("largest"), "held_out": known or None}
+    return {"validation_loss": figures if figures is not None and math.isfinite(figures) else None}
+
+
+def _print_outcome(outcome: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(outcome))
+        return
+    print(f"step {outcome['step']} of {outcome['steps']}: {outcome['checkpoint']}")
+    table = outcome.get("held_out")
+    if table:
+        print("held-out denoising loss of the averaged networks:")
+        for name, loss in table.items():
+            print(f"  {name:<10} {loss:.4f}")
+
+
+def data_section(path: str | None) -> dict[str, Any]:
     """Fields of the data section for ``--data``: another path may be of another format than the file says."""
     return {} if path is None else {"path": path, "format": "auto"}
 
@@ -90,27 +128,41 @@ def eval(subparsers: Any) -> None:  # noqa: A001 (the command is called eval)
     parser = subparsers.add_parser(
         "eval",
         help="score a policy in simulated Push-T",
-        description="Run a policy closed loop in Push-T by the published protocol, all seeds together, and report the "
-        "mean score with its 95 % interval. Bundles need no PyTorch. Seeds 100000 to 100049 are for the reported "
-        "number only: choose checkpoints and tune with others.",
+        description="Run a policy closed loop in Push-T by the published protocol, up to 250 seeds together, and "
+        "report the mean score with its 95 % interval. A policy is a bundle, which needs no PyTorch, or a run; the "
+        "variants of a supernet's run are its subnets. Seeds 100000 to 100049 are for the reported number only: choose "
+        "checkpoints and tune with others.",
         epilog="example: dcqfa eval models/pusht_keypoints --variant fp32 --seeds 50 --first-seed 100000 --json",
     )
     parser.add_argument("policy", metavar="POLICY", help="bundle (folder or name), run folder or checkpoint file")
-    parser.add_argument("--variant", help="variant of the bundle (default: the bundle's own)")
-    parser.add_argument("--against", metavar="VARIANT", help="a second variant, compared in pairs on the same seeds")
+    parser.add_argument(
+        "--variant",
+        help="variant of the bundle (default: the bundle's own), or subnet of a supernet's run such as w4a4, smallest "
+        "or d6-h.75-m3-w4a4 (default: largest)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="[POLICY:]VARIANT",
+        help="a second variant or subnet, of this policy or of another one (models/pusht_keypoints:fp32), compared in "
+        "pairs on the same seeds",
+    )
     parser.add_argument("--seeds", type=int, default=50, metavar="N", help="number of start seeds (default: 50)")
     parser.add_argument(
         "--first-seed", type=int, default=100_000, metavar="S", help="first start seed (default: 100000)"
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--threads", type=int, help="inference threads (default: every core; 1 for a checkpoint)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile subnets, which needs a C++ compiler and half a minute each and pays from some hundred seeds on",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from training.evaluate import evaluate as run
-    from training.evaluate import is_checkpoint
 
     for option in ("seeds", "steps", "threads"):
         value = getattr(args, option)
@@ -118,14 +170,14 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise ArgumentError(f"--{option}: expected at least 1, got {value}")
     if args.first_seed < 0:
         raise ArgumentError(f"--first-seed: expected at least 0, got {args.first_seed}")
-    cores = len(os.sched_getaffinity(0))
     result = run(
         args.policy,
         args.variant,
         range(args.first_seed, args.first_seed + args.seeds),
         steps=args.steps,
-        threads=args.threads or (1 if is_checkpoint(args.policy) else cores),
+        threads=args.threads,
         against=args.against,
+        compiled=args.compile,
     )
     if args.json:
         print(json.dumps(result))
@@ -140,9 +192,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     paired = result["paired"]
     if paired is not None:
         half_width = "" if paired["ci95"] is None else f" +- {paired['ci95']:.3f}"
+        how = (paired["other_sampler"], paired["other_denoising_steps"])
+        otherwise = "" if how == (result["sampler"], result["denoising_steps"]) else f", {how[0]} {how[1]} steps"
         print(
-            f"against {paired['other']} (mean score {paired['other_mean']:.3f}), in pairs: {paired['mean']:+.3f}"
-            f"{half_width} (95 % interval)"
+            f"against {args.against} (mean score {paired['other_mean']:.3f}{otherwise}), in pairs: "
+            f"{paired['mean']:+.3f}{half_width} (95 % interval)"
         )
     return 0
 

@@ -14,6 +14,7 @@ from dcqfa_ros.bundle.schema import Name, NormalizerKind, Positive, Rate, Text
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
+from training.supernet_config import SupernetConfig
 
 Columns = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
@@ -126,6 +127,7 @@ class TrainConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     run: RunConfig
+    supernet: SupernetConfig | None = None
 
 
 def override(config: TrainConfig, **sections: dict[str, Any]) -> TrainConfig:

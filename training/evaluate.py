@@ -1,16 +1,19 @@
 """Closed-loop evaluation by the published Push-T protocol (``algorithms.md`` section 10).
 
 Worlds start in the legacy state of their seed, run at most 300 steps, and score the maximum over time of
-clip(coverage / 0.95, 0, 1). All worlds share one batched policy call per chunk; noise is drawn per (seed, chunk), so
-variants are compared in pairs. A bundle is evaluated without PyTorch; only a checkpoint imports it.
+clip(coverage / 0.95, 0, 1). Up to :data:`WORLDS_TOGETHER` worlds share one batched policy call per chunk; noise is
+drawn per (seed, chunk), so networks are compared in pairs. A bundle is evaluated without PyTorch; only a checkpoint
+imports it.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,18 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dcqfa_ros.bundle.errors import BundleNotFoundError
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle
+from dcqfa_ros.runtime.engine import Engine
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from dcqfa_ros.runtime.policy import PolicyRuntime
 from dcqfa_ros.sim.pusht import EPISODE_STEPS
 from dcqfa_ros.trials.statistics import mean_interval, paired_difference
-from training.envs.pusht import PushTWorlds
+from training.envs.pusht import PushTWorlds, WorldState
 
 LAST_SEED = 2**32 - 1  # of the legacy generator that draws start states
-CHECKPOINT_VARIANT = "checkpoint"
+WORLDS_TOGETHER = 250  # more would not be faster, and memory grows with them
+OBSERVATIONS = {"keypoints", "agent_position"}  # what the Push-T cell offers
 
 
 class EvaluationError(UserError):
@@ -60,7 +66,7 @@ class Scores:
 
 
 def roll_out(policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None = None) -> Scores:
-    """Run one episode per seed, all together, and return their scores.
+    """Run one episode per seed, at most :data:`WORLDS_TOGETHER` at a time, and return their scores.
 
     Args:
         policy: predicts the executed actions of a chunk for a batch of observations.
@@ -68,22 +74,35 @@ def roll_out(policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int
         history: observations per policy call.
         steps: denoising steps; None for the bundle's own.
     """
+    finished: list[WorldState] = []
+    with tqdm(total=len(seeds) * EPISODE_STEPS, desc="eval", unit="step", mininterval=1.0) as bar:
+        for start in range(0, len(seeds), WORLDS_TOGETHER):
+            together = seeds[start : start + WORLDS_TOGETHER]
+            finished.extend(_episodes(policy, together, history, steps, bar))
+            bar.set_postfix(score=f"{np.mean([state.score for state in finished]):.3f}", refresh=False)
+    return Scores(tuple(seeds), tuple(state.score for state in finished), tuple(state.steps for state in finished))
+
+
+def _episodes(
+    policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None, bar: tqdm
+) -> list[WorldState]:
+    """Run one episode per seed, all together, and return their last states."""
     worlds = PushTWorlds(seeds, history)
     states = worlds.reset()
     active = list(range(len(seeds)))
     chunk = 0
-    with tqdm(total=len(seeds) * EPISODE_STEPS, desc="eval", unit="step", mininterval=1.0) as bar:
-        while active:
-            observation = {key: np.stack([states[index].history[key] for index in active]) for key in states[0].history}
-            actions = policy.predict(observation, [seeds[i] for i in active], [chunk] * len(active), steps=steps)
-            for index, executed in zip(active, actions, strict=True):
-                before = states[index].steps
-                states[index] = worlds.step(index, executed)
-                bar.update((EPISODE_STEPS if states[index].done else states[index].steps) - before)
-            active = [index for index in active if not states[index].done]
-            bar.set_postfix(score=f"{np.mean([state.score for state in states]):.3f}", active=len(active))
-            chunk += 1
-    return Scores(tuple(seeds), tuple(state.score for state in states), tuple(state.steps for state in states))
+    while active:
+        observation = {key: np.stack([states[index].history[key] for index in active]) for key in states[0].history}
+        actions = policy.predict(observation, [seeds[i] for i in active], [chunk] * len(active), steps=steps)
+        for index, executed in zip(active, actions, strict=True):
+            before = states[index].steps
+            states[index] = worlds.step(index, executed)
+            bar.update((EPISODE_STEPS if states[index].done else states[index].steps) - before)
+        active = [index for index in active if not states[index].done]
+        score = np.mean([state.score for state in states])
+        bar.set_postfix(score=f"{score:.3f}", active=len(active), refresh=False)
+        chunk += 1
+    return states
 
 
 def is_checkpoint(target: str) -> bool:
@@ -92,39 +111,96 @@ def is_checkpoint(target: str) -> bool:
     return path.suffix == ".pt" or (path / "checkpoint.pt").is_file()
 
 
-@contextmanager
-def open_policy(target: str, variant: str | None, threads: int) -> Iterator[tuple[BundleSpec, str, PolicyRuntime]]:
-    """Open a bundle's variant, or a run folder or checkpoint file, for in-process inference.
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A network that was found and can be evaluated.
 
-    Yields:
-        The policy's specification, the variant's name (``checkpoint`` for a checkpoint) and the runtime.
+    Attributes:
+        spec: what it sees and does.
+        variant: its name as asked for; ``checkpoint`` for the one network of a checkpoint.
+        subnet: the lossless name of a supernet's subnet, else None.
+        weights: SHA-256 of a bundle's denoiser, None for a checkpoint.
+        identity: equal for two names of one network.
+        threads: inference threads.
+        engine: makes the engine.
+    """
+
+    spec: BundleSpec
+    variant: str
+    subnet: str | None
+    weights: str | None
+    identity: tuple[Path, str]
+    threads: int
+    engine: Callable[[], Engine]
+
+    @contextmanager
+    def open(self) -> Iterator[PolicyRuntime]:
+        """The policy, for in-process inference.
+
+        Raises:
+            UserError: a file of the network is damaged.
+        """
+        engine = self.engine()
+        try:
+            yield PolicyRuntime(self.spec, engine)
+        finally:
+            engine.close()
+
+
+def find(
+    target: str, variant: str | None, threads: int | None = None, compiled: bool = False, option: str = "--variant"
+) -> Contender:
+    """Find a bundle's variant, the network of a checkpoint, or a subnet of a supernet's checkpoint.
+
+    Args:
+        target: bundle (folder or name), run folder or checkpoint file.
+        variant: of the bundle (None: its default), or subnet (None: the largest).
+        threads: inference threads; None for every core, and for one in the case of a checkpoint.
+        compiled: compile a subnet; no effect on others.
+        option: names ``variant`` in errors.
 
     Raises:
-        UserError: the bundle or checkpoint cannot be read or has no such variant.
+        UserError: bundle or checkpoint cannot be read, has no such variant, or is no Push-T policy.
     """
-    path = Path(target)
     if is_checkpoint(target):
-        if variant not in (None, CHECKPOINT_VARIANT):
-            raise EvaluationError(f"--variant {variant}: {path} is a checkpoint and has no variants; export it first")
-        from training.torch_engine import TorchEngine  # only a checkpoint needs PyTorch
-        from training.trained import load_trained
+        from training.checkpoint_engine import find_variant  # only a checkpoint needs PyTorch
 
-        trained = load_trained(path)
-        spec = trained.meaning.specification()
-        engine: Any = TorchEngine(trained.network, threads)
-        name = CHECKPOINT_VARIANT
+        found, threads = find_variant(Path(target), variant, option), threads or 1
+        contender = Contender(
+            found.specification,
+            found.name,
+            found.subnet,
+            None,
+            (found.source.path.resolve(), found.subnet or found.name),
+            threads,
+            partial(found.engine, threads, compiled),
+        )
     else:
-        bundle = load_bundle(find_bundle(target))
-        spec, name = bundle.spec, variant or bundle.spec.default_variant
-        if name not in {candidate.name for candidate in spec.variants}:
-            known = ", ".join(candidate.name for candidate in spec.variants)
-            raise EvaluationError(f"--variant {name}: bundle {spec.name!r} has no such variant; it has {known}")
+        contender = _in_bundle(target, variant, threads or len(os.sched_getaffinity(0)), option)
+    missing = set(contender.spec.observations) ^ OBSERVATIONS
+    if missing:
+        raise EvaluationError(
+            f"policy {contender.spec.name!r} observes {', '.join(contender.spec.observations)}; "
+            f"the Push-T cell offers {', '.join(sorted(OBSERVATIONS))}"
+        )
+    return contender
+
+
+def _in_bundle(target: str, variant: str | None, threads: int, option: str) -> Contender:
+    """Find a bundle's variant; see :func:`find`."""
+    bundle = load_bundle(find_bundle(target))
+    spec, name = bundle.spec, variant or bundle.spec.default_variant
+    found = next((candidate for candidate in spec.variants if candidate.name == name), None)
+    if found is None:
+        known = ", ".join(candidate.name for candidate in spec.variants)
+        raise EvaluationError(f"{option} {name}: bundle {spec.name!r} has no such variant; it has {known}")
+
+    def engine() -> Engine:
         files = {role: bundle.read(name, role) for role in ("encoder", "timestep", "denoiser")}
-        engine = OnnxRuntimeEngine(files, threads=threads, name=name)
-    try:
-        yield spec, name, PolicyRuntime(spec, engine)
-    finally:
-        engine.close()
+        return OnnxRuntimeEngine(files, threads=threads, name=name)
+
+    identity = (bundle.folder.resolve(), name)
+    return Contender(spec, name, None, found.files["denoiser"].sha256, identity, threads, engine)
 
 
 def evaluate(
@@ -132,82 +208,107 @@ def evaluate(
     variant: str | None,
     seeds: Sequence[int],
     steps: int | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     against: str | None = None,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a bundle's variant or a checkpoint on the given seeds.
+    """Evaluate a bundle's variant, a checkpoint or a subnet on the given seeds.
 
     Args:
         target: bundle (folder or name), run folder or checkpoint file.
-        variant: of the bundle; None for its default.
+        variant: of the bundle (None: its default), or subnet of a supernet's checkpoint (None: the largest).
         seeds: legacy start seeds.
-        steps: denoising steps; None for the bundle's own.
-        threads: inference threads.
-        against: another variant of the bundle, evaluated on the same seeds and compared in pairs.
+        steps: denoising steps; None for the policy's own.
+        threads: inference threads; None for every core, and for one in the case of a checkpoint.
+        against: another variant or subnet of ``target``, or ``TARGET:VARIANT`` of another policy, evaluated on the same
+            seeds and compared in pairs.
+        compiled: compile subnets: half a minute each, then several times as fast.
 
     Returns:
         A JSON-ready record: ``mean``, ``ci95`` (half-width), ``scores``, ``seeds`` and how they were obtained;
-        ``weights`` is the SHA-256 of the variant's denoiser, None for a checkpoint. ``paired`` holds the mean
-        difference ``variant - other`` with its ``ci95`` (half-width) and the other's ``scores``, None without
-        ``against``.
+        ``weights`` is the SHA-256 of the variant's denoiser, None for a checkpoint; ``subnet`` is the lossless name of
+        a supernet's subnet, else None. ``paired`` holds the mean difference ``variant - other`` with its ``ci95``
+        (half-width) and the other's ``scores``, None without ``against``.
 
     Raises:
-        UserError: the policy cannot be read or is not a Push-T policy, or a seed is out of range.
+        UserError: a policy cannot be read or is not a Push-T policy, a name is unknown, or a seed is out of range; all
+            before the first episode.
     """
     if not seeds:
         raise EvaluationError("--seeds: expected at least 1")
     if min(seeds) < 0 or max(seeds) > LAST_SEED:
         raise EvaluationError(f"seeds {min(seeds)} to {max(seeds)}: start seeds are 0 to {LAST_SEED}")
-    if against is not None:
-        _check_against(target, variant, against)
-    first = _evaluate(target, variant, seeds, steps, threads)
-    if against is None:
+    contender = find(target, variant, threads, compiled)
+    rival = None if against is None else _rival(contender, target, against, threads, compiled)
+    contenders = [contender] if rival is None else [contender, rival]
+    _check_steps(steps, contenders)
+    if compiled:
+        _check_compiled(contenders)
+    first = _evaluate(contender, seeds, steps)
+    if rival is None:
         return first | {"paired": None}
-    other = _evaluate(target, against, seeds, steps, threads)
+    other = _evaluate(rival, seeds, steps)
     ours, theirs = (dict(zip(result["seeds"], result["scores"], strict=True)) for result in (first, other))
     difference = paired_difference(ours, theirs)
     paired = {
-        "other": against,
+        "other": other["variant"],
         "mean": difference.estimate,
         "ci95": difference.half_width,
-        "other_mean": other["mean"],
-        "other_scores": other["scores"],
-        "other_weights": other["weights"],
+        **{f"other_{key}": other[key] for key in ("policy", "subnet", "mean", "ci95", "scores", "weights")},
+        **{f"other_{key}": other[key] for key in ("sampler", "denoising_steps", "threads")},
     }
     return first | {"paired": paired}
 
 
-def _check_against(target: str, variant: str | None, against: str) -> None:
-    """Find out before the first evaluation whether there is a second one to compare with."""
-    if is_checkpoint(target):
-        raise EvaluationError(f"--against {against}: {target} is a checkpoint and has no variants; export it first")
-    spec = load_bundle(find_bundle(target), verify=False).spec
-    known = [candidate.name for candidate in spec.variants]
-    if against not in known or against == (variant or spec.default_variant):
+def _rival(contender: Contender, target: str, against: str, threads: int | None, compiled: bool) -> Contender:
+    """Find what ``against`` names: ``VARIANT`` of ``target``, or ``TARGET:VARIANT``."""
+    elsewhere, separator, name = against.rpartition(":")
+    if separator and not (elsewhere and name):
+        raise EvaluationError(f"--against {against}: expected a variant or subnet, or TARGET:VARIANT of another policy")
+    try:
+        rival = find(elsewhere or target, name, threads, compiled, "--against")
+    except BundleNotFoundError as error:
+        raise EvaluationError(f"--against {against}: {error}") from error
+    if rival.identity == contender.identity:
         raise EvaluationError(
-            f"--against {against}: expected another variant of {spec.name!r}; it has {', '.join(known)}"
+            f"--against {against}: expected another variant of {contender.spec.name!r}, got the evaluated one"
         )
+    return rival
 
 
-def _evaluate(
-    target: str, variant: str | None, seeds: Sequence[int], steps: int | None, threads: int
-) -> dict[str, Any]:
-    """Evaluate one variant or checkpoint; see :func:`evaluate`."""
-    started = time.monotonic()
-    with open_policy(target, variant, threads) as (spec, name, policy):
-        expected = {"keypoints", "agent_position"}
-        if set(spec.observations) != expected:
-            raise EvaluationError(
-                f"bundle {spec.name!r} observes {', '.join(spec.observations)}; "
-                f"the Push-T cell offers {', '.join(sorted(expected))}"
-            )
-        history = next(iter(spec.observations.values())).history
+def _check_steps(steps: int | None, contenders: Sequence[Contender]) -> None:
+    for contender in contenders:
+        most = contender.spec.diffusion.train_timesteps
+        if steps is not None and not 1 <= steps <= most:
+            raise EvaluationError(f"--steps {steps}: policy {contender.spec.name!r} takes 1 to {most} denoising steps")
+
+
+def _check_compiled(contenders: Sequence[Contender]) -> None:
+    """Refuse to compile what cannot be compiled.
+
+    Raises:
+        EvaluationError: no subnet is among the contenders.
+        CompilerError: there is no C++ compiler.
+    """
+    if all(contender.subnet is None for contender in contenders):
+        raise EvaluationError("--compile: only subnets of a supernet's checkpoint are compiled; leave it out")
+    from training.compiling import check_compiler
+
+    check_compiler()
+
+
+def _evaluate(contender: Contender, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:
+    """Evaluate one network; see :func:`evaluate`."""
+    started, spec = time.monotonic(), contender.spec
+    history = next(iter(spec.observations.values())).history
+    with contender.open() as policy:
         result = roll_out(policy, seeds, history, steps)
     interval = mean_interval(result.scores)
     return {
         "policy": spec.name,
-        "variant": name,
-        "weights": next((v.files["denoiser"].sha256 for v in spec.variants if v.name == name), None),
+        "variant": contender.variant,
+        "subnet": contender.subnet,
+        "weights": contender.weights,
         "metric": "mean over seeds of max over time of clip(coverage / 0.95, 0, 1)",
         "mean": interval.estimate,
         "ci95": interval.half_width,
@@ -217,6 +318,6 @@ def _evaluate(
         "episode_steps": list(result.steps),
         "denoising_steps": steps or spec.diffusion.steps,
         "sampler": spec.diffusion.sampler,
-        "threads": threads,
+        "threads": contender.threads,
         "seconds": round(time.monotonic() - started, 2),
     }

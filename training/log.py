@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardLog:
-    """Writes each record of a run as scalars ``train/<name>``."""
+    """Writes each record of a run as scalars: ``train/<name>``, or the name itself where it has a group (``a/b``)."""
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         """Append to the events in ``folder``; what an earlier run logged after ``first_step`` is hidden."""
@@ -18,7 +18,7 @@ class TensorBoardLog:
         """Write one record; ``step`` is its position."""
         for name, value in record.items():
             if name != "step":
-                self._writer.add_scalar(f"train/{name}", value, int(record["step"]))
+                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, int(record["step"]))
 
     def close(self) -> None:
         """Flush and close the event file."""

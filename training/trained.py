@@ -39,13 +39,29 @@ def load_trained(path: Path) -> TrainedPolicy:
     """
     file = path / CHECKPOINT if path.is_dir() else path
     payload = load_checkpoint(file)
+    meaning = policy_meaning(file, payload)
+    if meaning.config.supernet is not None:
+        raise CheckpointError(f"{file}: holds a supernet, expected a single policy; name one of its subnets")
     try:
-        config = TrainConfig.model_validate_json(json.dumps(payload["config"]), strict=True)
-        network = DiffusionPolicyT(config.policy)
+        network = DiffusionPolicyT(meaning.config.policy)
         network.load_state_dict(payload["ema"])
-        network.requires_grad_(False).eval()
-        meaning = PolicyMeaning(
-            config=config,
+    except KeyError as error:
+        raise CheckpointError(f"{file}: field {error} is missing; it is no checkpoint of this version") from error
+    except RuntimeError as error:  # torch reports a state that does not fit as RuntimeError
+        raise CheckpointError(f"{file}: the stored policy cannot be rebuilt ({error})") from error
+    network.requires_grad_(False).eval()
+    return TrainedPolicy(meaning, network, file)
+
+
+def policy_meaning(file: Path, payload: dict[str, Any]) -> PolicyMeaning:
+    """What the inputs and outputs of a checkpoint's network mean.
+
+    Raises:
+        CheckpointError: a field is missing or not of the schema.
+    """
+    try:
+        return PolicyMeaning(
+            config=TrainConfig.model_validate_json(json.dumps(payload["config"]), strict=True),
             shapes={key: tuple(shape) for key, shape in payload["shapes"].items()},
             observation_norms={key: _normalizer(spec) for key, spec in payload["observation_norms"].items()},
             action_norm=_normalizer(payload["action_norm"]),
@@ -55,10 +71,9 @@ def load_trained(path: Path) -> TrainedPolicy:
             history=segments(payload),
             config_file=payload.get("config_file"),
         )
-        return TrainedPolicy(meaning, network, file)
     except KeyError as error:
         raise CheckpointError(f"{file}: field {error} is missing; it is no checkpoint of this version") from error
-    except (ValidationError, RuntimeError) as error:  # torch reports a state that does not fit as RuntimeError
+    except ValidationError as error:
         raise CheckpointError(f"{file}: the stored policy cannot be rebuilt ({error})") from error
 
 

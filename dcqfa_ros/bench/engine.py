@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
-from pathlib import Path
-from typing import Any, Protocol
+from importlib.metadata import entry_points
+from typing import Protocol
 
 import numpy as np
 
+from dcqfa_ros.bench.conditions import Conditions, no_garbage_collection, versions, watch_conditions
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
@@ -72,15 +68,6 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
-    """What else went on: load average before, and the share of processor time that the hypervisor took meanwhile."""
-
-    load_1min: float
-    steal_share: float
-    scheduler: str
-
-
-@dataclass(frozen=True, slots=True)
 class EngineReport:
     """Result of :func:`compare_engines`; ``ratios`` say how many times faster, None where a row is missing."""
 
@@ -122,11 +109,9 @@ def compare_engines(
     contenders = [_onnxruntime(bundle, name, count, threads) for name in (variants or known)]
     references, notes = _references(spec, count, threads)
     contenders += references
-    ticks = _cpu_ticks()
-    load = os.getloadavg()[0]
+    conditions = watch_conditions()
     rows = measure(contenders, rounds)
-    conditions = Conditions(load, _steal_share(ticks, _cpu_ticks()), _scheduler())
-    return EngineReport(tuple(rows), _ratios(contenders, rows), tuple(notes), conditions, _versions())
+    return EngineReport(tuple(rows), _ratios(contenders, rows), tuple(notes), conditions(), versions(_PACKAGES))
 
 
 def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
@@ -135,7 +120,7 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
         for _ in range(_WARM_UP_RUNS):
             contender.run()
     times = np.empty((len(contenders), rounds))
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for number in range(rounds):
             for place in range(len(contenders)):
                 index = (number + place) % len(contenders)
@@ -192,45 +177,3 @@ def _ratios(contenders: Sequence[Contender], rows: Sequence[Row]) -> dict[str, f
         return round(p50[other] / p50["w8a8"], 3) if other in p50 and "w8a8" in p50 else None
 
     return {"w8a8_vs_torch_eager": times_faster("torch_eager"), "w8a8_vs_fp32": times_faster("fp32")}
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _cpu_ticks() -> list[int]:
-    """Return the processor time counters of ``/proc/stat`` (user, nice, system, idle, iowait, irq, softirq, steal)."""
-    try:
-        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
-    except OSError:
-        return []
-    return [int(field) for field in first.split()[1:9]]
-
-
-def _steal_share(before: list[int], after: list[int]) -> float:
-    spent = [b - a for a, b in zip(before, after, strict=True)]
-    total = sum(spent)
-    return round(spent[7] / total, 4) if total else 0.0
-
-
-def _scheduler() -> str:
-    names = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_BATCH: "batch"}
-    return f"{names.get(os.sched_getscheduler(0), 'unknown')}, nice {os.nice(0)}"
-
-
-def _versions() -> dict[str, str]:
-    versions: dict[str, Any] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

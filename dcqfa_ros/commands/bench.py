@@ -1,4 +1,8 @@
-"""``dcqfa bench engine|image``: how fast this computer is at what the robot needs."""
+"""``dcqfa bench engine|image``: how fast this computer is at what the robot needs.
+
+Other distributions add benchmarks through the entry point group ``dcqfa.bench_commands``: name ->
+``register(actions)``, which adds a parser of that name as a command does.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from dcqfa_ros.bundle.load import Bundle, load_bundle
+from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle
 
 if TYPE_CHECKING:
@@ -17,14 +23,23 @@ if TYPE_CHECKING:
     from dcqfa_ros.devices.detect import Device
 
 DEFAULT_BUNDLE = "pusht_keypoints"
+ENTRY_POINT_GROUP = "dcqfa.bench_commands"
+TRAINING = ("train",)  # what the training package registers
+NO_TRAINING = (
+    "needs the training package: from the source tree, pip install -e . and pip install -r requirements/train.txt"
+)
+
+
+class MissingBenchmarkError(UserError):
+    """A benchmark whose package is not installed; the message says what to install."""
 
 
 def register(subparsers: Any) -> None:
     """Add ``bench`` and its subcommands."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure engines and image transport on this computer",
-        description="Measure engines and image transport on this computer.",
+        help="measure engines, image transport and training on this computer",
+        description="Measure engines, image transport and, where the training package is installed, training.",
         epilog="example: dcqfa bench engine --json",
     )
     actions = parser.add_subparsers(metavar="WHAT", required=True)
@@ -47,6 +62,29 @@ def register(subparsers: Any) -> None:
     engine.add_argument("--json", action="store_true", help="print JSON")
     engine.set_defaults(func=_engine)
     importlib.import_module("dcqfa_ros.commands.bench_image").register(actions)
+    _register_others(actions)
+
+
+def _register_others(actions: Any) -> None:
+    """Add what other distributions registered; those of training say if it is missing."""
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    for name in sorted({*found, *TRAINING}):
+        if name in found:
+            found[name].load()(actions)
+            continue
+        parser = actions.add_parser(
+            name,
+            help=f"(not available: {NO_TRAINING})",
+            epilog=f"example: dcqfa bench {name}",
+            prefix_chars="+",  # whatever options follow, the error is the one below
+            add_help=False,
+        )
+        parser.add_argument("anything", nargs="*")
+        parser.set_defaults(func=_no_training, benchmark=name)
+
+
+def _no_training(args: argparse.Namespace) -> int:
+    raise MissingBenchmarkError(f"dcqfa bench {args.benchmark} {NO_TRAINING}")
 
 
 def _engine(args: argparse.Namespace) -> int:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from dcqfa_ros.sim.tee import key_points
-from training.config import TrainConfig, load_config
+from training.config import TrainConfig, load_config, override
+from training.lut import save_table
+from training.modelled_tables import ORIN_NX_16GB, modelled_table
+from training.supernet import SupernetTrainer, search_space
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -95,13 +100,91 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+TINY_SPACE = {
+    "min_depth": {"decoder": 1},
+    "head_ratios": [0.25, 0.5, 1.0],
+    "mlp_ratios": [0.5, 1.0],
+    "weight_bits": [4, 8],
+    "activation_bits": [4, 8],
+    "precisions": ["fp32", "fp16", "fp8"],
+}
+
+
+@dataclass(frozen=True)
+class SupernetFiles:
+    """What a tiny supernet run reads. Shared by all tests: copy a file before changing it."""
+
+    config: Path  # training YAML with absolute paths
+    data: Path
+    teacher: Path  # run folder of a policy with random weights, large enough for nonlinearities to show
+    tables: tuple[Path, ...]
+
+
+def write_teacher(folder: Path, config: TrainConfig, seed: int = 0) -> None:
+    """Write a run folder whose averaged network has random weights of every kind."""
+    trainer = Trainer(config, folder, resume=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in trainer.ema.named_parameters():
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(centre + 0.15 * torch.randn(parameter.shape, generator=generator))
+    trainer.save()
+
+
+@pytest.fixture(scope="session")
+def supernet_files(tmp_path_factory: pytest.TempPathFactory) -> SupernetFiles:
+    """A supernet of two blocks with four heads on 32 channels, its teacher and two modelled devices."""
+    folder = tmp_path_factory.mktemp("supernet")
+    data, teacher, config = folder / "demonstrations.npz", folder / "teacher", folder / "supernet.yaml"
+    np.savez(data, **demonstration_arrays())
+    document = tiny_document(data)
+    document["policy"].update(depth=2, heads=4, ffn_ratio=2)
+    write_teacher(teacher, TrainConfig.model_validate(document, strict=False))
+    tables = tuple(folder / "tables" / f"{name}.json" for name in ("orin", "slower"))
+    document["run"].update(log_every=1, validate_every=6)
+    document["supernet"] = {
+        "warm_start": str(teacher),
+        "space": TINY_SPACE,
+        "tables": [str(path) for path in tables],
+        "synthetic": 6,
+        "sandwich": {"largest_batch": 4, "low_batch": 8, "smallest_batch": 8, "sampled_batch": 6, "sampled": 2},
+        "sampler": {"batch": 8, "hidden": 16, "fit_every": 1},
+        "calibration": 4,
+        "width_from": 0.34,
+        "depth_from": 0.67,
+    }
+    config.write_text(yaml.safe_dump(document, sort_keys=False))
+    space = search_space(load_config(config))
+    slower = replace(ORIN_NX_16GB, name="slower", bandwidth=ORIN_NX_16GB.bandwidth / 50)
+    for path, device in zip(tables, (ORIN_NX_16GB, slower), strict=True):
+        save_table(path, modelled_table(device, space))
+    return SupernetFiles(config, data, teacher, tables)
+
+
+@pytest.fixture(scope="session")
+def supernet_config(supernet_files: SupernetFiles) -> Callable[..., TrainConfig]:
+    """Return a factory of tiny supernet configurations; its arguments replace fields of sections."""
+    config = load_config(supernet_files.config)
+    return lambda **sections: override(config, **sections)
+
+
+@pytest.fixture(scope="session")
+def supernet_run(supernet_files: SupernetFiles) -> Path:
+    """A run folder with the checkpoint of the tiny supernet trained for a few steps. Not to be changed."""
+    trainer = SupernetTrainer(load_config(supernet_files.config), supernet_files.config.parent / "run")
+    assert trainer.run()
+    return trainer.folder
+
+
 @pytest.fixture
 def dcqfa() -> list[str]:
     """The command line with the commands of training, whether or not the package is installed."""
     code = (
         "import sys; from importlib.metadata import EntryPoint; from dcqfa_ros import cli; "
-        "cli.entry_points = lambda group: [EntryPoint(name, f'training.commands:{name}', group) "
-        "for name in ('train', 'eval', 'export')]; sys.exit(cli.main())"
+        "own = {name: f'commands_{name}' for name in ('pack', 'profile', 'sampler', 'subnet')}; "
+        "modules = dict.fromkeys(('train', 'eval', 'export'), 'commands') | own; "
+        "cli.entry_points = lambda group: [EntryPoint(name, f'training.{module}:{name}', group) "
+        "for name, module in modules.items()]; sys.exit(cli.main())"
     )
     return [sys.executable, "-c", code]
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch._inductor.config as inductor
 
 from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.errors import UserError
 from training import evaluate as evaluate_module
 from training.envs.pusht import PushTWorlds
-from training.evaluate import EvaluationError, evaluate, roll_out
+from training.evaluate import EvaluationError, evaluate, find, roll_out
 from training.export import bundle as bundle_module
 from training.export.bundle import ExportOptions, export_bundle
 
@@ -106,7 +108,7 @@ def test_a_bundle_is_evaluated_without_torch(bundle: Path, variant: str) -> None
 def test_unknown_variants_and_other_tasks_are_refused(bundle: Path, trained_run: Path, tiny_bundle: Any) -> None:
     with pytest.raises(EvaluationError, match="it has fp32, w8a8"):
         evaluate(str(bundle), "w4a4", SEEDS)
-    with pytest.raises(EvaluationError, match="has no variants"):
+    with pytest.raises(UserError, match=r"--variant fp32: .* has no variants"):
         evaluate(str(trained_run), "fp32", SEEDS)
     with pytest.raises(EvaluationError, match="at least 1"):
         evaluate(str(bundle), "fp32", [])
@@ -163,11 +165,20 @@ def test_a_comparison_that_makes_no_sense_is_refused_before_any_evaluation(
     bundle: Path, trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate_module, "roll_out", lambda *_: pytest.fail("an episode was run"))
-    for target, variant, other in ((bundle, None, "fp32"), (bundle, "w8a8", "w8a8"), (bundle, "fp32", "w4a4")):
+    for variant, other in ((None, "fp32"), ("w8a8", "w8a8"), ("w8a8", f"{bundle}:w8a8")):
         with pytest.raises(EvaluationError, match=f"--against {other}: expected another variant"):
-            evaluate(str(target), variant, SEEDS, against=other)
-    with pytest.raises(EvaluationError, match="has no variants"):
+            evaluate(str(bundle), variant, SEEDS, against=other)
+    with pytest.raises(EvaluationError, match=r"--against w4a4: bundle .* it has fp32, w8a8"):
+        evaluate(str(bundle), "fp32", SEEDS, against="w4a4")
+    with pytest.raises(UserError, match=r"--against fp32: .* has no variants"):
         evaluate(str(trained_run), None, SEEDS, against="fp32")
+    for other in (":fp32", f"{bundle}:"):
+        with pytest.raises(EvaluationError, match="expected a variant or subnet, or TARGET:VARIANT"):
+            evaluate(str(bundle), "fp32", SEEDS, against=other)
+    with pytest.raises(EvaluationError, match=r"--against absent:fp32: .*no such bundle"):
+        evaluate(str(bundle), "fp32", SEEDS, against="absent:fp32")
+    with pytest.raises(EvaluationError, match=r"--steps 101: .* takes 1 to 100"):
+        evaluate(str(bundle), "fp32", SEEDS, steps=101)
 
 
 def test_seeds_beyond_the_legacy_generator_are_refused(bundle: Path) -> None:
@@ -182,3 +193,72 @@ def test_the_eval_command_prints_the_paired_difference(dcqfa: list[str], bundle:
     assert done.returncode == 0, done.stderr
     assert "against w8a8 (mean score" in done.stdout
     assert "95 % interval" in done.stdout
+
+
+def test_more_seeds_than_fit_together_are_run_in_batches_with_the_same_result(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, network = roll_out(PushTowards(), SEEDS, history=2), evaluate(str(bundle), "fp32", SEEDS, steps=1)
+    monkeypatch.setattr(evaluate_module, "WORLDS_TOGETHER", 2)
+    policy = PushTowards()
+    assert roll_out(policy, SEEDS, history=2) == together
+    assert max(policy.batches) == 2 and policy.chunks.count((0,)) == 1 and policy.chunks.count((0, 0)) == 1
+    batched = evaluate(str(bundle), "fp32", SEEDS, steps=1)
+    np.testing.assert_allclose(batched["scores"], network["scores"], atol=0.02)
+
+
+def test_subnets_are_variants_of_a_supernet_and_compared_in_pairs(supernet_run: Path) -> None:
+    result = evaluate(str(supernet_run), "w4a4", SEEDS[:2], steps=1, against="d1-h.5-m1-fp8")
+    alone = evaluate(str(supernet_run), "d1-h.5-m1-fp8", SEEDS[:2], steps=1)
+    assert (result["variant"], result["subnet"]) == ("w4a4", "d2-h1-m2-w4a4")
+    paired = result["paired"]
+    assert (paired["other"], paired["other_subnet"]) == ("d1-h.5-m1-fp8", "d1-h.5-m1-fp8")
+    assert paired["other_scores"] == alone["scores"]
+    assert paired["mean"] == pytest.approx(np.subtract(result["scores"], alone["scores"]).mean(), abs=1e-12)
+    default = evaluate(str(supernet_run), None, SEEDS[:1], steps=1)
+    assert (default["variant"], default["subnet"]) == ("largest", "d2-h1-m2-fp32")
+
+
+def test_a_subnet_is_compared_with_a_variant_of_a_bundle_on_the_same_seeds(supernet_run: Path, bundle: Path) -> None:
+    result = evaluate(str(supernet_run), "w8a8", SEEDS[:2], steps=1, against=f"{bundle}:w8a8")
+    expected = evaluate(str(bundle), "w8a8", SEEDS[:2], steps=1)
+    paired = result["paired"]
+    assert paired["other_scores"] == expected["scores"]
+    assert paired["other_weights"] == expected["weights"]
+    reverse = evaluate(str(bundle), "w8a8", SEEDS[:2], steps=1, against=f"{supernet_run}:w8a8")
+    assert reverse["paired"]["mean"] == pytest.approx(-paired["mean"], abs=1e-12)
+    assert reverse["paired"]["other_subnet"] == "d2-h1-m2-w8a8"
+
+
+def test_unknown_subnets_and_two_names_of_one_subnet_are_refused_before_any_evaluation(
+    supernet_run: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "roll_out", lambda *_: pytest.fail("an episode was run"))
+    run = str(supernet_run)
+    with pytest.raises(UserError, match="--variant w3a3: not in the search space"):
+        evaluate(run, "w3a3", SEEDS)
+    with pytest.raises(UserError, match="--against d9-h1-m2-fp8: not in the search space"):
+        evaluate(run, "w4a4", SEEDS, against="d9-h1-m2-fp8")
+    with pytest.raises(UserError, match=f"--against w2a2: not in the search space of {run}"):
+        evaluate(str(bundle), "fp32", SEEDS, against=f"{run}:w2a2")
+    for one, other in (("largest", "fp32"), (None, "largest"), ("w4a4", f"{run}/checkpoint.pt:d2-h1-m2-w4a4")):
+        with pytest.raises(EvaluationError, match="expected another variant"):
+            evaluate(run, one, SEEDS, against=other)
+    with pytest.raises(EvaluationError, match="--compile: only subnets"):
+        evaluate(str(bundle), "fp32", SEEDS, against="w8a8", compiled=True)
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(UserError, match=r"no C\+\+ compiler"):
+        evaluate(run, "w4a4", SEEDS, compiled=True)
+
+
+@pytest.mark.slow
+def test_compilation_changes_predictions_by_rounding_only(supernet_run: Path) -> None:
+    generator = np.random.default_rng(0)
+    observation = {
+        "keypoints": generator.uniform(100, 400, (3, 2, 9, 2)).astype(np.float32),
+        "agent_position": generator.uniform(100, 400, (3, 2, 2)).astype(np.float32),
+    }
+    actions = []
+    for compiled in (False, True):
+        with find(str(supernet_run), "int.1h32w4a8.4h64w8a4", compiled=compiled).open() as policy:
+            actions.append(policy.predict(observation, SEEDS, (0, 1, 2)))
+    np.testing.assert_allclose(actions[1], actions[0], atol=1.0)  # px; codes on the edge between two may differ

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training.checkpoint import load_checkpoint
 from training.config import load_config
+from training.supernet import HELD_OUT_SUBNETS
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
+TABLE = ("teacher", *HELD_OUT_SUBNETS)
 
 
 def start(dcqfa: list[str], *arguments: str | Path) -> subprocess.Popen[str]:
@@ -89,3 +96,43 @@ def test_resuming_under_other_conditions_or_with_another_length_is_told(
     assert process.returncode == 0, errors
     payload = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert (payload["step"], payload["config_file"]) == (7, "tiny.yaml")
+
+
+def scalars(folder: Path) -> set[str]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+def test_a_supernet_is_trained_and_its_held_out_table_printed(
+    dcqfa: list[str], supernet_files: Any, tmp_path: Path
+) -> None:
+    data = shutil.copy(supernet_files.data, tmp_path / "moved.npz")
+    arguments = ("train", "--config", supernet_files.config, "--data", data, "--out", tmp_path / "run")
+    output, errors = (process := start(dcqfa, *arguments)).communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert [line.split()[0] for line in output.splitlines()[2:]] == list(TABLE)
+    output, errors = (process := start(dcqfa, *arguments, "--json")).communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "continuing" in errors
+    outcome = json.loads(output)
+    assert list(outcome["held_out"]) == list(TABLE)
+    assert outcome["validation_loss"] == outcome["held_out"]["largest"]
+    names = scalars(tmp_path / "run")
+    assert {"train/loss", "train/lr", "loss/largest", "held_out/w4a4"} <= names
+    assert any(name.startswith("sampler/") for name in names)
+    assert not any(name.count("/") > 1 for name in names)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_train_together_and_one_of_them_speaks(
+    dcqfa: list[str], supernet_files: Any, tmp_path: Path
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", *dcqfa]
+    arguments = ("train", "--config", supernet_files.config, "--out", tmp_path / "run", "--steps", 3, "--json")
+    output, errors = (process := start(torchrun, *arguments)).communicate(timeout=100)
+    assert process.returncode == 0, errors
+    (line,) = output.splitlines()
+    outcome = json.loads(line)
+    assert (outcome["step"], list(outcome["held_out"])) == (3, list(TABLE))
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1

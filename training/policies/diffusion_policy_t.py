@@ -7,6 +7,7 @@ With key points and horizon 16 the network has 8,965,122 parameters.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from pydantic import Field, model_validator
@@ -63,9 +64,7 @@ class DiffusionPolicyT(nn.Module):
         self.memory_position = nn.Parameter(torch.zeros(1, 1 + config.observation_horizon, d))
         self.memory_fc1 = nn.Linear(d, 4 * d)
         self.memory_fc2 = nn.Linear(4 * d, d)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(d, config.heads, config.ffn_ratio * d, config.attention_dropout) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(self._make_blocks())
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.action_dim)
         tokens, memory = config.horizon, 1 + config.observation_horizon
@@ -79,6 +78,11 @@ class DiffusionPolicyT(nn.Module):
         self.apply(self._init)
         nn.init.normal_(self.action_position, std=0.02)
         nn.init.normal_(self.memory_position, std=0.02)
+
+    def _make_blocks(self) -> Iterable[nn.Module]:
+        config = self.config
+        width = config.ffn_ratio * config.dim
+        return (DecoderBlock(config.dim, config.heads, width, config.attention_dropout) for _ in range(config.depth))
 
     @staticmethod
     def _init(module: nn.Module) -> None:

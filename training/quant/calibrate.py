@@ -7,14 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.quant.linear import LinearBits, QuantizedLinear
-from training.quant.quantizer import absmax_scale, mse_scale
-
-SAMPLES_PER_CALL = 16_384  # values kept per tensor and call for the error search; the maximum sees every value
+from training.quant.ranges import MSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +37,10 @@ def input_groups(network: DiffusionPolicyT) -> tuple[InputGroup, ...]:
     return (*groups, InputGroup("memory", memory))
 
 
-class ActivationStatistics:
-    """Absolute maximum and a deterministic sample of the values of one tensor over many calls."""
-
-    def __init__(self) -> None:
-        """Begin with nothing observed."""
-        self.maximum = 0.0
-        self.samples: list[Tensor] = []
-
-    def observe(self, x: Tensor) -> None:
-        """Add the values of ``x``."""
-        flat = x.detach().reshape(-1)
-        self.maximum = max(self.maximum, float(flat.abs().max()))
-        stride = max(1, flat.numel() // SAMPLES_PER_CALL)
-        if stride > 1:
-            stride += 1 - stride % 2  # odd: every channel of an even-sized tensor is sampled
-        self.samples.append(flat[::stride].clone())
-
-    def scale(self, bits: int) -> Tensor:
-        """Per-tensor scale of least squared error; a float32 scalar."""
-        reach = absmax_scale(torch.tensor(self.maximum), bits)
-        return mse_scale(torch.cat(self.samples), bits, reach=reach)
-
-
 @contextmanager
-def observed_inputs(network: nn.Module, groups: Sequence[InputGroup]) -> Iterator[dict[str, ActivationStatistics]]:
+def observed_inputs(network: nn.Module, groups: Sequence[InputGroup]) -> Iterator[dict[str, MSE]]:
     """Record the input of every group while the network runs inside the ``with`` block."""
-    statistics = {group.name: ActivationStatistics() for group in groups}
+    statistics = {group.name: MSE() for group in groups}
     handles = []
     for group in groups:
         observer = statistics[group.name]
@@ -85,7 +59,7 @@ def observed_inputs(network: nn.Module, groups: Sequence[InputGroup]) -> Iterato
 def quantized_copy(
     network: DiffusionPolicyT,
     groups: Sequence[InputGroup],
-    statistics: dict[str, ActivationStatistics],
+    statistics: dict[str, MSE],
     bits: LinearBits,
 ) -> DiffusionPolicyT:
     """A copy of ``network`` whose grouped linears run in integer codes.
@@ -96,9 +70,9 @@ def quantized_copy(
     """
     result = copy.deepcopy(network)
     for group in groups:
-        if not statistics[group.name].samples:
+        if not statistics[group.name].observed:
             raise ValueError(f"calibration never ran {group.name!r}; run the whole policy inside observed_inputs()")
-        scale = statistics[group.name].scale(bits.activation)
+        scale = statistics[group.name].range(bits.activation).step
         for name in group.linears:
             parent, _, child = name.rpartition(".")
             linear = network.get_submodule(name)

@@ -1,0 +1,71 @@
+"""What else goes on on this computer while something is measured, and how to keep this process quiet meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What else went on: load average before, and the share of processor time that the hypervisor took meanwhile."""
+
+    load_1min: float
+    steal_share: float
+    scheduler: str
+
+
+def watch_conditions() -> Callable[[], Conditions]:
+    """Note load and processor time now; the function returned says what the conditions have been since."""
+    before, load = _cpu_ticks(), os.getloadavg()[0]
+    return lambda: Conditions(load, _steal_share(before, _cpu_ticks()), _scheduler())
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now and not again inside the block."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Version of Python and of those of ``packages`` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_ticks() -> list[int]:
+    """Return the processor time counters of ``/proc/stat`` (user, nice, system, idle, iowait, irq, softirq, steal)."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return []
+    return [int(field) for field in first.split()[1:9]]
+
+
+def _steal_share(before: list[int], after: list[int]) -> float:
+    spent = [b - a for a, b in zip(before, after, strict=True)]
+    total = sum(spent)
+    return round(spent[7] / total, 4) if total else 0.0
+
+
+def _scheduler() -> str:
+    names = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_BATCH: "batch"}
+    return f"{names.get(os.sched_getscheduler(0), 'unknown')}, nice {os.nice(0)}"

@@ -1,0 +1,87 @@
+"""A packed supernet computes what the whole one does, and is refused where its full-precision policy is another one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
+from training.compact import COMPACT, CompactError, pack
+from training.config import override
+from training.supernet import SupernetTrainer
+from training.supernet_checkpoint import load_supernet
+
+
+@pytest.fixture
+def packed(supernet_run: Path, tmp_path: Path) -> Path:
+    pack(supernet_run / CHECKPOINT, tmp_path / "small" / CHECKPOINT)
+    return tmp_path / "small"
+
+
+def test_packed_weights_differ_by_at_most_half_a_code(supernet_run: Path, packed: Path) -> None:
+    whole, small = (load_supernet(path).network.state_dict() for path in (supernet_run, packed))
+    scales = load_checkpoint(packed / CHECKPOINT)[COMPACT]["scales"]
+    assert whole.keys() == small.keys()
+    for name, tensor in whole.items():
+        if name in scales:
+            assert ((tensor - small[name]).abs() <= 0.5001 * scales[name][:, None] + 1e-7).all(), name
+        else:
+            assert torch.equal(tensor, small[name]), name
+
+
+def test_the_whole_checkpoint_is_left_alone_and_moments_are_dropped(supernet_run: Path, packed: Path) -> None:
+    assert "optimizer" in load_checkpoint(supernet_run / CHECKPOINT)
+    payload = load_checkpoint(packed / CHECKPOINT)
+    assert not {"model", "ema", "optimizer"} & payload.keys()
+    assert (packed / CHECKPOINT).stat().st_size < 0.5 * (supernet_run / CHECKPOINT).stat().st_size
+
+
+def test_packing_a_plain_policy_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompactError, match="holds no whole supernet"):
+        pack(trained_run / CHECKPOINT, tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_another_full_precision_policy_is_refused(packed: Path) -> None:
+    payload = load_checkpoint(packed / CHECKPOINT)
+    payload.pop("format")
+    save_checkpoint(packed / CHECKPOINT, payload | {"teacher_sha256": "0" * 64})
+    with pytest.raises(CompactError, match="another full-precision policy"):
+        load_supernet(packed)
+
+
+def test_damaged_codes_are_refused_by_file(packed: Path) -> None:
+    payload = load_checkpoint(packed / CHECKPOINT)
+    payload.pop("format")
+    data = payload[COMPACT]["codes"]["data"]
+    data[len(data) // 2 :] = 0
+    save_checkpoint(packed / CHECKPOINT, payload)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: its compact weights"):
+        load_supernet(packed)
+
+
+def test_the_command_reports_what_it_wrote(dcqfa: list[str], supernet_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*dcqfa, "pack", str(supernet_run), "--out", str(out), "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {
+        "file": str(out / CHECKPOINT),
+        "bytes": (out / CHECKPOINT).stat().st_size,
+    }
+
+
+def test_training_goes_on_from_a_packed_supernet(supernet_run: Path, packed: Path, tmp_path: Path) -> None:
+    config = load_supernet(supernet_run).meaning.config
+    steps = config.run.steps
+    longer = override(config, run={"steps": steps + 1})
+    trainer = SupernetTrainer(longer, packed, change_length=True)
+    assert trainer.step == steps
+    before = trainer.ema.state_dict()["blocks.0.fc1.weight"].clone()
+    assert trainer.run()
+    assert trainer.step == steps + 1
+    assert not torch.equal(before, trainer.ema.state_dict()["blocks.0.fc1.weight"])

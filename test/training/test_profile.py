@@ -1,0 +1,287 @@
+"""Measured tables: what is timed is what the robot runs, times become entries, an interrupted measurement continues."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+
+from dcqfa_ros.errors import UserError
+from training import profile as profile_module
+from training.commands_profile import profile
+from training.cost import cost
+from training.export.diffusion_policy_t import denoiser_graph, encoder_graph
+from training.lut import DeviceFacts, LookUpTable, load_table
+from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
+from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
+from training.profile import ProfileError, measure
+from training.profile_check import random_subnet, validation, with_working_set
+from training.profile_graphs import BlockSize, DiffusionPolicyTGraphs
+from training.profile_table import DIFFUSION, INTEGER, Facts, GroupTimes, ProfileSettings, SettingsError, table_of
+from training.profile_timing import BURST, StepNetwork, time_in_turn
+from training.space import Precision, SearchSpace, SpaceConfig, Subnet
+from training.space_counts import real_bytes
+
+POLICY = DiffusionPolicyTConfig(depth=4, heads=2, dim=32, ffn_ratio=2, horizon=6)
+SECTION = {"min_depth": {"decoder": 2}, "head_ratios": [0.5, 1.0], "mlp_ratios": [0.5, 1.0], "precisions": ["fp32"]}
+SPACE = SearchSpace(diffusion_policy_t_shape(POLICY, 5), SpaceConfig.model_validate_json(json.dumps(SECTION)))
+FACTS = Facts(DeviceFacts(name="x", fingerprint="x", memory_bytes=1), {}, 0.1, 1000)
+QUICK = ProfileSettings(name="here", runs=BURST, warm_ups=0, subnets=2)
+
+
+def operators(data: bytes) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load_from_string(data).graph.node)
+
+
+@pytest.fixture(scope="module")
+def table() -> LookUpTable:
+    return measure(SPACE, DiffusionPolicyTGraphs(POLICY, 5), QUICK)
+
+
+# -- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def test_the_timed_graphs_have_the_operators_of_the_exported_ones() -> None:
+    graphs, network = DiffusionPolicyTGraphs(POLICY, 5), DiffusionPolicyT(POLICY).eval()
+    blocks = [BlockSize(2, 64, False)] * 4
+    exported, timed = operators(denoiser_graph(network)), operators(graphs.step(blocks)[0])
+    assert exported - timed == Counter({"Reshape": 1})  # keys and values lie flat already
+    assert not timed - exported
+    assert operators(encoder_graph(network)) == operators(graphs.chunk(blocks)[0])
+
+
+def test_blocks_of_different_sizes_run_in_one_network_and_integers_are_multiplied() -> None:
+    graphs = DiffusionPolicyTGraphs(POLICY, 5)
+    blocks = [BlockSize(1, 64, True), BlockSize(2, 32, True)]
+    graph = graphs.step(blocks)
+    assert operators(graph[0])["QuantizeLinear"] == 6 * 2
+    sample = StepNetwork(graph, 1, DIFFUSION).run()
+    assert sample.shape == (1, 5, POLICY.action_dim)
+    assert np.isfinite(sample).all()
+
+
+def test_times_are_corrected_for_the_drift_that_the_reference_shows() -> None:
+    now, calls = [0.0], [0]
+
+    def work(milliseconds: float) -> Callable[[], object]:
+        def run() -> None:
+            calls[0] += 1
+            slowness = 1.0 if calls[0] < 60 else 1.5  # the clock of the processor falls
+            now[0] += 1e-3 * milliseconds * slowness
+
+        return run
+
+    timings = time_in_turn([work(2.0), work(3.0)], rounds=10, warm_ups=2, clock=lambda: now[0])
+    assert timings[1].median_ms / timings[0].median_ms == pytest.approx(1.5)
+    assert timings[1].spread_ms < 0.01 * timings[1].median_ms
+    assert calls[0] == 2 * (2 + 10 * (BURST + 1))
+
+
+# -- from times to a table --------------------------------------------------------------------------------------------
+
+
+def made_up_times(drift: float) -> dict[str, GroupTimes]:
+    """Group times of blocks that take heads x mlp microseconds a step, and heads microseconds per chunk."""
+    steps, times = QUICK.diffusion.steps, {}
+    for executed, factor in ((INTEGER, 1.0), ("float32", 4.0)):
+
+        def chunk(*heads: int) -> float:
+            return 0.05 + 1e-3 * sum(heads)
+
+        def step(*sizes: tuple[int, int], factor: float = factor) -> float:
+            return steps * (0.01 + factor * 1e-3 * sum(h * m for h, m in sizes))
+
+        context = [(2, 64)] * 2
+        groups = {f"chunk {executed}": [chunk(2, 2), *(chunk(2, 2, h, h) for h in (1, 2))]}
+        for number, h in enumerate((1, 2)):
+            row = [step(*context), *(step(*context, (h, m), (h, m)) for m in (32, 64))]
+            groups[f"step {executed} {h}"] = [value * drift**number for value in row]
+        for key, row in groups.items():
+            times[key] = GroupTimes(median_ms=tuple(row), spread_ms=tuple(0.0 for _ in row))
+    return times
+
+
+@pytest.mark.parametrize("drift", [1.0, 1.1])
+def test_differences_of_networks_give_blocks_and_what_is_left_the_fixed_parts(drift: float) -> None:
+    table = table_of(SPACE, QUICK, made_up_times(drift), FACTS)
+    table.check(SPACE)
+    common = (1 + drift) / 2  # the median of two groups
+    for entry in table.blocks:
+        factor = 1.0 if entry.executed == INTEGER else 4.0
+        assert entry.step_ms == pytest.approx(common * factor * 1e-3 * entry.heads * entry.mlp, rel=1e-4)
+        assert entry.kv_ms == pytest.approx(1e-3 * entry.heads, rel=1e-3)
+    for row in table.fixed:
+        assert row.step_fixed_ms == pytest.approx(common * 0.01, rel=1e-3)
+        assert row.encoder_ms == pytest.approx(0.05, rel=1e-3)
+
+
+def chunks(table: LookUpTable, extra: Callable[[Subnet], float]) -> list[tuple[Subnet, float]]:
+    generator = torch.Generator().manual_seed(0)
+    subnets = [random_subnet(SPACE, Precision.FP32, generator) for _ in range(40)]
+    return [(s, cost(table, SPACE.shape, s, 16).latency_ms + 16 * extra(s)) for s in subnets]
+
+
+def test_a_working_set_term_is_found_where_blocks_take_longer_together() -> None:
+    table = table_of(SPACE, QUICK, made_up_times(1.0), FACTS)
+    limit = real_bytes(SPACE.shape, SPACE.largest(Precision.FP32)) / 2
+    measured = chunks(table, lambda s: 2e-5 * max(0.0, real_bytes(SPACE.shape, s) - limit))
+    fitted, held = with_working_set(table, SPACE.shape, measured, 16)
+    assert len(held) == 20
+    before = validation(table, SPACE.shape, Precision.FP32, held, 16)
+    after = validation(fitted, SPACE.shape, Precision.FP32, held, 16)
+    assert before.max_absolute > 0.1
+    assert after.max_absolute < 0.02
+
+
+def test_no_term_is_added_where_sums_are_right() -> None:
+    table = table_of(SPACE, QUICK, made_up_times(1.0), FACTS)
+    fitted, held = with_working_set(table, SPACE.shape, chunks(table, lambda _: 0.0), 16)
+    assert fitted is table
+    assert len(held) == 40
+
+
+def test_random_subnets_are_of_the_asked_precision_and_of_all_sizes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for precision in SPACE.precisions:
+        drawn = [random_subnet(SPACE, precision, generator) for _ in range(40)]
+        for subnet in drawn:
+            SPACE.check(subnet)
+        assert {s.precision for s in drawn} == {precision}
+        assert {s.depth for s in drawn} == {2, 3, 4}
+
+
+# -- the measurement as a whole ---------------------------------------------------------------------------------------
+
+
+def test_a_measured_table_covers_the_space_and_says_how_it_was_made(table: LookUpTable) -> None:
+    table.check(SPACE)
+    assert not table.modelled
+    assert {form.executed for form in table.forms if form.w == 4} == {"int8"}
+    assert table.method.runs == BURST
+    assert [(report.precision, report.subnets) for report in table.validation] == [
+        (Precision.INT, 2),
+        (Precision.FP32, table.validation[1].subnets),
+    ]
+    low, high = (cost(table, SPACE.shape, subnet, 16) for subnet in (SPACE.smallest(), SPACE.largest(Precision.INT)))
+    assert low.memory_bytes < high.memory_bytes
+
+
+def test_an_interrupted_measurement_continues_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, timed = tmp_path / "progress.json", []
+
+    def time(networks: Any, *args: Any) -> Any:
+        if len(timed) == 4:
+            raise KeyboardInterrupt
+        timed.append(networks)
+        return time_in_turn(networks, *args)
+
+    graphs = DiffusionPolicyTGraphs(POLICY, 5)
+    monkeypatch.setattr(profile_module, "time_in_turn", time)
+    with pytest.raises(KeyboardInterrupt):
+        measure(SPACE, graphs, QUICK, progress)
+    kept = json.loads(progress.read_text())["results"]
+    assert len(kept) == 4
+    with pytest.raises(ProfileError, match=r"progress\.json: begun with other settings"):
+        measure(SPACE, graphs, ProfileSettings(name="here", runs=2 * BURST, warm_ups=0), progress)
+    again = []
+
+    def count(networks: Any, *args: Any) -> Any:
+        again.append(networks)
+        return time_in_turn(networks, *args)
+
+    monkeypatch.setattr(profile_module, "time_in_turn", count)
+    measure(SPACE, graphs, QUICK, progress).check(SPACE)
+    assert len(again) == 8 - 4
+    assert json.loads(progress.read_text())["results"].items() >= kept.items()
+    progress.write_text("{")
+    with pytest.raises(ProfileError, match=r"progress\.json: no readable progress"):
+        measure(SPACE, graphs, QUICK, progress)
+
+
+def test_an_engine_that_does_not_multiply_integers_gives_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_module, "integer_weights", lambda *_: {"blocks.0.fc1.weight"})
+    with pytest.raises(ProfileError, match="multiplies integers in 1 of 6 linears"):
+        measure(SPACE, DiffusionPolicyTGraphs(POLICY, 5), QUICK)
+
+
+def test_impossible_settings_are_named() -> None:
+    for field, value in (("threads", 0), ("runs", 0), ("warm_ups", -1), ("subnets", -1)):
+        with pytest.raises(SettingsError, match=field.replace("_", "-")):
+            ProfileSettings(**{"name": "x", field: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokens: expected 1 to 6, got 7"):
+        DiffusionPolicyTGraphs(POLICY, 7)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = Path(__file__).parents[2] / "config" / "training" / "pusht_keypoints.yaml"
+    document = yaml.safe_load(file.read_text())
+    document["policy"] = POLICY.model_dump(mode="json")
+    document["executed_actions"] = 4
+    document["supernet"] = {"warm_start": "pusht_keypoints", "space": SECTION}
+    path = tmp_path / "supernet.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    profile(parser.add_subparsers())
+    args = parser.parse_args([str(argument) for argument in arguments])
+    return int(args.func(args))
+
+
+def test_the_command_measures_the_executed_tokens_and_the_whole_horizon(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tables" / "cpu.json"
+    options = ("--runs", 5, "--warm-ups", 0, "--subnets", 1, "--json")
+    assert run("profile", "--config", config, "--out", out, *options) == 0
+    table = load_table(out)
+    assert table.name == "cpu"
+    assert {entry.tokens for entry in table.blocks} == {5, 6}
+    assert json.loads(capsys.readouterr().out)["entries"] == len(table.blocks)
+    assert [file.name for file in out.parent.iterdir()] == ["cpu.json"]
+
+
+def test_the_command_models_a_device(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "orin_nx_16gb.json"
+    assert run("profile", "--config", config, "--model", "orin_nx_16gb", "--tokens", 5, "--out", out) == 0
+    load_table(out).check(SPACE)
+    assert "modelled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "abacus"), "--model abacus: unknown; there is orin_nx_16gb"),
+        (("--tokens", "five"), "--tokens five: expected whole numbers"),
+        (("--tokens", "7"), "--tokens 7: expected numbers from 1 to the horizon 6"),
+        (("--threads", "0"), "threads: expected at least 1, got 0"),
+    ],
+)
+def test_the_command_names_what_it_cannot_use(
+    tmp_path: Path, config: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run("profile", "--config", config, "--out", tmp_path / "x.json", *arguments)
+
+
+def test_a_configuration_without_a_space_is_named(tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "config" / "training" / "pusht_keypoints.yaml"
+    with pytest.raises(UserError, match="it has no section supernet"):
+        run("profile", "--config", file, "--out", tmp_path / "x.json")

@@ -1,0 +1,196 @@
+"""Other backbones need nothing but their declaration: MDT-V, a 7B Llama-based policy, and one with vision towers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.space import (
+    BlockShape,
+    Layer,
+    LinearShape,
+    PolicyShape,
+    Precision,
+    SearchSpace,
+    SpaceConfig,
+    SpaceError,
+    Subnet,
+)
+from training.space_counts import flops, mean_bits, paper_bytes, parameters, real_bytes
+
+Stage = Literal["chunk", "step"]
+
+
+def attention(
+    name: str, dim: int, bias: bool, stages: tuple[Stage, Stage], tokens: tuple[int, int]
+) -> list[LinearShape]:
+    """q, k, v, o; keys and values have a stage and tokens of their own (the second of each pair)."""
+    q, kv = zip(stages, tokens, strict=True)
+    return [
+        LinearShape(f"{name}.q", dim, dim, "full", "heads", bias, *q),
+        LinearShape(f"{name}.k", dim, dim, "full", "heads", bias, *kv),
+        LinearShape(f"{name}.v", dim, dim, "full", "heads", bias, *kv),
+        LinearShape(f"{name}.o", dim, dim, "heads", "full", bias, *q),
+    ]
+
+
+def mdt_v() -> PolicyShape:
+    """MDT-V's denoiser: the encoder does not depend on the noise level and runs once per chunk."""
+    dim, mlp, context, actions = 384, 1536, 4, 10
+    blocks = []
+    for index in range(8):
+        encoder = index < 4
+        stage: Stage = "chunk" if encoder else "step"
+        tokens = context if encoder else actions
+        linears = attention("attn", dim, True, (stage, stage), (tokens, tokens))
+        if not encoder:
+            linears += attention("cross_attn", dim, True, ("step", "chunk"), (tokens, context))
+        linears += [
+            LinearShape("mlp.fc1", dim, mlp, "full", "mlp", False, stage, tokens),
+            LinearShape("mlp.fc2", mlp, dim, "mlp", "full", False, stage, tokens),
+        ]
+        kind, memory, norms = ("encoder", 0, 2) if encoder else ("decoder", context, 3)
+        name = f"{kind}.blocks.{index % 4}"
+        blocks.append(BlockShape(name, kind, kind, dim, 8, 48, mlp, tokens, memory, tuple(linears), norms * 2 * dim))
+    return PolicyShape("mdt_v", tuple(blocks), 6_000_000, 1_000_000, 2_000_000)
+
+
+def llama_block(index: int) -> BlockShape:
+    """A block of Llama-2 7B: RMS norms, no biases, gated MLP."""
+    dim, mlp, tokens = 4096, 11008, 600
+    linears = attention("self_attn", dim, False, ("step", "step"), (tokens, tokens))
+    linears += [
+        LinearShape("mlp.gate_proj", dim, mlp, "full", "mlp", False, "step", tokens),
+        LinearShape("mlp.up_proj", dim, mlp, "full", "mlp", False, "step", tokens),
+        LinearShape("mlp.down_proj", mlp, dim, "mlp", "full", False, "step", tokens),
+    ]
+    return BlockShape(f"layers.{index}", "llama", "llama", dim, 32, 128, mlp, tokens, 0, tuple(linears), 2 * dim)
+
+
+def tower_block(index: int) -> BlockShape:
+    """A block of a vision tower: its bits are chosen, its size is not."""
+    dim, mlp, tokens = 1024, 4096, 257
+    linears = attention("attn", dim, True, ("step", "step"), (tokens, tokens))
+    linears += [
+        LinearShape("mlp.fc1", dim, mlp, "full", "mlp", True, "step", tokens),
+        LinearShape("mlp.fc2", mlp, dim, "mlp", "full", True, "step", tokens),
+    ]
+    name = f"tower.{index}"
+    return BlockShape(name, "vit", "tower", dim, 16, 64, mlp, tokens, 0, tuple(linears), 6 * dim, elastic=False)
+
+
+MDT_CONFIG = SpaceConfig(
+    min_depth={"encoder": 1, "decoder": 1},
+    head_ratios=tuple(i / 8 for i in range(1, 9)),
+    mlp_ratios=(0.125, 0.25, 0.5, 1.0),
+)
+LLAMA_CONFIG = SpaceConfig(min_depth={"llama": 24}, head_ratios=(0.75, 1.0), mlp_ratios=(0.5, 0.75, 1.0))
+MDT = SearchSpace(mdt_v(), MDT_CONFIG)
+LLAMA = SearchSpace(
+    PolicyShape("llama", tuple(llama_block(i) for i in range(32)), 262_000_000, 0, 0, fixed_bits=16), LLAMA_CONFIG
+)
+OPENVLA = SearchSpace(
+    PolicyShape(
+        "openvla",
+        (*(tower_block(i) for i in range(24)), *(llama_block(i) for i in range(32))),
+        262_000_000,
+        0,
+        0,
+        fixed_bits=16,
+    ),
+    LLAMA_CONFIG,
+)
+SPACES = st.sampled_from([MDT, LLAMA, OPENVLA])
+
+
+@st.composite
+def spaces_and_subnets(draw: st.DrawFn) -> tuple[SearchSpace, Subnet]:
+    """A space and a subnet that keeps an evenly spread or a random set of blocks."""
+    space = draw(SPACES)
+    random = draw(st.randoms(use_true_random=False))
+    genes = [random.randrange(size) for size in space.gene_sizes]
+    kept = set(space.kept_blocks(random.randint(*space.depths)))
+    if random.random() < 0.5:
+        kept |= {i for i in range(len(space.shape.blocks)) if random.random() < 0.5}
+    genes[1::5] = [int(i in kept) for i in range(len(space.shape.blocks))]
+    return space, space.decode(genes)
+
+
+@settings(deadline=None, max_examples=60)
+@given(spaces_and_subnets())
+def test_genes_and_names_restore_every_subnet(case: tuple[SearchSpace, Subnet]) -> None:
+    space, subnet = case
+    assert space.decode(space.encode(subnet)) == subnet
+    assert space.parse(space.name(subnet)) == subnet
+    counts = parameters(space.shape, subnet), paper_bytes(space.shape, subnet), real_bytes(space.shape, subnet)
+    assert min(counts) > 0 and 4 <= mean_bits(space.shape, subnet) <= 32
+
+
+def test_both_groups_of_mdt_v_keep_their_least_depth() -> None:
+    assert MDT.depths == (2, 8)
+    assert MDT.smallest().kept == (0, 4)
+    assert [MDT.kept_blocks(depth) for depth in (3, 4, 7)] == [(0, 3, 4), (0, 3, 4, 7), (0, 1, 2, 3, 4, 6, 7)]
+    lone = MDT.encode(MDT.smallest())
+    genes = list(lone)
+    genes[1 + 5 * 4] = 0
+    genes[1 + 5 * 1] = 1  # two blocks, but none of the decoder
+    with pytest.raises(SpaceError, match="group decoder keeps 0 of 4 blocks; the space asks for 1"):
+        MDT.decode(genes)
+
+
+@pytest.mark.parametrize(
+    ("space", "subnet", "name"),
+    [
+        (MDT, MDT.largest(), "d8-h1-m4-fp32"),
+        (MDT, MDT.smallest(), "d2-h.125-m.5-w4a4"),
+        (MDT, MDT.uniform(5, 0.625, 0.25, w=8, a=8), "d5-h.625-m1-w8a8"),
+        (LLAMA, LLAMA.largest(Precision.FP16), "d32-h1-m2.6875-fp16"),
+        (LLAMA, LLAMA.smallest(), "d24-h.75-m1.34375-w4a4"),
+        (LLAMA, LLAMA.uniform(28, 1.0, 0.75, w=4, a=8), "d28-h1-m2.015625-w4a8"),
+        (OPENVLA, OPENVLA.smallest(), "d48-h.75-m1.34375-w4a4"),
+    ],
+)
+def test_uniform_networks_have_short_names(space: SearchSpace, subnet: Subnet, name: str) -> None:
+    assert space.name(subnet) == name
+    assert space.parse(name) == subnet
+
+
+def test_choices_are_whole_heads_and_channels() -> None:
+    assert MDT.head_choices == (tuple(range(1, 9)),) * 8
+    assert MDT.mlp_choices == ((192, 384, 768, 1536),) * 8
+    assert LLAMA.head_choices[0] == (24, 32) and LLAMA.mlp_choices[0] == (5504, 8256, 11008)
+    assert OPENVLA.gene_sizes[1:6] == (2, 1, 1, 2, 2) and OPENVLA.gene_sizes[-5:] == (2, 2, 3, 2, 2)
+
+
+def test_a_block_of_llama_has_the_published_parameters() -> None:
+    fixed = LLAMA.shape.fixed_parameters
+    assert parameters(LLAMA.shape, LLAMA.largest()) == fixed + 32 * 202_383_360
+    narrow = Layer(24, 5504, 4, 4)
+    expected = 4 * 4096 * 24 * 128 + 3 * 4096 * 5504 + 2 * 4096
+    alone = Subnet((narrow, *[None] * 31), Precision.INT)
+    assert parameters(LLAMA.shape, alone) == fixed + expected
+    packed = 4 * 4096 * 24 * 128 // 2 + 3 * 4096 * 5504 // 2
+    scales = 4 * (3 * 24 * 128 + 4096 + 2 * 5504 + 4096)
+    assert real_bytes(LLAMA.shape, alone) == 2 * fixed + packed + scales + 4 * 2 * 4096
+
+
+def test_an_encoder_runs_once_per_chunk() -> None:
+    whole = MDT.largest()
+    without_encoder = Subnet((None,) * 4 + whole.layers[4:], Precision.FP32)
+    (chunk, step), (other_chunk, other_step) = flops(MDT.shape, whole), flops(MDT.shape, without_encoder)
+    assert step == other_step
+    per_block = 2 * 4 * (4 * 384 * 384 + 2 * 384 * 1536) + 4 * 4 * 4 * 384  # linear layers, attention products
+    assert chunk - other_chunk == 4 * per_block
+    assert other_chunk == 1_000_000 + 4 * 2 * 4 * 2 * 384 * 384  # keys and values of the decoder's memory
+
+
+def test_vision_towers_change_in_bits_only() -> None:
+    subnet = OPENVLA.smallest()
+    assert set(subnet.layers[:24]) == {Layer(16, 4096, 4, 4)}
+    assert OPENVLA.depths == (48, 56)
+    mixed = Subnet((*[Layer(16, 4096, 8, 8)] * 24, *subnet.layers[24:]), Precision.INT)
+    assert OPENVLA.decode(OPENVLA.encode(mixed)) == mixed
+    assert mean_bits(OPENVLA.shape, mixed) > mean_bits(OPENVLA.shape, subnet) == 4

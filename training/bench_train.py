@@ -1,0 +1,501 @@
+"""What training a supernet costs beside training the plain policy: ``dcqfa bench train``.
+
+Everything is measured in one run, in rounds in which all contenders take turns. A ratio is the median over the rounds
+of the ratio within a round, so that drift and other load, which hit neighbours alike, cancel. Data are random numbers
+of their shapes: no data set is needed, and neither trainer's drawing of windows is part of a step.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dcqfa_ros.bench.conditions import Conditions, no_garbage_collection, versions, watch_conditions
+from dcqfa_ros.errors import UserError
+from training.compiling import check_compiler, compiled
+from training.config import ConfigError, TrainConfig
+from training.data.policy_data import Batch
+from training.draws import stratified_subnet
+from training.losses.sqil import sqil_loss
+from training.nn.elastic import ElasticDecoderBlock
+from training.objective import Objective
+from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
+from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
+from training.space import Precision, SearchSpace, Subnet
+from training.supernet import search_space
+
+BATCH, ROUNDS = 128, 15
+WARM_UP_ROUNDS = 2  # the first one compiles
+DRAWS = 8  # fixed draws that stand for the sampled network of a set; their times are averaged
+FORWARD_BATCH, FORWARD_REPEATS = 64, 5
+SWITCHES, SWITCH_NETWORKS = 2000, 64
+LOW_BITS = 4
+EMA_DECAY = 0.999
+SEED = 0
+PACKAGES = ("torch", "numpy")
+
+
+class TrainBenchError(UserError, ValueError):
+    """A benchmark of training that cannot be run as asked; the message names the option."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Batch of every network of a step, CPU threads and timed rounds; whether steps are compiled."""
+
+    batch: int = BATCH
+    threads: int = 1
+    rounds: int = ROUNDS
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            TrainBenchError: a value is too small.
+        """
+        for name, least in (("batch", 1), ("threads", 1), ("rounds", 2)):
+            if getattr(self, name) < least:
+                raise TrainBenchError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the set's step: forward and backward of a network, or the update of the weights; median."""
+
+    label: str
+    subnet: str | None
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """Result of :func:`bench_train`; times are medians in milliseconds, ratios medians of paired ratios.
+
+    Attributes:
+        plain_step_ms: whole step of the full-precision policy: forward, backward, clipping, AdamW, EMA.
+        w4a4_step_ms, w4a4_step_ratio: whole step of the supernet with the largest network at W4A4, and against plain.
+        set_ms, set_ratio: one step of {largest FP32, largest W4A4, smallest, one sampled}, each at the full batch, with
+            one update, without the teacher's forward pass; the sampled one is the mean of several fixed draws.
+        teacher_ms: forward pass of the teacher.
+        set_with_teacher_ratio: the set and one teacher pass, against plain.
+        smallest_forward_ratio: inference of the smallest network against the largest, both at W4A4.
+        smallest_forward_fp32_ratio: the same of both in full precision.
+        forward_ms: the medians behind these two.
+        switch_us: mean time to activate another configuration.
+        switch_parameter_bytes: bytes that all tensors hold which a switch makes.
+        parts: the set's step in parts.
+        plain_parameters, supernet_parameters: numbers of parameters; the supernet's include quantizer steps.
+        warm_up_s: seconds until everything had been compiled and run ``WARM_UP_ROUNDS`` times.
+    """
+
+    plain_step_ms: float
+    w4a4_step_ms: float
+    w4a4_step_ratio: float
+    set_ms: float
+    set_ratio: float
+    set_with_teacher_ratio: float
+    teacher_ms: float
+    smallest_forward_ratio: float
+    smallest_forward_fp32_ratio: float
+    forward_ms: dict[str, float]
+    switch_us: float
+    switch_parameter_bytes: int
+    parts: tuple[Part, ...]
+    config: str
+    batch: int
+    forward_batch: int
+    threads: int
+    rounds: int
+    compile: bool
+    precision: str
+    device: str
+    plain_parameters: int
+    supernet_parameters: int
+    warm_up_s: float
+    conditions: Conditions
+    versions: dict[str, str]
+
+
+# Contenders ----------------------------------------------------------------------------------------------------------
+
+
+class PlainContender:
+    """The plain policy's training step, as ``training.trainer`` does it."""
+
+    def __init__(self, config: TrainConfig, objective: Objective, compile_step: bool) -> None:
+        """Make network, average and optimizer, with random weights."""
+        torch.manual_seed(SEED)
+        self.objective, self._clip = objective, config.optimizer.clip_norm
+        self.model = DiffusionPolicyT(config.policy).to(objective.device).train()
+        self._forward: Callable[..., Tensor] = torch.compile(self.model) if compile_step else self.model
+        averaged = DiffusionPolicyT(config.policy).to(objective.device)
+        averaged.load_state_dict(self.model.state_dict())
+        self._averaged: list[Tensor] = list(averaged.requires_grad_(False).parameters())
+        self._parameters = list(self.model.parameters())
+        self._weights: list[Tensor] = list(self._parameters)
+        self._optimizer = _adamw(config, self._parameters, [])
+
+    def step(self, batch: Batch) -> None:
+        """Do one optimizer step."""
+        loss = self.objective.loss(self._forward, batch)
+        loss.item()  # checked before the update
+        loss.backward()
+        _update(self._optimizer, [self._parameters], self._clip, self._averaged, self._weights)
+
+
+class SupernetContender:
+    """The supernet's training step, as ``training.supernet`` does it, in parts that can be timed one by one."""
+
+    def __init__(self, config: TrainConfig, objective: Objective, compile_step: bool, sample: Batch) -> None:
+        """Make network, average, teacher and optimizer with random weights; calibrate on ``sample``."""
+        assert config.supernet is not None
+        torch.manual_seed(SEED)
+        self.objective, self._clip = objective, config.optimizer.clip_norm
+        teacher = DiffusionPolicyT(config.policy).to(objective.device).requires_grad_(False).eval()
+        self._teacher: Callable[..., Tensor] = torch.compile(teacher) if compile_step else teacher
+        self.model = ElasticDiffusionPolicyT(config.policy)
+        self.model.load_state_dict(teacher.state_dict(), strict=False)  # the quantizers' steps are not among them
+        self.model.to(objective.device).eval()
+        calibrate_weights(self.model)
+        with torch.no_grad():
+            calibrate_inputs(self.model, [(objective.noisy(sample), sample.timesteps, sample.observation)])
+        averaged = clone(self.model)
+        if compile_step:
+            self.model.run_block = compiled(ElasticDecoderBlock.forward)
+        named = list(self.model.named_parameters())
+        self._parameters = [p for n, p in named if not n.endswith("log_step")]
+        self._steps = [p for n, p in named if n.endswith("log_step")]
+        self._weights: list[Tensor] = list(self.model.parameters())
+        self._averaged: list[Tensor] = list(averaged.parameters())
+        self._optimizer = _adamw(config, self._parameters, self._steps)
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> Tensor:
+        """Noise (B, H, Da) that the teacher predicts."""
+        return self.objective.predict(self._teacher, self.objective.noisy(batch), batch).float()
+
+    def learn(self, subnet: Subnet, batch: Batch, teacher: Tensor, alpha: Tensor, *, dropout: bool = False) -> None:
+        """Forward and backward of one network; gradients add up until :meth:`update`."""
+        self.model.activate(subnet)
+        self.model.train(dropout)
+        predicted = self.objective.predict(self.model, self.objective.noisy(batch), batch).float()
+        total, task, _ = sqil_loss(predicted, teacher, batch.noise, alpha)
+        total.backward()
+        task.item()
+
+    def update(self) -> None:
+        """Clip, step, average."""
+        _update(self._optimizer, [self._parameters, self._steps], self._clip, self._averaged, self._weights)
+
+    @torch.no_grad()
+    def infer(self, subnet: Subnet, batch: Batch) -> None:
+        """Forward pass in evaluation mode."""
+        self.model.activate(subnet)
+        self.model.eval()
+        self.objective.predict(self.model, batch.action, batch)
+
+
+def _adamw(config: TrainConfig, parameters: Sequence[Tensor], steps: Sequence[Tensor]) -> torch.optim.AdamW:
+    opt = config.optimizer
+    groups = [
+        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": opt.weight_decay},
+        {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    if steps:
+        assert config.supernet is not None
+        groups.append({"params": list(steps), "weight_decay": 0.0, "lr": config.supernet.step_learning_rate})
+    return torch.optim.AdamW(groups, lr=opt.learning_rate, betas=opt.betas, fused=True)
+
+
+def _update(
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Sequence[Tensor]],
+    clip: float,
+    averaged: list[Tensor],
+    weights: list[Tensor],
+) -> None:
+    for group in groups:
+        torch.nn.utils.clip_grad_norm_(group, clip).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        torch._foreach_lerp_(averaged, weights, 1.0 - EMA_DECAY)
+
+
+def random_batch(config: TrainConfig, size: int, device: torch.device, seed: int = SEED) -> Batch:
+    """Made-up windows of a policy's shapes, normalised."""
+    policy, generator = config.policy, torch.Generator().manual_seed(seed)
+    action = (size, policy.horizon, policy.action_dim)
+    return Batch(
+        torch.rand((size, policy.observation_horizon, policy.observation_dim), generator=generator) * 2 - 1,
+        torch.rand(action, generator=generator) * 2 - 1,
+        torch.randint(config.diffusion.train_timesteps, (size,), generator=generator),
+        torch.randn(action, generator=generator),
+        torch.arange(size),
+    ).to(device)
+
+
+def sampled_subnets(space: SearchSpace, count: int) -> list[Subnet]:
+    """The fixed draws that stand for the sampled network of a set."""
+    generator = torch.Generator().manual_seed(SEED)
+    return [stratified_subnet(space, generator) for _ in range(count)]
+
+
+# Switching -----------------------------------------------------------------------------------------------------------
+
+
+class NewTensors(TorchDispatchMode):
+    """Counts what operators inside the block make.
+
+    Attributes:
+        bytes: sum over the storages of results that no argument shares.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.bytes = 0
+        self._counted: list[torch.UntypedStorage] = []  # kept, so that no address is used twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Run the operator and count."""
+        del types
+        result = func(*args, **(kwargs or {}))
+        known = {s.data_ptr() for s in (*_storages((args, kwargs)), *self._counted)}
+        for storage in _storages(result):
+            if storage.nbytes() and storage.data_ptr() not in known:
+                self.bytes += storage.nbytes()
+                self._counted.append(storage)
+                known.add(storage.data_ptr())
+        return result
+
+
+def _storages(values: object) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def switching(activate: Callable[[Subnet], object], subnets: Sequence[Subnet], switches: int) -> tuple[float, int]:
+    """Mean microseconds that ``activate`` takes between random ``subnets``, and bytes of the tensors it makes.
+
+    Every configuration has been active once before: what all of them share is made at the first use of a bit width.
+    """
+    for subnet in subnets:
+        activate(subnet)
+    generator = random.Random(SEED)
+    order = [subnets[generator.randrange(len(subnets))] for _ in range(switches)]
+    with no_garbage_collection():
+        begin = time.perf_counter()
+        for subnet in order:
+            activate(subnet)
+        mean = (time.perf_counter() - begin) / switches
+    with NewTensors() as made:
+        for subnet in order[: len(subnets)]:
+            activate(subnet)
+    return 1e6 * mean, made.bytes
+
+
+# Measurement ---------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Times of named pieces of work, one row per round.
+
+    Attributes:
+        rounds: seconds by name, of every round.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Measure work on ``device``."""
+        self.rounds: list[dict[str, float]] = []
+        self._wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def start_round(self) -> None:
+        """Begin the next round."""
+        self.rounds.append({})
+
+    def time(self, name: str, work: Callable[[], object]) -> None:
+        """Do ``work`` and note how long it took."""
+        self._wait()
+        begin = time.perf_counter()
+        work()
+        self._wait()
+        self.rounds[-1][name] = time.perf_counter() - begin
+
+    def seconds(self, name: str) -> NDArray[np.float64]:
+        """Times (rounds,) of ``name``."""
+        return np.array([row[name] for row in self.rounds])
+
+
+class _Rounds:
+    """All contenders of a benchmark and one round of them."""
+
+    def __init__(self, config: TrainConfig, options: Options) -> None:
+        self.space = search_space(config)
+        device = torch.device(config.run.device)
+        self.objective = Objective(config, device)
+        self.batch = random_batch(config, options.batch, device)
+        self.small_batch = random_batch(config, FORWARD_BATCH, device)
+        self.alpha = torch.ones(options.batch, device=device)
+        self.watch = Stopwatch(device)
+        space = self.space
+        self.low = space.largest(Precision.INT, LOW_BITS, LOW_BITS)
+        depth, config_space = space.depths[0], space.config
+        narrowest = (depth, min(config_space.head_ratios), min(config_space.mlp_ratios))
+        smallest = space.smallest(LOW_BITS, LOW_BITS)
+        self.members = {"largest": space.largest(), "w4a4": self.low, "smallest": smallest}
+        self.members |= {f"sampled {place}": subnet for place, subnet in enumerate(sampled_subnets(space, DRAWS))}
+        self.forwards = {
+            "largest w4a4": self.low,
+            "smallest w4a4": smallest,
+            "largest fp32": space.largest(),
+            "smallest fp32": space.uniform(*narrowest, Precision.FP32),
+        }
+        self.plain = PlainContender(config, self.objective, options.compile)
+        self.supernet = SupernetContender(config, self.objective, options.compile, self.small_batch)
+        self.target = self.supernet.teach(self.batch)
+
+    def run(self, number: int) -> None:
+        """Run everything once, beginning with another contender every time."""
+        self.watch.start_round()
+        turns = (self._plain_step, self._low_step, self._set_step, self._forward_passes)
+        for place in range(len(turns)):
+            turns[(number + place) % len(turns)]()
+
+    def _plain_step(self) -> None:
+        self.watch.time("plain", lambda: self.plain.step(self.batch))
+
+    def _low_step(self) -> None:
+        def step() -> None:
+            self.supernet.learn(self.low, self.batch, self.target, self.alpha)
+            self.supernet.update()
+
+        self.watch.time("low step", step)
+
+    def _set_step(self) -> None:
+        supernet = self.supernet
+        self.watch.time("teacher", lambda: supernet.teach(self.batch))
+        for name, subnet in self.members.items():
+
+            def learn(subnet: Subnet = subnet, dropout: bool = name == "largest") -> None:
+                supernet.learn(subnet, self.batch, self.target, self.alpha, dropout=dropout)
+
+            self.watch.time(name, learn)
+        self.watch.time("update", supernet.update)
+
+    def _forward_passes(self) -> None:
+        for repeat in range(FORWARD_REPEATS):
+            for name, subnet in self.forwards.items():
+
+                def infer(subnet: Subnet = subnet) -> None:
+                    self.supernet.infer(subnet, self.small_batch)
+
+                self.watch.time(f"{name} {repeat}", infer)
+
+
+def bench_train(config: TrainConfig, options: Options, progress: Callable[[str], object] | None = None) -> TrainReport:
+    """Measure steps, set, forward passes and switches of a supernet beside the plain policy.
+
+    Sets the number of CPU threads of this process.
+
+    Args:
+        config: a training configuration with a ``supernet`` section; ``run.precision`` and ``run.device`` are obeyed.
+        options: batch and length.
+        progress: called with what is being done.
+
+    Raises:
+        ConfigError: there is no ``supernet`` section.
+        SpaceError: the space lacks 4 bits or full precision.
+        CompilerError: there is no compiler.
+        TrainBenchError: the device does not exist.
+    """
+    if config.supernet is None:
+        raise ConfigError(f"training configuration {config.name!r}: supernet: the section is missing")
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise TrainBenchError("--device cuda: PyTorch finds no CUDA device; use cpu")
+    if options.compile:
+        check_compiler()
+    say = progress or (lambda _: None)
+    torch.set_num_threads(options.threads)
+    began = time.perf_counter()
+    say("preparing networks")
+    rounds = _Rounds(config, options)
+    for number in range(WARM_UP_ROUNDS):
+        say("compiling" if options.compile and not number else "warming up")
+        rounds.run(number)
+    warm_up = time.perf_counter() - began
+    rounds.watch.rounds.clear()
+    conditions = watch_conditions()
+    with no_garbage_collection():
+        for number in range(options.rounds):
+            say(f"round {number + 1} of {options.rounds}")
+            rounds.run(number)
+    circumstances = conditions()
+    generator = torch.Generator().manual_seed(SEED + 1)
+    networks = [stratified_subnet(rounds.space, generator) for _ in range(SWITCH_NETWORKS)]
+    switch_us, switch_bytes = switching(rounds.supernet.model.activate, networks, SWITCHES)
+    return TrainReport(
+        **_figures(rounds),
+        switch_us=round(switch_us, 3),
+        switch_parameter_bytes=switch_bytes,
+        config=config.name,
+        batch=options.batch,
+        forward_batch=FORWARD_BATCH,
+        threads=options.threads,
+        rounds=options.rounds,
+        compile=options.compile,
+        precision=config.run.precision,
+        device=config.run.device,
+        plain_parameters=parameter_count(rounds.plain.model),
+        supernet_parameters=parameter_count(rounds.supernet.model),
+        warm_up_s=round(warm_up, 1),
+        conditions=circumstances,
+        versions=versions(PACKAGES),
+    )
+
+
+def _figures(rounds: _Rounds) -> dict[str, Any]:
+    """Medians and paired ratios of what the stopwatch of ``rounds`` holds."""
+    seconds = rounds.watch.seconds
+    plain, low, teacher, update = (seconds(name) for name in ("plain", "low step", "teacher", "update"))
+    sampled = [name for name in rounds.members if name.startswith("sampled")]
+    fixed = [name for name in rounds.members if name not in sampled]
+    mean_sampled = np.mean([seconds(name) for name in sampled], axis=0)
+    whole = np.sum([seconds(name) for name in fixed], axis=0) + mean_sampled + update
+    forward = {
+        name: np.median([seconds(f"{name} {repeat}") for repeat in range(FORWARD_REPEATS)], axis=0)
+        for name in rounds.forwards
+    }
+    parts = [Part(name, rounds.space.name(subnet), _ms(seconds(name))) for name, subnet in rounds.members.items()]
+    return {
+        "plain_step_ms": _ms(plain),
+        "w4a4_step_ms": _ms(low),
+        "w4a4_step_ratio": _ratio(low, plain),
+        "set_ms": _ms(whole),
+        "set_ratio": _ratio(whole, plain),
+        "set_with_teacher_ratio": _ratio(whole + teacher, plain),
+        "teacher_ms": _ms(teacher),
+        "smallest_forward_ratio": _ratio(forward["smallest w4a4"], forward["largest w4a4"]),
+        "smallest_forward_fp32_ratio": _ratio(forward["smallest fp32"], forward["largest fp32"]),
+        "forward_ms": {name: _ms(times) for name, times in forward.items()},
+        "parts": (*parts, Part("update", None, _ms(update))),
+    }
+
+
+def _ms(seconds: NDArray[np.float64]) -> float:
+    return round(1e3 * float(np.median(seconds)), 3)
+
+
+def _ratio(seconds: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    return round(float(np.median(seconds / reference)), 4)

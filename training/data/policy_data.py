@@ -1,0 +1,115 @@
+"""Demonstrations as a policy's training reads them: split, normalised, cut into windows, drawn by seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dcqfa_ros.bundle.schema import NormalizerKind
+from training.config import ConfigError, TrainConfig
+from training.data.episodes import DataError, read_demonstrations, split_episodes
+from training.data.normalizer import concatenate_normalizers, fit_normalizer, normalize
+from training.data.sequences import WindowSet, episode_rows, fit_observation_normalizers
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One draw: observations (B, To, Do), actions (B, H, Da), time steps (B,), noise (B, H, Da), windows (B,)."""
+
+    observation: Tensor
+    action: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    index: Tensor
+
+    def first(self, count: int) -> Batch:
+        """The first ``count`` samples, as views."""
+        return Batch(*(getattr(self, name)[:count] for name in Batch.__slots__))
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``."""
+        return Batch(*(getattr(self, name).to(device) for name in Batch.__slots__))
+
+
+class PolicyData:
+    """The windows of a data set with their normalisers.
+
+    Attributes:
+        shapes: per observation key, one time step, in concatenation order.
+        sha256: of the demonstrations as read.
+        train_episodes: number of episodes that are trained on.
+        observation_norms, action_norm: fitted on the training episodes.
+        windows, held_out: training and held-out windows.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Read, check, split and normalise the demonstrations of ``config``.
+
+        Raises:
+            DataError: the data set cannot be used or does not fit the policy.
+            ConfigError: the action normaliser leaves the range that the sampler keeps.
+        """
+        self.config = config
+        demonstrations = read_demonstrations(config.data)
+        self.shapes = demonstrations.shapes
+        self.sha256 = demonstrations.sha256()
+        for label, have, want in (
+            ("observation_dim", demonstrations.observation.shape[1], config.policy.observation_dim),
+            ("action_dim", demonstrations.action.shape[1], config.policy.action_dim),
+        ):
+            if have != want:
+                raise DataError(f"{config.data.path}: the data gives {label} {have}, the policy declares {want}")
+        data = config.data
+        train, held_out = split_episodes(
+            demonstrations.episodes, data.validation_ratio, data.split_seed, data.max_train_episodes
+        )
+        self.train_episodes = len(train)
+        rows = episode_rows(demonstrations, train)
+        self.observation_norms = fit_observation_normalizers(demonstrations, rows, config)
+        self.action_norm = fit_normalizer(demonstrations.action[rows], data.action.normalizer)
+        _check_action_range(normalize(demonstrations.action[rows], self.action_norm), config)
+        norm = concatenate_normalizers(self.observation_norms, self.shapes)
+        self.windows = WindowSet(demonstrations, train, config, norm, self.action_norm)
+        self.held_out = WindowSet(demonstrations, held_out, config, norm, self.action_norm)
+        if not len(self.windows):
+            raise DataError(f"{data.path}: no training window of {config.policy.horizon} steps; episodes are too short")
+
+    def facts(self) -> dict[str, Any]:
+        """What follows from the data, as a checkpoint holds it."""
+        return {
+            "data_sha256": self.sha256,
+            "train_episodes": self.train_episodes,
+            "shapes": {k: list(v) for k, v in self.shapes.items()},
+            "observation_norms": {k: v.model_dump(mode="json") for k, v in self.observation_norms.items()},
+            "action_norm": self.action_norm.model_dump(mode="json"),
+        }
+
+    def draw(self, windows: WindowSet, seed: int, batch: int) -> Batch:
+        """Draw windows, time steps and noise, all from ``seed``, on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randint(len(windows), (batch,), generator=generator)
+        timesteps = torch.randint(self.config.diffusion.train_timesteps, (batch,), generator=generator)
+        action = windows.action[index]
+        noise = torch.randn(action.shape, generator=generator)
+        return Batch(windows.observation[index], action, timesteps, noise, index)
+
+
+def _check_action_range(normalised: NDArray[np.float32], config: TrainConfig) -> None:
+    """Refuse actions (N, Da) that the sampler, which clips to ``diffusion.clip_sample``, could never produce.
+
+    Quantile normalisation cuts its outliers on purpose, and min_max fills -1 to 1.
+    """
+    kind, limit = config.data.action.normalizer, config.diffusion.clip_sample
+    if kind not in (NormalizerKind.MEAN_STD, NormalizerKind.IDENTITY):
+        return
+    reach = float(np.abs(normalised).max())
+    if reach > limit:
+        raise ConfigError(
+            f"training configuration {config.name!r}: data.action.normalizer {kind.value} leaves actions up to "
+            f"{reach:.3g}, but diffusion.clip_sample cuts at {limit:g}; use min_max or raise diffusion.clip_sample"
+        )

@@ -1,0 +1,220 @@
+"""Tables of devices that are not at hand, modelled from published peaks and marked ``modelled``.
+
+A kernel takes the longer of computing and reading its weights and activations, at an assumed share of the peaks, plus
+one launch (:mod:`training.roofline`). ``dcqfa profile --model NAME`` writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from training.cost import FLOAT_BYTES
+from training.lut import (
+    BlockEntry,
+    DeviceFacts,
+    ExecutedForm,
+    FixedEntry,
+    LookUpTable,
+    Method,
+    StoredBits,
+    space_bits,
+)
+from training.roofline import FLOAT_KERNELS, block_work
+from training.space import Precision, SearchSpace
+
+FIXED_CHUNK_KERNELS, FIXED_STEP_KERNELS = 4, 4
+"""Launches outside the blocks: two embeddings and the two linears of the memory MLP; embedding, norm, head, update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """One executed form on a device: products per second at peak, and bits of weights and activations in memory."""
+
+    executed: str
+    operations: float  # per second, a multiplication and an addition count as two
+    stored_bits: StoredBits
+    activation_bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledDevice:
+    """Published peaks of a device and what is assumed of them.
+
+    Attributes:
+        name: of the table.
+        title: for people.
+        source: where the peaks are published.
+        memory_bytes: of the device.
+        bandwidth: bytes per second at peak.
+        compute_share: share of peak products that matrix kernels reach.
+        bandwidth_share: share of peak bandwidth.
+        launch_seconds: from one kernel to the next within a captured graph.
+        workspace_bytes: of the engine.
+        runtime: what would execute the networks.
+        forms: precision and bits -> executed form; None for the bits of whole-network precisions.
+        floating: executed form of everything that is never quantized.
+        notes: further assumptions.
+    """
+
+    name: str
+    title: str
+    source: str
+    memory_bytes: int
+    bandwidth: float
+    compute_share: float
+    bandwidth_share: float
+    launch_seconds: float
+    workspace_bytes: int
+    runtime: str
+    forms: dict[tuple[Precision, int | None], Arithmetic]
+    floating: Arithmetic
+    notes: tuple[str, ...]
+
+
+_ORIN_TENSOR_CORES = 32 * 918e6  # tensor cores x clock
+_ORIN_FP32 = Arithmetic("float32", 2 * 1024 * 918e6, 32, 32)  # 1024 CUDA cores, one multiply-add a clock: 1.88e12
+_ORIN_FP16 = Arithmetic("float16", 512 * _ORIN_TENSOR_CORES, 16, 16)  # 15e12 dense
+_ORIN_INT8 = Arithmetic("int8", 1024 * _ORIN_TENSOR_CORES, 8, 8)  # 30e12 dense
+_ORIN_INT4 = Arithmetic("int4_weights_float16", _ORIN_FP16.operations, 4, 16)
+
+ORIN_NX_16GB = ModelledDevice(
+    name="orin_nx_16gb",
+    title="Jetson Orin NX 16 GB",
+    source=(
+        "NVIDIA Jetson Orin NX Series data sheet: 1024 CUDA and 32 tensor cores at 918 MHz, 100 sparse INT8 TOPS of "
+        "which the GPU has 60 (30 dense; 15 TFLOPS FP16), 128-bit LPDDR5 102.4 GB/s"
+    ),
+    memory_bytes=16 * 2**30,
+    bandwidth=102.4e9,
+    compute_share=0.6,
+    bandwidth_share=0.75,
+    launch_seconds=3e-6,
+    workspace_bytes=4 * 2**20,
+    runtime="tensorrt",
+    forms={
+        (Precision.FP32, None): _ORIN_FP32,
+        (Precision.FP16, None): _ORIN_FP16,
+        (Precision.FP8, None): _ORIN_FP16,
+        (Precision.INT, 8): _ORIN_INT8,
+        (Precision.INT, 4): _ORIN_INT4,
+    },
+    floating=_ORIN_FP16,
+    notes=(
+        "compute capability 8.7 has no FP8: fp8 executes as float16",
+        (
+            "activations of 4 bits execute as 8 bits; weights of 4 bits are read packed and multiplied as float16 "
+            "(weight-only kernels), so they save bandwidth and no arithmetic"
+        ),
+        "every step is a captured graph; clocks are at their maximum",
+    ),
+)
+DEVICES = (ORIN_NX_16GB,)
+
+
+def modelled_table(device: ModelledDevice, space: SearchSpace) -> LookUpTable:
+    """Model every entry of ``space`` on ``device``."""
+    forms = [
+        ExecutedForm(
+            precision=precision,
+            w=w if precision is Precision.INT else None,
+            a=a if precision is Precision.INT else None,
+            executed=_arithmetic(device, precision, w).executed,
+            stored_bits=_arithmetic(device, precision, w).stored_bits,
+        )
+        for precision in space.precisions
+        for w, a in space_bits(space, precision)
+    ]
+    used = {
+        form.executed: form
+        for precision in space.precisions
+        for form in (_arithmetic(device, precision, w) for w, _ in space_bits(space, precision))
+    }
+    assumptions = (
+        f"assumed: {device.compute_share:.0%} of peak products, {device.bandwidth_share:.0%} of peak bandwidth, "
+        f"{device.launch_seconds * 1e6:g} microseconds per kernel, a workspace of {device.workspace_bytes} bytes"
+    )
+    return LookUpTable(
+        name=device.name,
+        device=DeviceFacts(name=device.title, fingerprint=device.source, memory_bytes=device.memory_bytes),
+        runtime=device.runtime,
+        versions={},
+        threads=1,
+        modelled=True,
+        method=Method(statistic="roofline", runs=0, warm_ups=0, notes=(assumptions, *device.notes)),
+        workspace_bytes=device.workspace_bytes,
+        forms=tuple(forms),
+        blocks=tuple(entry for form in used.values() for entry in _blocks(device, space, form)),
+        fixed=tuple(_fixed(device, space, precision) for precision in space.precisions),
+    )
+
+
+def _arithmetic(device: ModelledDevice, precision: Precision, w: int) -> Arithmetic:
+    return device.forms[precision, w if precision is Precision.INT else None]
+
+
+def _blocks(device: ModelledDevice, space: SearchSpace, form: Arithmetic) -> Iterator[BlockEntry]:
+    """Entries of every different block in one executed form."""
+    seen = set()
+    floats = device.floating.operations if form.stored_bits < 32 else form.operations
+    for index, block in enumerate(space.shape.blocks):
+        key = (block.kind, block.dim, block.head_dim, block.tokens, block.memory_tokens)
+        heads, widths = space.head_choices[index], space.mlp_choices[index]
+        work = block_work(block, heads, widths)
+        moved = work.inputs * work.outputs * form.stored_bits / 8
+        moved = moved + work.tokens * (work.inputs + work.outputs) * form.activation_bits / 8
+        seconds = _kernel(device, 2.0 * work.tokens * work.inputs * work.outputs, form.operations, moved)  # (H, M, K)
+        step, chunk = ((seconds * part).sum(dim=-1) for part in (~work.per_chunk, work.per_chunk))
+        rest = (work.attention_flops / (device.compute_share * floats))[:, None] + FLOAT_KERNELS * device.launch_seconds
+        if work.once:
+            chunk = chunk + rest
+        else:
+            step = step + rest
+        for h, head_count in enumerate(heads):
+            for m, mlp in enumerate(widths):
+                if (*key, head_count, mlp) in seen:
+                    continue
+                seen.add((*key, head_count, mlp))
+                yield BlockEntry(
+                    kind=block.kind,
+                    dim=block.dim,
+                    head_dim=block.head_dim,
+                    tokens=block.tokens,
+                    memory_tokens=block.memory_tokens,
+                    heads=head_count,
+                    mlp=mlp,
+                    executed=form.executed,
+                    step_ms=_milliseconds(float(step[h, m])),
+                    step_spread_ms=0.0,
+                    kv_ms=_milliseconds(float(chunk[h, m])),
+                    kv_spread_ms=0.0,
+                )
+
+
+def _fixed(device: ModelledDevice, space: SearchSpace, precision: Precision) -> FixedEntry:
+    shape = space.shape
+    form = device.forms[precision, None] if precision is Precision.FP32 else device.floating
+    weights = torch.tensor(float(FLOAT_BYTES * shape.fixed_parameters))
+    launches = (FIXED_CHUNK_KERNELS - 1) * device.launch_seconds  # one launch is in the kernel itself
+    chunk = _kernel(device, torch.tensor(float(shape.fixed_flops_chunk)), form.operations, weights) + launches
+    step = shape.fixed_flops_step / (device.compute_share * form.operations)
+    return FixedEntry(
+        backbone=shape.backbone,
+        fixed_parameters=shape.fixed_parameters,
+        tokens=shape.blocks[-1].tokens,
+        precision=precision,
+        encoder_ms=_milliseconds(float(chunk)),
+        step_fixed_ms=_milliseconds(step + FIXED_STEP_KERNELS * device.launch_seconds),
+    )
+
+
+def _kernel(device: ModelledDevice, operations: torch.Tensor, peak: float, moved: torch.Tensor) -> torch.Tensor:
+    """Seconds of kernels with so many operations and bytes."""
+    computing = operations / (device.compute_share * peak)
+    return torch.maximum(computing, moved / (device.bandwidth_share * device.bandwidth)) + device.launch_seconds
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 7)

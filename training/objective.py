@@ -1,0 +1,44 @@
+"""The task of a policy network in training: tell the noise in actions, given observations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcqfa_ros.runtime.schedule import alphas_cumprod, squared_cosine_betas
+from training.config import TrainConfig
+from training.data.policy_data import Batch
+
+
+class Objective:
+    """Forward process of a configuration on one device, and the prediction of its noise in the run's precision.
+
+    Attributes:
+        signal, sigma: (time steps,) float32, shares of action and noise at every time step.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        """Tabulate the forward process of ``config.diffusion`` on ``device``."""
+        self.device = device
+        self._autocast = config.run.precision == "bf16"
+        abar = alphas_cumprod(squared_cosine_betas(config.diffusion.train_timesteps))
+        self.signal = torch.tensor(np.sqrt(abar), dtype=torch.float32, device=device)
+        self.sigma = torch.tensor(np.sqrt(1.0 - abar), dtype=torch.float32, device=device)
+
+    def noisy(self, batch: Batch) -> Tensor:
+        """Actions (B, H, Da) with noise of their time steps."""
+        signal, sigma = self.signal[batch.timesteps], self.sigma[batch.timesteps]
+        return signal[:, None, None] * batch.action + sigma[:, None, None] * batch.noise
+
+    def predict(self, network: Callable[..., Tensor], noisy: Tensor, batch: Batch) -> Tensor:
+        """Noise (B, H, Da) that ``network`` predicts, in the run's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return network(noisy, batch.timesteps, batch.observation)
+
+    def loss(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """Mean squared error () float32 of the noise that ``network`` predicts in ``batch``."""
+        predicted = self.predict(network, self.noisy(batch), batch)
+        return torch.nn.functional.mse_loss(predicted.float(), batch.noise)

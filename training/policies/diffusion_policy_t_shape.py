@@ -1,0 +1,81 @@
+"""DiffusionPolicy-T as the search space, the tables and the counts see it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
+from training.space import BlockShape, LinearShape, PolicyShape, Slice
+
+BACKBONE = "diffusion_policy_t"
+KIND = GROUP = "decoder"
+
+
+def diffusion_policy_t_shape(config: DiffusionPolicyTConfig, tokens: int | None = None) -> PolicyShape:
+    """Elastic blocks of the network that ``config`` describes, and the sum of the rest.
+
+    Keys and values of the time token are tabulated per noise level, so per chunk only those of the observations are
+    computed; cross-attention sees both.
+
+    Args:
+        config: architecture.
+        tokens: action tokens that are computed at every denoising step; the prediction horizon if None. Attention is
+            causal, so a robot computes only those up to the last action that it executes.
+
+    Raises:
+        ValueError: not 1 <= tokens <= horizon.
+    """
+    run = config.horizon if tokens is None else tokens
+    if not 1 <= run <= config.horizon:
+        raise ValueError(f"tokens: expected 1 to the horizon {config.horizon}, got {run}")
+    d, ffn, observations = config.dim, config.ffn_ratio * config.dim, config.observation_horizon
+    linears = _linears(d, ffn, run, observations)
+    blocks = tuple(
+        BlockShape(
+            name=f"blocks.{index}",
+            kind=KIND,
+            group=GROUP,
+            dim=d,
+            heads=config.heads,
+            head_dim=d // config.heads,
+            mlp=ffn,
+            tokens=run,
+            memory_tokens=1 + observations,
+            linears=linears,
+            float_parameters=3 * 2 * d,  # three layer norms
+        )
+        for index in range(config.depth)
+    )
+    embeddings = (config.action_dim + 1) * d + (config.observation_dim + 1) * d
+    positions = (config.horizon + 1 + observations) * d
+    memory_mlp = d * 4 * d + 4 * d + 4 * d * d + d
+    final = 2 * d + (d + 1) * config.action_dim
+    return PolicyShape(
+        backbone=BACKBONE,
+        blocks=blocks,
+        fixed_parameters=embeddings + positions + memory_mlp + final,
+        fixed_flops_chunk=2 * observations * (config.observation_dim * d + 2 * d * 4 * d),
+        fixed_flops_step=2 * run * 2 * config.action_dim * d,  # action embedding and final layer
+    )
+
+
+def _linears(d: int, ffn: int, tokens: int, observations: int) -> tuple[LinearShape, ...]:
+    """Linear layers of one block."""
+
+    def linear(
+        name: str, sizes: tuple[int, int], slices: tuple[Slice, Slice], stage: Literal["chunk", "step"] = "step"
+    ) -> LinearShape:
+        rows = observations if stage == "chunk" else tokens
+        return LinearShape(name, *sizes, *slices, bias=True, stage=stage, tokens=rows)
+
+    into: tuple[Slice, Slice] = ("full", "heads")
+    out: tuple[Slice, Slice] = ("heads", "full")
+    return (
+        *(linear(f"self_attn.{part}", (d, d), into) for part in "qkv"),
+        linear("self_attn.o", (d, d), out),
+        linear("cross_attn.q", (d, d), into),
+        *(linear(f"cross_attn.{part}", (d, d), into, "chunk") for part in "kv"),
+        linear("cross_attn.o", (d, d), out),
+        linear("fc1", (d, ffn), ("full", "mlp")),
+        linear("fc2", (ffn, d), ("mlp", "full")),
+    )

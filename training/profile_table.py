@@ -1,0 +1,226 @@
+"""From timed groups of networks to the entries of a look-up table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcqfa_ros.bundle.schema import DiffusionSpec
+from dcqfa_ros.bundle.strict import StrictModel
+from dcqfa_ros.errors import UserError
+from training.lut import BlockEntry, DeviceFacts, ExecutedForm, FixedEntry, LookUpTable, Method, space_bits
+from training.profile_graphs import BlockSize
+from training.profile_timing import BURST, Timing
+from training.space import Precision, SearchSpace
+
+INTEGER, FLOAT = "int8", "float32"
+DIFFUSION = DiffusionSpec(
+    train_timesteps=100, beta_schedule="squared_cosine", prediction="epsilon", clip_sample=1.0, sampler="ddim", steps=16
+)
+UNSTEADY = 0.05  # a reference whose interquartile range exceeds this share of its median tells of a busy computer
+
+
+class SettingsError(UserError, ValueError):
+    """A setting of a measurement that is out of range; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSettings:
+    """How a table is measured.
+
+    Attributes:
+        name: of the table.
+        threads: intra-operator threads of the engine.
+        runs: timed chunks per network; a table that is kept has at least 100.
+        warm_ups: untimed chunks before.
+        subnets: random subnets per executed form that prediction and measurement are compared on; 0 for none.
+        diffusion: the sampler whose loop is timed. Times in the table are per step, whatever its number of steps.
+    """
+
+    name: str
+    threads: int = 1
+    runs: int = 100
+    warm_ups: int = 20
+    subnets: int = 30
+    diffusion: DiffusionSpec = DIFFUSION
+
+    def __post_init__(self) -> None:
+        for label, value, least in (
+            ("threads", self.threads, 1),
+            ("runs", self.runs, 1),
+            ("warm-ups", self.warm_ups, 0),
+            ("subnets", self.subnets, 0),
+        ):
+            if value < least:
+                raise SettingsError(f"{label}: expected at least {least}, got {value}")
+
+    @property
+    def rounds(self) -> int:
+        """Bursts of runs per network."""
+        return -(-self.runs // BURST)
+
+
+class GroupTimes(StrictModel):
+    """Times of one group of networks: the reference first, then the others, milliseconds per run."""
+
+    median_ms: tuple[float, ...]
+    spread_ms: tuple[float, ...]
+
+    @classmethod
+    def of(cls, timings: Sequence[Timing]) -> GroupTimes:
+        """Keep the numbers of ``timings``."""
+        return cls(median_ms=tuple(t.median_ms for t in timings), spread_ms=tuple(t.spread_ms for t in timings))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which networks tell of a block size: ``around`` blocks of middle size, and ``added`` of the size in question.
+
+    ``executed`` are the forms that the engine has for the precisions of the space.
+    """
+
+    middle: tuple[int, int]
+    around: int
+    added: int
+    executed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, space: SearchSpace) -> Layout:
+        """Networks as deep as the policy (of two blocks at least)."""
+        heads, widths = space.head_choices[0], space.mlp_choices[0]
+        added = max(1, len(space.shape.blocks) // 2)
+        return cls(
+            (heads[len(heads) // 2], widths[len(widths) // 2]),
+            max(1, len(space.shape.blocks) - added),
+            added,
+            (INTEGER, FLOAT) if space.config.precisions else (INTEGER,),
+        )
+
+    def context(self, quantized: bool) -> list[BlockSize]:
+        """The network without the blocks in question."""
+        return [BlockSize(*self.middle, quantized)] * self.around
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of the computer: ``load`` is its load average before the measurement."""
+
+    device: DeviceFacts
+    versions: dict[str, str]
+    load: float
+    workspace_bytes: int
+
+
+def table_of(
+    space: SearchSpace, settings: ProfileSettings, times: Mapping[str, GroupTimes], facts: Facts
+) -> LookUpTable:
+    """Make the table of ``times``.
+
+    Args:
+        space: what was measured.
+        settings: how.
+        times: groups ``step EXECUTED HEADS`` (the context alone, then with blocks of each hidden width) and
+            ``chunk EXECUTED`` (the context alone, then with blocks of each head count).
+        facts: about the computer.
+    """
+    layout = Layout.of(space)
+    forms = [
+        ExecutedForm(precision=Precision.INT, w=w, a=a, executed=INTEGER, stored_bits=8)
+        for w, a in space_bits(space, Precision.INT)
+    ]
+    forms += [ExecutedForm(precision=p, executed=FLOAT, stored_bits=32) for p in space.config.precisions]
+    maker = _Entries(space, settings.diffusion.steps, layout, times)
+    blocks = tuple(entry for executed in layout.executed for entry in maker.blocks(executed))
+    method = Method(
+        statistic="median",
+        runs=settings.rounds * BURST,
+        warm_ups=settings.warm_ups,
+        notes=tuple(_notes(space, layout, times, facts.load)),
+    )
+    return LookUpTable(
+        name=settings.name,
+        device=facts.device,
+        runtime="onnxruntime cpu",
+        versions=facts.versions,
+        threads=settings.threads,
+        modelled=False,
+        method=method,
+        workspace_bytes=facts.workspace_bytes,
+        forms=tuple(forms),
+        blocks=blocks,
+        fixed=tuple(maker.fixed(precision, blocks) for precision in space.precisions),
+    )
+
+
+def _notes(space: SearchSpace, layout: Layout, times: Mapping[str, GroupTimes], load: float) -> Iterator[str]:
+    yield (
+        f"block times are differences of networks with and without {layout.added} blocks of a size, timed in turn with "
+        "a reference network and corrected for its drift; a run is a whole chunk"
+    )
+    yield "weights and activations of 4 bits execute in 8-bit containers: the same time and memory as 8 bits"
+    if space.config.precisions:
+        yield "fp16 and fp8 execute as float32: this engine has no kernels for them on a CPU"
+    spread = float(np.median([group.spread_ms[0] / group.median_ms[0] for group in times.values()]))
+    busy = "; the computer was busy: measure again when it is idle" if spread > UNSTEADY else ""
+    tokens = space.shape.blocks[-1].tokens
+    steadiness = f"the reference varied by {spread:.1%} (interquartile range / median)"
+    yield f"{tokens} tokens: load average before {load:.1f}; {steadiness}{busy}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    space: SearchSpace
+    steps: int
+    layout: Layout
+    times: Mapping[str, GroupTimes]
+
+    def blocks(self, executed: str) -> Iterator[BlockEntry]:
+        block, chunk = self.space.shape.blocks[0], self.times[f"chunk {executed}"]
+        for h, heads in enumerate(self.space.head_choices[0], start=1):
+            step = self.times[f"step {executed} {heads}"]
+            # Groups are timed one after the other: bring them to the common speed of the reference they share.
+            common = self._context_ms(executed) / step.median_ms[0] / self.steps
+            for m, mlp in enumerate(self.space.mlp_choices[0], start=1):
+                yield BlockEntry(
+                    kind=block.kind,
+                    dim=block.dim,
+                    head_dim=block.head_dim,
+                    tokens=block.tokens,
+                    memory_tokens=block.memory_tokens,
+                    heads=heads,
+                    mlp=mlp,
+                    executed=executed,
+                    step_ms=_rounded(self._per_block(step, m) * common),
+                    step_spread_ms=_rounded(step.spread_ms[m] / self.layout.added * common),
+                    kv_ms=_rounded(self._per_block(chunk, h)),
+                    kv_spread_ms=_rounded(chunk.spread_ms[h] / self.layout.added),
+                )
+
+    def fixed(self, precision: Precision, blocks: Sequence[BlockEntry]) -> FixedEntry:
+        """What is left of the context network when its blocks are taken out."""
+        executed, around = INTEGER if precision is Precision.INT else FLOAT, self.layout.around
+        inside = next(e for e in blocks if (e.executed, (e.heads, e.mlp)) == (executed, self.layout.middle))
+        step = self._context_ms(executed) / self.steps - around * inside.step_ms
+        chunk = self.times[f"chunk {executed}"].median_ms[0] - around * inside.kv_ms
+        return FixedEntry(
+            backbone=self.space.shape.backbone,
+            fixed_parameters=self.space.shape.fixed_parameters,
+            tokens=self.space.shape.blocks[-1].tokens,
+            precision=precision,
+            encoder_ms=_rounded(max(0.0, chunk)),
+            step_fixed_ms=_rounded(max(0.0, step)),
+        )
+
+    def _per_block(self, group: GroupTimes, index: int) -> float:
+        return max(0.0, group.median_ms[index] - group.median_ms[0]) / self.layout.added
+
+    def _context_ms(self, executed: str) -> float:
+        """Milliseconds of the context network's denoising steps, over all groups."""
+        groups = (self.times[f"step {executed} {heads}"] for heads in self.space.head_choices[0])
+        return float(np.median([group.median_ms[0] for group in groups]))
+
+
+def _rounded(milliseconds: float) -> float:
+    return round(milliseconds, 6)  # nanoseconds

@@ -1,0 +1,305 @@
+"""What every training run has: a folder, a checkpoint it continues from bit for bit, a loop that can be stopped.
+
+Every random draw of a step comes from generators seeded by (seed, step), so a resumed run repeats the uninterrupted one
+without storing generator states.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dcqfa_ros.bundle.provenance import TrainingSegment
+from dcqfa_ros.errors import UserError
+from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
+from training.compiling import check_compiler
+from training.config import TrainConfig
+from training.data.policy_data import Batch, PolicyData
+from training.objective import Objective
+from training.schedules import ema_decay, learning_rate_factor
+from training.signals import stop_on_signal
+from training.specification import PolicyMeaning
+from training.trained import segments
+from training.world import World
+
+Record = dict[str, float]
+
+
+class TrainingError(UserError):
+    """A run that cannot go on; the last good checkpoint is kept."""
+
+
+class TrainingRun(ABC):
+    """One training run in a folder: ``config.json``, ``checkpoint.pt``, TensorBoard events.
+
+    Attributes:
+        step: optimizer steps done.
+        history: the starts and resumes of the run so far; :meth:`run` adds one.
+        changed: conditions that differ from those the checkpoint was written under, as text; the run then no longer
+            repeats an uninterrupted one bit for bit.
+        data: the demonstrations.
+        objective: the task.
+        world: this process among those that train together.
+    """
+
+    loss_name = "loss"
+    other_facts: Mapping[str, str] = MappingProxyType({})
+    """Entries of :meth:`_facts` that do not follow from the data, with the configuration's field behind each."""
+
+    def __init__(self, config: TrainConfig, folder: Path, *, config_file: str | None = None) -> None:
+        """Read the data.
+
+        Args:
+            config: the run.
+            folder: where it is kept.
+            config_file: name, without folder, of the YAML file that ``config`` comes from, for the record.
+
+        Raises:
+            DataError: the data set cannot be used or does not fit the policy.
+            ConfigError: the configuration does not describe a policy that a bundle can hold, or its action normaliser
+                leaves the range that the sampler keeps.
+            CompilerError: compilation for a CPU is asked for and there is no C++ compiler.
+        """
+        self.config, self.folder, self.config_file = config, folder, config_file
+        self.history: list[TrainingSegment] = []
+        self.changed: tuple[str, ...] = ()
+        self.step = 0
+        if config.run.compile and config.run.device == "cpu":
+            check_compiler()
+        torch.set_num_threads(config.run.threads)
+        self.world = World()
+        self.device = self.world.device(config.run.device)
+        self.data = PolicyData(config)
+        PolicyMeaning(
+            config,
+            self.data.shapes,
+            self.data.observation_norms,
+            self.data.action_norm,
+            self.data.train_episodes,
+            0,
+        ).specification()  # what the bundle would refuse in the end is refused before the first step
+        self.windows, self.held_out = self.data.windows, self.data.held_out
+        self.objective = Objective(config, self.device)
+        self.signal, self.sigma = self.objective.signal, self.objective.sigma
+
+    # What a kind of run fills in -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _step(self) -> Record:
+        """Do one optimizer step and return what to log; the key ``loss_name`` is shown to the user."""
+
+    @abstractmethod
+    def _validation(self) -> Record:
+        """Held-out figures of the averaged network."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """What the checkpoint holds of networks and optimizer."""
+
+    @abstractmethod
+    def _load_state(self, payload: dict[str, Any]) -> None:
+        """Continue from :meth:`_state`."""
+
+    def _facts(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that continues it, besides the configuration."""
+        return self.data.facts()
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The run's one checkpoint file."""
+        return self.folder / CHECKPOINT
+
+    def resume(self, change_length: bool = False) -> None:
+        """Continue from the folder's checkpoint where there is one.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or belongs to another configuration or other data.
+        """
+        if self.checkpoint_path.exists():
+            self._restore(load_checkpoint(self.checkpoint_path), change_length)
+
+    def _restore(self, payload: dict[str, Any], change_length: bool) -> None:
+        try:
+            trained = TrainConfig.model_validate_json(json.dumps(payload["config"]), strict=True)
+            self.history = list(segments(payload))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.checkpoint_path}: its configuration cannot be read ({error})") from error
+        mine, theirs = _identity(self.config), _identity(trained)
+        different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if change_length:
+            different = [key for key in different if key != "run.steps"]
+        if different:
+            length = "; --change-length permits another run.steps" if different == ["run.steps"] else ""
+            raise CheckpointError(
+                f"{self.checkpoint_path}: trained with another configuration (differs in {', '.join(different)}); "
+                f"give another --out or restore the configuration{length}"
+            )
+        # The configuration says where data are, not what they hold. Checkpoints of older versions lack the hash.
+        ours = self._facts()
+        different = [key for key, value in ours.items() if key in payload and payload[key] != value]
+        others = {name for name in different if name in self.other_facts}
+        if others:
+            fields = " and ".join(sorted(self.other_facts[name] for name in others))
+            raise CheckpointError(
+                f"{self.checkpoint_path}: trained with other files than {fields} names now (differs in "
+                f"{', '.join(sorted(others))}); give another --out or restore them"
+            )
+        if different:
+            raise CheckpointError(
+                f"{self.checkpoint_path}: trained on other data than {self.config.data.path} (differs in "
+                f"{', '.join(different)}); give another --out or restore the data"
+            )
+        self.changed = tuple(
+            f"{name} {getattr(trained.run, name)} -> {getattr(self.config.run, name)}"
+            for name in ("threads", "compile", "device")
+            if getattr(trained.run, name) != getattr(self.config.run, name)
+        )
+        before = int(payload.get("processes", 1))
+        if before != self.world.size:
+            self.changed += (f"processes {before} -> {self.world.size}",)
+        self.config_file = self.config_file or payload.get("config_file")
+        try:
+            self._load_state(payload)
+            self.step = int(payload["step"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.checkpoint_path}: its state does not fit the network ({error})") from error
+
+    def payload(self) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "config_file": self.config_file,
+            "step": self.step,
+            "processes": self.world.size,
+            "history": [segment.model_dump(mode="json") for segment in self.history],
+            **self._facts(),
+            **self._state(),
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint atomically (the first process only)."""
+        if self.world.first:
+            save_checkpoint(self.checkpoint_path, self.payload())
+        self.world.wait()
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def noisy(self, batch: Batch) -> Tensor:
+        """Actions (B, H, Da) with noise of their time steps."""
+        return self.objective.noisy(batch)
+
+    def predict(self, model: Callable[..., Tensor], noisy: Tensor, batch: Batch) -> Tensor:
+        """Noise (B, H, Da) that ``model`` predicts, in the run's precision."""
+        return self.objective.predict(model, noisy, batch)
+
+    def learning_rate_factor(self) -> float:
+        """Share of the base learning rate at this step."""
+        opt, steps = self.config.optimizer, self.config.run.steps
+        return learning_rate_factor(self.step, opt.warmup_steps, steps, opt.final_learning_rate / opt.learning_rate)
+
+    def average(self, averaged: list[Tensor], weights: list[Tensor]) -> None:
+        """Move the averaged parameters toward the trained ones."""
+        decay = ema_decay(self.step, self.config.ema.power, self.config.ema.maximum)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, weights, 1.0 - decay)
+
+    def diverged(self, what: str, value: float) -> TrainingError:
+        """The error of a step whose loss or gradient is not finite."""
+        kept = f"the last checkpoint, {self.checkpoint_path}, is kept"
+        if not self.checkpoint_path.exists():
+            kept = "no checkpoint had been written yet"
+        return TrainingError(
+            f"step {self.step}: {what} is {value}; nothing was updated and {kept}. "
+            "Lower optimizer.learning_rate or check the data"
+        )
+
+    def run(self, log: Callable[[Record], None] | None = None) -> bool:
+        """Train to the end or to Ctrl-C; returns True when the run is complete. Progress goes to stderr.
+
+        The checkpoint is written every ``checkpoint_every`` steps, at the end, and on INT, TERM and HUP.
+        """
+        run = self.config.run
+        if self.step < run.steps:
+            self.history.append(
+                TrainingSegment(
+                    step=self.step,
+                    planned_steps=run.steps,
+                    threads=run.threads,
+                    compile=run.compile,
+                    device=run.device,
+                    torch=str(torch.__version__),
+                )
+            )
+        if self.world.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=1) + "\n")
+        recent = _Window()
+        bar = tqdm(total=run.steps, initial=self.step, desc="train", mininterval=2.0, disable=not self.world.first)
+        with stop_on_signal() as stop, bar:
+            while self.step < run.steps and not self.world.any(stop.is_set()):
+                recent.add(self._step())
+                bar.update()
+                record: Record = {}
+                if self.step % run.log_every == 0 or self.step == run.steps:  # at the end what is left of a window
+                    record = recent.take()
+                    bar.set_postfix(loss=f"{record[self.loss_name]:.4f}")
+                if self.step % run.validate_every == 0:
+                    record |= self._validation()
+                if record and log:
+                    log({"step": float(self.step), **record})
+                if self.step % run.checkpoint_every == 0:
+                    self.save()
+            if recent and log:  # stopped within a window
+                log({"step": float(self.step), **recent.take()})
+            self.save()
+        return self.step >= run.steps
+
+
+class _Window:
+    """Means of what steps report; a figure that only some steps have is averaged over those."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def add(self, record: Record) -> None:
+        for name, value in record.items():
+            self._values[name].append(value)
+
+    def take(self) -> Record:
+        """Return the means and forget them; the learning rate is the last one."""
+        record = {k: float(v[-1] if k == "lr" else np.mean(v)) for k, v in self._values.items()}
+        self._values.clear()
+        return record
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What must agree between a checkpoint and the run that continues it: all but paths, texts and bookkeeping."""
+    document = config.model_dump(mode="json", exclude={"license": True, "task": True, "data": {"path", "format"}})
+    observations = document["data"]["observations"]
+    for source in observations.values():
+        del source["names"]
+    document["data"]["observations"] = list(observations.items())  # their order matters too
+    document["run"] = {key: document["run"][key] for key in ("steps", "batch", "seed", "precision")}
+    if document["supernet"] is not None:
+        for path in ("warm_start", "tables"):  # what they hold is compared instead
+            del document["supernet"][path]
+    flat: dict[str, Any] = {}
+    for section, value in document.items():
+        fields = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+        flat.update(fields)
+    return flat

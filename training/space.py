@@ -1,0 +1,648 @@
+"""Search space of a policy: which of its blocks are kept, how wide they are, and at how many bits they run.
+
+A policy declares its elastic blocks as a :class:`PolicyShape`; the space, the tables, the sampler and the search know
+nothing else of it. A :class:`Subnet` is one point of the space (``algorithms.md`` section 1). Embeddings, time MLP and
+the final layer lie outside the blocks: they are neither elastic nor below 8 bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from dcqfa_ros.bundle.strict import StrictModel
+from dcqfa_ros.bundle.types import Name
+from dcqfa_ros.errors import UserError
+
+
+class SpaceError(UserError, ValueError):
+    """A search space that fits no policy, or a subnet that is not in its space; the message names the field."""
+
+
+class Precision(str, Enum):
+    """Arithmetic of the whole network; ``int`` means integer codes at each layer's own weight and activation bits."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    FP8 = "fp8"
+    INT = "int"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# Bits of a layer where the precision is that of the whole network.
+FLOAT_BITS: Mapping[Precision, int] = MappingProxyType({Precision.FP32: 32, Precision.FP16: 16, Precision.FP8: 8})
+
+Slice = Literal["full", "heads", "mlp"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """One linear layer of a block at full size.
+
+    Attributes:
+        name: module path within the block.
+        in_features: channels of its input.
+        out_features: channels of its output.
+        in_slice: what the input shrinks with: nothing (``full``), the heads kept or the hidden channels kept.
+        out_slice: the same of the output.
+        bias: whether it has one.
+        stage: ``chunk`` if it runs once per action chunk (keys and values of conditioning tokens, encoders), ``step``
+            if it runs at every denoising step.
+        tokens: tokens it processes per run.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    in_slice: Slice
+    out_slice: Slice
+    bias: bool
+    stage: Literal["chunk", "step"]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """One transformer block at full size.
+
+    Attributes:
+        name: module path, such as ``blocks.0``.
+        kind: type of block: the key into look-up tables.
+        group: blocks whose depth is counted together, such as ``encoder``.
+        dim: channels of the residual stream, never sliced.
+        heads: attention heads.
+        head_dim: channels of a head.
+        mlp: hidden channels of the MLP.
+        tokens: tokens that the block processes and that attend to each other.
+        memory_tokens: tokens it attends to besides (cross-attention); 0 without cross-attention.
+        linears: its linear layers, the only part that is sliced and quantized.
+        float_parameters: all other parameters (norms), never sliced and never quantized.
+        elastic: False for a block that is never skipped nor narrowed: only its bits are chosen.
+    """
+
+    name: str
+    kind: str
+    group: str
+    dim: int
+    heads: int
+    head_dim: int
+    mlp: int
+    tokens: int
+    memory_tokens: int
+    linears: tuple[LinearShape, ...]
+    float_parameters: int
+    elastic: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyShape:
+    """A policy as its elastic blocks, in order of execution, and the sum of the rest.
+
+    Attributes:
+        backbone: name of the policy's architecture.
+        blocks: the blocks.
+        fixed_parameters: parameters outside the blocks.
+        fixed_flops_chunk: floating point operations outside the blocks per action chunk.
+        fixed_flops_step: the same per denoising step.
+        fixed_bits: bits in which networks of integer or FP8 precision store what lies outside the blocks.
+    """
+
+    backbone: str
+    blocks: tuple[BlockShape, ...]
+    fixed_parameters: int
+    fixed_flops_chunk: int
+    fixed_flops_step: int
+    fixed_bits: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What is kept of a block: ``heads`` heads, ``mlp`` hidden channels; ``w`` weight and ``a`` activation bits."""
+
+    heads: int
+    mlp: int
+    w: int
+    a: int
+
+
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """One network of a search space, usable as a key.
+
+    Attributes:
+        layers: one entry per block of the policy; None where the block is skipped.
+        precision: arithmetic of the whole network. Layers of FP32, FP16 and FP8 carry w = a = 32, 16 and 8.
+    """
+
+    layers: tuple[Layer | None, ...]
+    precision: Precision
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks kept."""
+        return len(self.kept)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Indices of the blocks kept."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer is not None)
+
+
+Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(min_length=1)]
+BitWidths = Annotated[tuple[Literal[4, 8], ...], Field(min_length=1)]
+
+
+class SpaceConfig(StrictModel):
+    """The section of a training configuration that spans the space.
+
+    ``min_depth`` counts the blocks of a group that are kept at least; ratios are shares of the full heads and hidden
+    channels; ``precisions`` lists what the whole network may run in besides integer codes.
+    """
+
+    min_depth: dict[Name, Annotated[int, Field(ge=1)]]
+    head_ratios: Ratios
+    mlp_ratios: Ratios
+    weight_bits: BitWidths = (4, 8)
+    activation_bits: BitWidths = (4, 8)
+    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.FP8)
+
+    @field_validator("head_ratios", "mlp_ratios", "weight_bits", "activation_bits", "precisions")
+    @classmethod
+    def _distinct(cls, values: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"a choice stands twice in {', '.join(str(value) for value in values)}; keep one")
+        return values
+
+    @field_validator("head_ratios", "mlp_ratios")
+    @classmethod
+    def _full_size(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 not in values:
+            raise ValueError("the full size 1.0 is missing; the largest network is part of every space")
+        return values
+
+    @field_validator("precisions")
+    @classmethod
+    def _whole_network(cls, values: tuple[Precision, ...]) -> tuple[Precision, ...]:
+        if Precision.INT in values:
+            raise ValueError("int is always in the space; leave it out")
+        return values
+
+
+def evenly_kept(blocks: int, depth: int) -> tuple[int, ...]:
+    """Indices of ``depth`` of ``blocks`` blocks, evenly spread, first and last kept (the first alone at depth 1).
+
+    Raises:
+        ValueError: not 0 <= depth <= blocks.
+    """
+    if not 0 <= depth <= blocks:
+        raise ValueError(f"depth: expected 0 to {blocks}, got {depth}")
+    if depth < 2:
+        return tuple(range(depth))
+    spaces = depth - 1
+    # Whole numbers, rounded half up: the same pattern on every machine.
+    return tuple((2 * i * (blocks - 1) + spaces) // (2 * spaces) for i in range(depth))
+
+
+def linear_size(block: BlockShape, linear: LinearShape, layer: Layer) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer of ``block`` at the width of ``layer``."""
+
+    def kept(features: int, by: Slice) -> int:
+        if by == "heads":
+            return features * layer.heads // block.heads
+        return features * layer.mlp // block.mlp if by == "mlp" else features
+
+    return kept(linear.in_features, linear.in_slice), kept(linear.out_features, linear.out_slice)
+
+
+GENES_PER_BLOCK = 5  # keep, heads, mlp, weight bits, activation bits
+
+_UNIFORM = re.compile(
+    r"d(?P<depth>\d{1,4})-h(?P<heads>\d*\.?\d+)-m(?P<mlp>\d*\.?\d+)-(?P<bits>fp32|fp16|fp8|w\d{1,2}a\d{1,2})", re.A
+)
+_BITS = re.compile(r"w(\d{1,2})a(\d{1,2})", re.A)
+_LAYER = re.compile(
+    r"(?:0|(?P<heads>\d{1,6})h(?P<mlp>\d{1,6})(?:w(?P<w>\d{1,2})a(?P<a>\d{1,2}))?)(?:x(?P<run>\d{1,4}))?", re.A
+)
+_FORMS = (
+    "a uniform network such as d6-h.75-m3-w4a4, a list of layers such as w4a4.4h1024x2.0.3h768, "
+    "or largest, smallest, fp32, fp16, fp8, w8a8, w4a8, w8a4, w4a4"
+)
+
+
+class SearchSpace:
+    """All subnets of a policy that a configuration allows, with their integer genes and their names.
+
+    Attributes:
+        shape: the policy.
+        config: the configuration.
+        groups: block indices of each group.
+        min_depth: blocks of each group that are kept at least.
+        precisions: precisions in the space, widest first, ``int`` last.
+        head_choices: per block the head counts, ascending.
+        mlp_choices: per block the hidden channels, ascending.
+        weight_bits: ascending.
+        activation_bits: ascending.
+        gene_sizes: number of values of each gene: one for the precision (index into ``precisions``), then per block
+            keep (1: kept) and the indices of head count, hidden channels, weight bits and activation bits.
+    """
+
+    def __init__(self, shape: PolicyShape, config: SpaceConfig) -> None:
+        """Span the space of ``shape`` under ``config``.
+
+        Raises:
+            SpaceError: configuration and policy do not fit; the message names the field.
+        """
+        self.shape, self.config = shape, config
+        _check_shape(shape)
+        groups: dict[str, tuple[int, ...]] = {}
+        for index, block in enumerate(shape.blocks):
+            groups[block.group] = (*groups.get(block.group, ()), index)
+        self.groups: Mapping[str, tuple[int, ...]] = groups
+        self.min_depth: Mapping[str, int] = _min_depth(shape, groups, config.min_depth)
+        self.precisions = (*(p for p in Precision if p in config.precisions), Precision.INT)
+        self.head_choices = tuple(
+            _counts(config.head_ratios, block.heads, f"heads of {block.name}", "head_ratios", block.elastic)
+            for block in shape.blocks
+        )
+        self.mlp_choices = tuple(
+            _counts(config.mlp_ratios, block.mlp, f"hidden channels of {block.name}", "mlp_ratios", block.elastic)
+            for block in shape.blocks
+        )
+        self.weight_bits: tuple[int, ...] = tuple(sorted(config.weight_bits))
+        self.activation_bits: tuple[int, ...] = tuple(sorted(config.activation_bits))
+        bits = (len(self.weight_bits), len(self.activation_bits))
+        per_block = (
+            (2, len(heads), len(mlp), *bits) for heads, mlp in zip(self.head_choices, self.mlp_choices, strict=True)
+        )
+        self.gene_sizes: tuple[int, ...] = (len(self.precisions), *itertools.chain.from_iterable(per_block))
+        # Texts of the widths in uniform names, per block.
+        self._head_texts = tuple(
+            {count: _ratio_text(count, block.heads) for count in counts}
+            for block, counts in zip(shape.blocks, self.head_choices, strict=True)
+        )
+        self._mlp_texts = tuple(
+            {count: _ratio_text(count, block.dim) for count in counts}
+            for block, counts in zip(shape.blocks, self.mlp_choices, strict=True)
+        )
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        """Fewest and most blocks that a subnet keeps."""
+        return sum(self.min_depth.values()), len(self.shape.blocks)
+
+    def kept_blocks(self, depth: int) -> tuple[int, ...]:
+        """The evenly spread pattern of ``depth`` kept blocks.
+
+        Every group begins with its least depth; each further block goes to the group that has kept the smallest share
+        of its blocks, so that groups shrink together. Within a group the pattern is :func:`evenly_kept`.
+
+        Raises:
+            SpaceError: the space has no network of that depth.
+        """
+        low, high = self.depths
+        if not low <= depth <= high:
+            raise SpaceError(f"depth: expected {low} to {high} blocks, got {depth}")
+        counts = dict(self.min_depth)
+        for _ in range(depth - low):
+            open_groups = [name for name, blocks in self.groups.items() if counts[name] < len(blocks)]
+            counts[min(open_groups, key=lambda name: Fraction(counts[name], len(self.groups[name])))] += 1
+        kept = (
+            blocks[place] for name, blocks in self.groups.items() for place in evenly_kept(len(blocks), counts[name])
+        )
+        return tuple(sorted(kept))
+
+    def check(self, subnet: Subnet) -> None:
+        """Return if ``subnet`` is in the space.
+
+        Raises:
+            SpaceError: it is not; the message names what the space lacks and what it offers.
+        """
+        blocks = self.shape.blocks
+        if len(subnet.layers) != len(blocks):
+            raise SpaceError(f"layers: expected one for each of {len(blocks)} blocks, got {len(subnet.layers)}")
+        self._check_choice("precision", subnet.precision, self.precisions)
+        bits = FLOAT_BITS.get(subnet.precision)
+        weights = self.weight_bits if bits is None else (bits,)
+        activations = self.activation_bits if bits is None else (bits,)
+        for index, layer in enumerate(subnet.layers):
+            if layer is None:
+                continue
+            name = blocks[index].name
+            self._check_choice(f"{name}: heads", layer.heads, self.head_choices[index])
+            self._check_choice(f"{name}: hidden channels", layer.mlp, self.mlp_choices[index])
+            self._check_choice(f"{name}: weight bits", layer.w, weights)
+            self._check_choice(f"{name}: activation bits", layer.a, activations)
+        for group, indices in self.groups.items():
+            kept = sum(subnet.layers[index] is not None for index in indices)
+            if kept < self.min_depth[group]:
+                raise SpaceError(
+                    f"depth: group {group} keeps {kept} of {len(indices)} blocks; "
+                    f"the space asks for {self.min_depth[group]} at least"
+                )
+
+    @staticmethod
+    def _check_choice(field: str, value: object, choices: Sequence[object]) -> None:
+        if value not in choices:
+            raise SpaceError(f"{field}: expected one of {', '.join(str(choice) for choice in choices)}, got {value}")
+
+    def encode(self, subnet: Subnet) -> tuple[int, ...]:
+        """Genes of ``subnet``, one value per entry of :attr:`gene_sizes`; equal networks have equal genes.
+
+        Genes of skipped blocks are 0, and so are bit genes unless the precision is ``int``.
+
+        Raises:
+            SpaceError: the subnet is not in the space.
+        """
+        self.check(subnet)
+        integer = subnet.precision is Precision.INT
+        genes = [self.precisions.index(subnet.precision)]
+        for index, layer in enumerate(subnet.layers):
+            if layer is None:
+                genes.extend((0,) * GENES_PER_BLOCK)
+                continue
+            genes.append(1)
+            genes.append(self.head_choices[index].index(layer.heads))
+            genes.append(self.mlp_choices[index].index(layer.mlp))
+            genes.append(self.weight_bits.index(layer.w) if integer else 0)
+            genes.append(self.activation_bits.index(layer.a) if integer else 0)
+        return tuple(genes)
+
+    def decode(self, genes: Iterable[int]) -> Subnet:
+        """The subnet of ``genes``; genes that have no effect may take any value in range.
+
+        Raises:
+            SpaceError: wrong number of genes, a gene out of range, or fewer blocks than the space asks for.
+        """
+        values = tuple(int(gene) for gene in genes)
+        if len(values) != len(self.gene_sizes):
+            raise SpaceError(f"genes: expected {len(self.gene_sizes)}, got {len(values)}")
+        for place, (value, size) in enumerate(zip(values, self.gene_sizes, strict=True)):
+            if not 0 <= value < size:
+                raise SpaceError(f"genes[{place}]: expected 0 to {size - 1}, got {value}")
+        precision = self.precisions[values[0]]
+        layers: list[Layer | None] = []
+        for index in range(len(self.shape.blocks)):
+            start = 1 + GENES_PER_BLOCK * index
+            keep, heads, mlp, w, a = values[start : start + GENES_PER_BLOCK]
+            widths = (self.head_choices[index][heads], self.mlp_choices[index][mlp])
+            layers.append(_layer(widths, precision, self.weight_bits[w], self.activation_bits[a]) if keep else None)
+        subnet = Subnet(tuple(layers), precision)
+        self.check(subnet)
+        return subnet
+
+    def largest(self, precision: Precision = Precision.FP32, w: int = 8, a: int = 8) -> Subnet:
+        """The whole network; ``w`` and ``a`` count at precision ``int`` only.
+
+        Raises:
+            SpaceError: the space lacks that precision or these bits.
+        """
+        return self.uniform(len(self.shape.blocks), 1.0, 1.0, precision, w, a)
+
+    def smallest(self, w: int = 4, a: int = 4) -> Subnet:
+        """Fewest blocks, heads and hidden channels, at integer precision.
+
+        Raises:
+            SpaceError: the space lacks these bits.
+        """
+        heads, mlp = min(self.config.head_ratios), min(self.config.mlp_ratios)
+        return self.uniform(self.depths[0], heads, mlp, Precision.INT, w, a)
+
+    def uniform(
+        self,
+        depth: int,
+        heads_ratio: float,
+        mlp_ratio: float,
+        precision: Precision = Precision.INT,
+        w: int = 8,
+        a: int = 8,
+    ) -> Subnet:
+        """The network of evenly spread blocks of one width and precision.
+
+        Args:
+            depth: blocks kept.
+            heads_ratio: share of the heads, one of the configuration's.
+            mlp_ratio: share of the hidden channels, one of the configuration's.
+            precision: of the whole network.
+            w: weight bits at precision ``int``; not used otherwise.
+            a: activation bits at precision ``int``; not used otherwise.
+
+        Raises:
+            SpaceError: not in the space.
+        """
+        self._check_choice("head ratio", heads_ratio, sorted(self.config.head_ratios))
+        self._check_choice("MLP ratio", mlp_ratio, sorted(self.config.mlp_ratios))
+        layers: list[Layer | None] = [None] * len(self.shape.blocks)
+        for index in self.kept_blocks(depth):
+            block = self.shape.blocks[index]
+            widths = (round(heads_ratio * block.heads), round(mlp_ratio * block.mlp))
+            layers[index] = _layer(widths if block.elastic else (block.heads, block.mlp), precision, w, a)
+        subnet = Subnet(tuple(layers), precision)
+        self.check(subnet)
+        return subnet
+
+    def name(self, subnet: Subnet) -> str:
+        """Short text from which :meth:`parse` restores ``subnet``, safe in file names and in a shell.
+
+        A uniform network reads ``d6-h.75-m3-w4a4``: blocks kept (evenly spread), share of the heads, hidden channels
+        as a multiple of the embedding width, bits. Any other is listed block by block, as in
+        ``w4a4.4h1024x2.0.3h768``: heads and hidden channels, ``0`` for a skipped block, ``x2`` for two in a row; where
+        bits differ it begins with ``int`` and each layer has its own, ``4h1024w4a8``.
+
+        Raises:
+            SpaceError: the subnet is not in the space.
+        """
+        self.check(subnet)
+        kept = [layer for layer in subnet.layers if layer is not None]
+        bits = {(layer.w, layer.a) for layer in kept}
+        common = len(bits) == 1
+        if subnet.precision is not Precision.INT:
+            suffix = subnet.precision.value
+        else:
+            suffix = "w{}a{}".format(*next(iter(bits))) if common else subnet.precision.value
+        widths = self._uniform_widths(subnet) if common else None
+        if widths is not None and subnet.kept == self.kept_blocks(subnet.depth):
+            return f"d{subnet.depth}-h{widths[0]}-m{widths[1]}-{suffix}"
+        parts = [suffix]
+        for layer, run in itertools.groupby(subnet.layers):
+            text = "0" if layer is None else f"{layer.heads}h{layer.mlp}"
+            if layer is not None and not common:
+                text += f"w{layer.w}a{layer.a}"
+            count = sum(1 for _ in run)
+            parts.append(text if count == 1 else f"{text}x{count}")
+        return ".".join(parts)
+
+    def _uniform_widths(self, subnet: Subnet) -> tuple[str, str] | None:
+        """Texts of head share and MLP multiple if all elastic blocks kept have the same, else None."""
+        texts = {
+            (self._head_texts[index][layer.heads], self._mlp_texts[index][layer.mlp])
+            for index, layer in enumerate(subnet.layers)
+            if layer is not None and self.shape.blocks[index].elastic
+        }
+        return texts.pop() if len(texts) == 1 else None
+
+    def parse(self, text: str) -> Subnet:
+        """The subnet that :meth:`name` calls ``text``, or that a short word means.
+
+        Words: ``largest`` (whole network at the widest precision), ``smallest`` (fewest bits), ``fp32``, ``fp16``,
+        ``fp8``, ``w8a8``, ``w4a8``, ``w8a4``, ``w4a4`` (whole network at that precision).
+
+        Raises:
+            SpaceError: not the name of a subnet of the space.
+        """
+        try:
+            return self._parse(text.strip())
+        except SpaceError as error:
+            raise SpaceError(f"subnet {text!r}: {error}") from error
+
+    def _parse(self, text: str) -> Subnet:
+        if text == "largest":
+            return self.largest(self.precisions[0], self.weight_bits[-1], self.activation_bits[-1])
+        if text == "smallest":
+            return self.smallest(self.weight_bits[0], self.activation_bits[0])
+        if match := _UNIFORM.fullmatch(text):
+            precision, w, a = _parse_bits(match["bits"])
+            layers: list[Layer | None] = [None] * len(self.shape.blocks)
+            for index in self.kept_blocks(int(match["depth"])):
+                layers[index] = _layer(self._parse_widths(index, match["heads"], match["mlp"]), precision, w, a)
+            subnet = Subnet(tuple(layers), precision)
+        else:
+            head, *parts = text.split(".")
+            if (
+                head != "int"
+                and head not in {precision.value for precision in FLOAT_BITS}
+                and not _BITS.fullmatch(head)
+            ):
+                raise SpaceError(f"expected {_FORMS}")
+            precision, w, a = _parse_bits(head)
+            if not parts:
+                if head == "int":
+                    raise SpaceError(f"int needs its layers; expected {_FORMS}")
+                return self.largest(precision, w, a)
+            subnet = Subnet(self._parse_layers(parts, precision, w, a), precision)
+        self.check(subnet)
+        return subnet
+
+    def _parse_widths(self, index: int, heads: str, mlp: str) -> tuple[int, int]:
+        """Heads and hidden channels of block ``index`` from the texts of a uniform name."""
+        block = self.shape.blocks[index]
+        if not block.elastic:
+            return block.heads, block.mlp
+        found = []
+        for field, text, texts in (
+            ("head ratio h", heads, self._head_texts[index]),
+            ("MLP multiple m", mlp, self._mlp_texts[index]),
+        ):
+            counts = [count for count, known in texts.items() if float(known) == float(text)]
+            if not counts:
+                raise SpaceError(f"{field}: expected one of {', '.join(texts.values())} for {block.name}, got {text}")
+            found.append(counts[0])
+        return found[0], found[1]
+
+    def _parse_layers(self, parts: list[str], precision: Precision, w: int, a: int) -> tuple[Layer | None, ...]:
+        layers: list[Layer | None] = []
+        own = precision is Precision.INT and w == 0  # every layer has bits of its own
+        for part in parts:
+            match = _LAYER.fullmatch(part)
+            if match is None or (match["heads"] is not None and own != (match["w"] is not None)):
+                example = "4h1024w4a8" if own else "4h1024"
+                raise SpaceError(
+                    f"layer {part!r}: expected heads and hidden channels such as {example}, or 0 (skipped)"
+                )
+            run = int(match["run"] or 1)
+            if len(layers) + run > len(self.shape.blocks):
+                raise SpaceError(f"more layers than the {len(self.shape.blocks)} blocks of the policy")
+            layer = None
+            if match["heads"] is not None:
+                bits = (int(match["w"]), int(match["a"])) if own else (w, a)
+                layer = _layer((int(match["heads"]), int(match["mlp"])), precision, *bits)
+            layers.extend([layer] * run)
+        return tuple(layers)
+
+
+def _check_shape(shape: PolicyShape) -> None:
+    """Refuse a declaration that no width of the space could slice."""
+    if not shape.blocks:
+        raise SpaceError(f"policy {shape.backbone}: expected at least one elastic block, got none")
+    for block in shape.blocks:
+        for linear in block.linears:
+            for by, features in ((linear.in_slice, linear.in_features), (linear.out_slice, linear.out_features)):
+                units = {"heads": block.heads, "mlp": block.mlp}.get(by, 1)
+                if units < 1 or features % units:
+                    raise SpaceError(
+                        f"policy {shape.backbone}: {block.name}.{linear.name}: {features} features are sliced by {by}, "
+                        f"but are no multiple of {units}"
+                    )
+
+
+def _min_depth(
+    shape: PolicyShape, groups: Mapping[str, tuple[int, ...]], configured: Mapping[str, int]
+) -> dict[str, int]:
+    """Least depth of every group; groups of bits-only blocks are kept whole."""
+    unknown = sorted(set(configured) - set(groups))
+    if unknown:
+        raise SpaceError(
+            f"space.min_depth.{unknown[0]}: policy {shape.backbone} has no such group; it has {', '.join(groups)}"
+        )
+    result = {}
+    for group, indices in groups.items():
+        elastic = {shape.blocks[index].elastic for index in indices}
+        if len(elastic) > 1:
+            raise SpaceError(f"policy {shape.backbone}: group {group} mixes elastic blocks and blocks of fixed size")
+        least = configured.get(group, None if True in elastic else len(indices))
+        if least is None:
+            raise SpaceError(f"space.min_depth.{group}: this field is missing; give 1 to {len(indices)}")
+        lowest = 1 if True in elastic else len(indices)
+        if not lowest <= least <= len(indices):
+            raise SpaceError(f"space.min_depth.{group}: expected {lowest} to {len(indices)} blocks, got {least}")
+        result[group] = least
+    return result
+
+
+def _counts(ratios: Sequence[float], full: int, what: str, field: str, elastic: bool) -> tuple[int, ...]:
+    """``ratios`` of ``full`` as ascending counts; a block of fixed size has the full count alone."""
+    if not elastic:
+        return (full,)
+    counts = []
+    for ratio in sorted(ratios):
+        count = round(ratio * full)
+        if count < 1 or abs(count - ratio * full) > 1e-6 * full:
+            raise SpaceError(f"space.{field}: {ratio} of the {full} {what} is no whole number; choose another share")
+        counts.append(count)
+    if len(set(counts)) != len(counts):
+        raise SpaceError(f"space.{field}: two shares of the {full} {what} are the same number; keep one")
+    return tuple(counts)
+
+
+def _layer(widths: tuple[int, int], precision: Precision, w: int, a: int) -> Layer:
+    """A layer whose bits are those of the whole network unless the precision is ``int``."""
+    bits = FLOAT_BITS.get(precision)
+    return Layer(*widths, w, a) if bits is None else Layer(*widths, bits, bits)
+
+
+def _parse_bits(text: str) -> tuple[Precision, int, int]:
+    """Precision, weight and activation bits of ``fp8``, ``w4a8`` or ``int`` (bits 0: to be read per layer)."""
+    if match := _BITS.fullmatch(text):
+        return Precision.INT, int(match[1]), int(match[2])
+    return Precision(text), 0, 0
+
+
+def _ratio_text(count: int, full: int) -> str:
+    """``count / full`` as a short decimal from which ``round(float(text) * full)`` restores ``count``: .75, 3."""
+    ratio = Fraction(count, full)
+    exact = (places for places in range(7) if (ratio * 10**places).denominator == 1)
+    # What is no short decimal (1/3) gets as many places as tell it from its neighbours.
+    places = next(exact, None)
+    if places is None:
+        places = next(p for p in itertools.count(2) if round(float(f"{float(ratio):.{p}f}") * full) == count)
+    text = f"{float(ratio):.{places}f}"
+    return text.removeprefix("0") if text.startswith("0.") else text

@@ -1,0 +1,433 @@
+"""Training of the device-conditioned, quantization-aware supernet (``algorithms.md`` sections 1 to 4).
+
+A step is a sandwich on one draw of windows, time steps and noise: the largest network in full precision, the largest at
+few bits, the smallest, and networks that the configuration sampler draws for a device and its budgets. Every one of
+them learns from the task and from the frozen full-precision teacher; what each loses against the teacher on the very
+same samples teaches the sampler. The costs of a network come from tables and act on the sampler alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.compact import COMPACT, averaged_state
+from training.compiling import compiled
+from training.conditions import Conditions
+from training.config import ConfigError, TrainConfig
+from training.cost import cost_tensors
+from training.data.policy_data import Batch
+from training.data.sequences import WindowSet
+from training.draws import Phase
+from training.held_out import BATCH, BATCHES, held_out_loss
+from training.importance import l1_scores, order_by_importance, taylor_scores
+from training.losses.sqil import (
+    dimension_perturbation,
+    saliency_timesteps,
+    saliency_weights,
+    sqil_loss,
+    state_saliency,
+)
+from training.lut import load_table
+from training.nn.elastic import ElasticDecoderBlock
+from training.policies.diffusion_policy_t import DiffusionPolicyT
+from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
+from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
+from training.run import Record, TrainingRun
+from training.sampler import ConfigurationSampler
+from training.schedules import step_seed
+from training.space import Precision, SearchSpace, SpaceError, Subnet
+from training.supernet_config import SupernetConfig
+from training.synthetic_tables import synthetic_tensors
+from training.warm_start import read_policy_weights, state_sha256
+
+SALIENCY = "saliency.pt"
+CALIBRATION_SEED = 30_000_001
+SYNTHETIC_SEED = 40_000_001
+SUBNET_STREAM = 0x5DEECE66D  # keeps what a step draws of subnets apart from what it draws of windows
+HELD_OUT_SUBNETS = ("largest", "fp8", "w8a8", "w4a4", "smallest")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One network of a step: its class for the log, how many samples it sees, and whether dropout acts."""
+
+    label: str
+    subnet: Subnet
+    batch: int
+    dropout: bool = False
+
+
+class SupernetTrainer(TrainingRun):
+    """One supernet training run.
+
+    Attributes:
+        space: the search space.
+        model: the supernet.
+        ema: its exponential moving average, which is what is evaluated and exported.
+        teacher: the frozen full-precision policy.
+        conditions: devices and budgets.
+        sampler: the configuration sampler.
+        table: names of the subnets that are validated.
+    """
+
+    loss_name = "loss"
+    other_facts = MappingProxyType({"teacher_sha256": "supernet.warm_start", "tables_sha256": "supernet.tables"})
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        resume: bool = True,
+        *,
+        change_length: bool = False,
+        config_file: str | None = None,
+    ) -> None:
+        """Read data, teacher and tables, order and calibrate the supernet, and continue from a checkpoint if there is.
+
+        Raises:
+            ConfigError: the configuration has no ``supernet`` section.
+            UserError: data, warm start, tables or space cannot be used; see the modules that read them.
+            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration, data or teacher.
+        """
+        if config.supernet is None:
+            raise ConfigError(f"training configuration {config.name!r}: supernet: the section is missing")
+        super().__init__(config, folder, config_file=config_file)
+        self.options: SupernetConfig = config.supernet
+        for name in ("largest", "low", "smallest", "sampled"):
+            field = f"{name}_batch"
+            self.world.check_batch(f"supernet.sandwich.{field}", getattr(self.options.sandwich, field))
+        self.space = search_space(config)
+        self.table = _check_networks(self.space, self.options)
+        weights = read_policy_weights(Path(self.options.warm_start), config.policy)
+        weights.check_normalizers(self.data.observation_norms, self.data.action_norm)
+        self._teacher_sha256 = state_sha256(weights.state)
+        torch.manual_seed(config.run.seed)
+        teacher = DiffusionPolicyT(config.policy)
+        teacher.load_state_dict(weights.state)
+        self.teacher = teacher.requires_grad_(False).eval().to(self.device)
+        self.model = ElasticDiffusionPolicyT(config.policy)
+        self.model.load_state_dict(weights.state, strict=False)  # the quantizers' steps are not among them
+        self.model.to(self.device)
+        self._tables_sha256, self.conditions = self._read_conditions()
+        self.sampler = ConfigurationSampler(self.space, self.conditions, self.options.sampler, config.run.seed)
+        if not (resume and self.checkpoint_path.exists()):
+            self._order_and_calibrate()
+        self.ema = clone(self.model)
+        if config.run.compile:
+            self.model.run_block = compiled(ElasticDecoderBlock.forward)
+        self.run_teacher: Callable[..., Tensor] = torch.compile(self.teacher) if config.run.compile else self.teacher
+        steps = [p for n, p in self.model.named_parameters() if n.endswith("log_step")]
+        others = [p for n, p in self.model.named_parameters() if not n.endswith("log_step")]
+        self.parameters, self.steps = others, steps
+        self.weights: list[Tensor] = list(self.model.parameters())
+        self.averaged: list[Tensor] = list(self.ema.parameters())
+        opt = config.optimizer
+        groups = [
+            {"params": [p for p in others if p.ndim == 2], "weight_decay": opt.weight_decay, "lr": opt.learning_rate},
+            {"params": [p for p in others if p.ndim != 2], "weight_decay": 0.0, "lr": opt.learning_rate},
+            {"params": steps, "weight_decay": 0.0, "lr": self.options.step_learning_rate},
+        ]
+        self._base_rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+        self.optimizer = torch.optim.AdamW(groups, betas=opt.betas, fused=True)
+        if resume:
+            self.resume(change_length)
+        self._saliency: Tensor | None = None
+
+    # Preparation -----------------------------------------------------------------------------------------------------
+
+    def _read_conditions(self) -> tuple[str, Conditions]:
+        """The devices of the run and a hash of their tables."""
+        steps, digest, measured = self.config.diffusion.steps, hashlib.sha256(), {}
+        for path in sorted(self.options.tables):
+            if Path(path).stem in measured:
+                raise ConfigError(
+                    f"training configuration {self.config.name!r}: supernet.tables: two files are called "
+                    f"{Path(path).stem}; a device is known by the name of its file, so rename one"
+                )
+            table = load_table(Path(path))
+            digest.update(Path(path).read_bytes())
+            measured[Path(path).stem] = cost_tensors(table, self.space, steps)
+        generator, count = torch.Generator().manual_seed(SYNTHETIC_SEED), self.options.synthetic
+        made_up = synthetic_tensors(self.space, generator, count, steps) if count else []
+        return digest.hexdigest(), Conditions(self.space, measured, made_up, self.options.held_out)
+
+    def _calibration_calls(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Arguments of the network for calibration: the same observations at every tenth noise level."""
+        levels = np.unique(np.linspace(0, self.config.diffusion.train_timesteps - 1, 11).round().astype(int))
+        count = min(self.options.calibration, len(self.windows))
+        for position, level in enumerate(levels):
+            batch = self.data.draw(self.windows, CALIBRATION_SEED, count)
+            other = self.data.draw(self.windows, CALIBRATION_SEED + 1 + position, count)
+            timesteps = torch.full((count,), int(level))
+            drawn = Batch(batch.observation, batch.action, timesteps, other.noise, batch.index).to(self.device)
+            yield self.noisy(drawn), drawn.timesteps, drawn.observation
+
+    def _order_and_calibrate(self) -> None:
+        self.model.activate(self.space.largest())
+        self.model.eval()
+        scores = l1_scores
+        if self.options.importance == "taylor":
+            batch = self.data.draw(self.windows, CALIBRATION_SEED, self.options.calibration).to(self.device)
+            predicted = self.model(self.noisy(batch), batch.timesteps, batch.observation)
+            torch.nn.functional.mse_loss(predicted, batch.noise).backward()
+            scores = taylor_scores
+        for block in self.model.elastic_blocks():
+            order_by_importance(block, scores)
+        self.model.zero_grad(set_to_none=True)
+        calibrate_weights(self.model)
+        calibrate_inputs(self.model, self._calibration_calls())
+
+    def saliency(self) -> Tensor:
+        """Distillation weights (N,) of the training windows; computed once and kept in the run folder."""
+        if self._saliency is None:
+            values = self._stored_saliency()
+            if values is None:
+                values = self._compute_saliency()
+                if self.world.first:
+                    save_checkpoint(self.folder / SALIENCY, {"key": self._saliency_key(), "saliency": values})
+            self._saliency = saliency_weights(values, self.options.saliency_percentile)
+        return self._saliency
+
+    def _saliency_key(self) -> str:
+        """What saliency depends on: data, teacher and seed."""
+        return f"{self.data.sha256} {self._teacher_sha256} {self.config.run.seed} {len(self.windows)}"
+
+    def _stored_saliency(self) -> Tensor | None:
+        path = self.folder / SALIENCY
+        if not path.exists():
+            return None
+        payload = load_checkpoint(path)
+        return payload["saliency"] if payload.get("key") == self._saliency_key() else None
+
+    def _compute_saliency(self) -> Tensor:
+        rank, size, total = self.world.rank, self.world.size, len(self.windows)
+        with tqdm(total=total, desc="saliency", mininterval=2.0, disable=not self.world.first) as bar:
+            mine = state_saliency(
+                self.teacher,
+                self.windows.observation[rank::size].to(self.device),
+                self.windows.action[rank::size].to(self.device),
+                signal=self.signal,
+                sigma=self.sigma,
+                timesteps=saliency_timesteps(self.config.diffusion.train_timesteps),
+                generator=torch.Generator().manual_seed(self.config.run.seed),
+                perturbation=dimension_perturbation(self.windows.observation),  # of all processes
+                autocast=self.config.run.precision == "bf16",
+                progress=lambda count: bar.update(min(count * size, total - bar.n)),
+            )
+        return self.world.gather_rows(mine, total)
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> dict[str, Any]:
+        return super()._facts() | {"teacher_sha256": self._teacher_sha256, "tables_sha256": self._tables_sha256}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def _load_state(self, payload: dict[str, Any]) -> None:
+        if "sampler" not in payload:
+            raise CheckpointError(f"{self.checkpoint_path}: no supernet's checkpoint; give another --out")
+        if COMPACT in payload:  # averaged weights only: moments and the sampler's optimizer start anew
+            state = averaged_state(self.checkpoint_path, payload, self.config)
+            self.model.load_state_dict(state)
+            self.ema.load_state_dict(state)
+            learned = payload["sampler"] | {"network": payload["sampler"]["averaged"]}
+            self.sampler.load_state_dict(self.sampler.state_dict() | learned)
+            return
+        self.model.load_state_dict(payload["model"])
+        self.ema.load_state_dict(payload["ema"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.sampler.load_state_dict(payload["sampler"])
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def phase(self) -> Phase:
+        """What may vary at this step."""
+        progress = self.step / self.config.run.steps
+        return Phase(True, progress >= self.options.width_from, progress >= self.options.depth_from)
+
+    def members(self, generator: torch.Generator) -> tuple[list[Member], str]:
+        """The networks of this step, and the device that the drawn ones are for."""
+        sandwich, phase = self.options.sandwich, self.phase()
+        names = list(sandwich.low_shares)
+        shares = torch.tensor([sandwich.low_shares[name] for name in names], dtype=torch.float64)
+        low = names[int(torch.multinomial(shares, 1, generator=generator))]
+        condition = self.conditions.draw(generator)
+        members = [
+            Member("largest", self.space.largest(), sandwich.largest_batch, dropout=True),
+            Member(low, self.space.parse(low), sandwich.low_batch),
+            Member("smallest", _smallest(self.space, phase), sandwich.smallest_batch),
+        ]
+        for _ in range(sandwich.sampled):
+            draw = self.sampler.draw_mixed(condition, generator, phase)
+            label = "stratified" if draw.stratified else "sampled"
+            members.append(Member(label, draw.subnet, sandwich.sampled_batch))
+        return members, condition.name
+
+    def train_step(self) -> Record:
+        """One optimizer step; returns what to log.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; nothing was updated.
+        """
+        config, seed = self.config, step_seed(self.config.run.seed, self.step)
+        generator = torch.Generator().manual_seed(seed ^ SUBNET_STREAM)
+        members, device = self.members(generator)
+        torch.manual_seed(seed + self.world.rank)  # dropout
+        weights = self.saliency()
+        drawn = self.data.draw(self.windows, seed, max(member.batch for member in members))
+        batch = self.world.share(drawn).to(self.device)
+        alpha = weights[batch.index.cpu()].to(self.device)
+        noisy = self.noisy(batch)
+        with torch.no_grad():
+            teacher = self.predict(self.run_teacher, noisy, batch).float()
+        rows: list[tuple[float, ...]] = []
+        for member in members:
+            rows.append(self._member_step(member, batch, noisy, teacher, alpha, len(members)))
+        means = self.world.mean([value for row in rows for value in row])
+        rows = [tuple(means[3 * i : 3 * i + 3]) for i in range(len(members))]
+        for member, (total, _, _) in zip(members, rows, strict=True):
+            if not np.isfinite(total):
+                self.optimizer.zero_grad()
+                raise self.diverged(f"the loss of {member.label} ({self.space.name(member.subnet)})", total)
+        self.world.average_gradients([*self.parameters, *self.steps])
+        clip = config.optimizer.clip_norm
+        norms = [torch.nn.utils.clip_grad_norm_(group, clip).item() for group in (self.parameters, self.steps)]
+        if not np.isfinite(norms).all():
+            self.optimizer.zero_grad()
+            raise self.diverged("gradient norm", float(np.max(norms)))
+        factor = self.learning_rate_factor()
+        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average(self.averaged, self.weights)
+        record = self._record(members, rows, device) | {"norm": norms[0], "step_norm": norms[1]}
+        record |= self._update_sampler(members, rows, generator)
+        self.step += 1
+        return record | {"lr": float(self.optimizer.param_groups[0]["lr"])}
+
+    def _member_step(
+        self, member: Member, batch: Batch, noisy: Tensor, teacher: Tensor, alpha: Tensor, count: int
+    ) -> tuple[float, float, float]:
+        """Forward and backward of one network; returns its loss, task loss and paired loss against the teacher."""
+        part = batch.first(member.batch // self.world.size)
+        size = len(part.index)
+        self.model.activate(member.subnet)
+        self.model.train(member.dropout)
+        predicted = self.predict(self.model, noisy[:size], part).float()
+        total, task, distillation = sqil_loss(predicted, teacher[:size], part.noise, alpha[:size])
+        if self.options.distillation != 1.0:
+            total = task + self.options.distillation * distillation
+        (total / count).backward()
+        reference = torch.nn.functional.mse_loss(teacher[:size], part.noise)
+        return total.item(), task.item(), task.item() - reference.item()
+
+    def _record(self, members: list[Member], rows: list[tuple[float, ...]], device: str) -> Record:
+        record: Record = {"loss": float(np.mean([row[0] for row in rows]))}
+        for member, (total, task, _) in zip(members, rows, strict=True):
+            record[f"loss/{member.label}"] = total
+            record[f"task/{member.label}"] = task
+            if member.label == "sampled":
+                known = device if device in self.conditions.measured else "synthetic"
+                record[f"device_loss/{known}"] = total
+        return record
+
+    def _update_sampler(
+        self, members: list[Member], rows: list[tuple[float, ...]], generator: torch.Generator
+    ) -> Record:
+        integer = [(m, row[2]) for m, row in zip(members, rows, strict=True) if m.subnet.precision is Precision.INT]
+        self.sampler.observe([member.subnet for member, _ in integer], [advantage for _, advantage in integer])
+        return {f"sampler/{name}": value for name, value in self.sampler.update(generator).items()}
+
+    def _step(self) -> Record:
+        return self.train_step()
+
+    def held_out_loss(
+        self,
+        network: Callable[..., Tensor],
+        batches: int = BATCHES,
+        size: int = BATCH,
+        windows: WindowSet | None = None,
+    ) -> float:
+        """Denoising loss of a network on fixed draws of the held-out windows; NaN when no episode is held out."""
+        return held_out_loss(
+            network, self.objective, self.data, windows=windows, batches=batches, size=size, world=self.world
+        )
+
+    def validate(self, names: Iterable[str] | None = None) -> dict[str, float]:
+        """Held-out loss of the teacher and of the averaged supernet at some subnets (default: ``table``), by name."""
+        losses = {"teacher": self.held_out_loss(self.teacher)}
+        for name in self.table if names is None else names:
+            self.ema.activate(self.space.parse(name))
+            losses[name] = self.held_out_loss(self.ema)
+        return losses
+
+    def _validation(self) -> Record:
+        return {f"held_out/{name}": loss for name, loss in self.validate().items()}
+
+
+def search_space(config: TrainConfig) -> SearchSpace:
+    """The search space of a supernet configuration, counted with the tokens that a robot executes.
+
+    Raises:
+        ConfigError: there is no ``supernet`` section.
+        SpaceError: the section does not fit the policy.
+    """
+    if config.supernet is None:
+        raise ConfigError(f"training configuration {config.name!r}: supernet: the section is missing")
+    tokens = config.policy.observation_horizon - 1 + config.executed_actions
+    return SearchSpace(diffusion_policy_t_shape(config.policy, tokens), config.supernet.space)
+
+
+def _check_networks(space: SearchSpace, options: SupernetConfig) -> tuple[str, ...]:
+    """Names of the validated subnets that ``space`` has.
+
+    Raises:
+        ConfigError: the space lacks a network that steps train.
+    """
+    if Precision.FP32 not in space.precisions:
+        raise ConfigError("supernet.space.precisions: fp32 is missing; every step trains the largest network in it")
+    for name, share in options.sandwich.low_shares.items():
+        if share > 0.0 and not _has(space, name):
+            raise ConfigError(
+                f"supernet.sandwich.low_shares: {name} is not in the space; leave it out or extend supernet.space"
+            )
+    return tuple(name for name in HELD_OUT_SUBNETS if _has(space, name))
+
+
+def _has(space: SearchSpace, name: str) -> bool:
+    try:
+        space.parse(name)
+    except SpaceError:
+        return False
+    return True
+
+
+def _smallest(space: SearchSpace, phase: Phase) -> Subnet:
+    """The smallest network that the phase allows, at the fewest bits."""
+    w, a = space.weight_bits[0], space.activation_bits[0]
+    smallest, largest = space.smallest(w, a), space.largest(Precision.INT, w, a)
+    if not phase.width:
+        return largest
+    if phase.depth:
+        return smallest
+    thin = next(layer for layer in smallest.layers if layer is not None)
+    return Subnet((thin,) * len(largest.layers), Precision.INT)

@@ -1,0 +1,60 @@
+"""A trained supernet read back from a run folder or checkpoint: every subnet of its space, ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
+from training.compact import averaged_state
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
+from training.space import SearchSpace, Subnet
+from training.specification import PolicyMeaning
+from training.supernet import search_space
+from training.trained import policy_meaning
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedSupernet:
+    """The averaged weights of a supernet's checkpoint (evaluation mode, no gradients, CPU)."""
+
+    meaning: PolicyMeaning
+    network: ElasticDiffusionPolicyT
+    space: SearchSpace
+    path: Path
+
+    def subnet(self, name: str) -> tuple[Subnet, ElasticDiffusionPolicyT]:
+        """The subnet called ``name`` and a stand-alone network of it.
+
+        Raises:
+            SpaceError: the name is not one of the space.
+        """
+        subnet = self.space.parse(name)
+        return subnet, self.network.extract(subnet)
+
+
+def is_supernet(payload: dict[str, Any]) -> bool:
+    """Whether a checkpoint's content is a supernet's."""
+    config = payload.get("config")
+    return isinstance(config, dict) and config.get("supernet") is not None
+
+
+def load_supernet(path: Path) -> TrainedSupernet:
+    """Read the supernet of a run folder or of one checkpoint file.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or does not hold a supernet.
+    """
+    file = path / CHECKPOINT if path.is_dir() else path
+    payload = load_checkpoint(file)
+    if not is_supernet(payload):
+        raise CheckpointError(f"{file}: holds a single policy, no supernet; give a run of a supernet configuration")
+    meaning = policy_meaning(file, payload)
+    network = ElasticDiffusionPolicyT(meaning.config.policy)
+    try:
+        network.load_state_dict(averaged_state(file, payload, meaning.config))
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: the stored supernet cannot be rebuilt ({error})") from error
+    network.requires_grad_(False).eval()
+    return TrainedSupernet(meaning, network, search_space(meaning.config), file)
