@@ -46,6 +46,11 @@ def train(subparsers: Any) -> None:
     parser.add_argument(
         "--change-length", action="store_true", help="continue a run although its number of steps is another one"
     )
+    parser.add_argument(
+        "--only",
+        metavar="SUBNET",
+        help="train this one subnet of a supernet's space alone, for comparison (default run folder: runs/NAME.SUBNET)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="in place of run.device")
     parser.add_argument("--threads", type=int, help="CPU threads, in place of run.threads")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
@@ -61,7 +66,12 @@ def _train(args: argparse.Namespace) -> int:
         data=data_section(args.data),
         run={"steps": args.steps, "device": args.device, "threads": args.threads},
     )
-    folder = args.out or Path("runs") / config.name
+    if args.only is not None:
+        if config.supernet is None:
+            raise ArgumentError(f"--only {args.only}: {args.config} has no supernet section, hence no subnets")
+        config = override(config, supernet={"only": args.only})
+    name = config.name if args.only is None else f"{config.name}.{args.only}"
+    folder = args.out or Path("runs") / name
     trainer = _trainer(config, folder, change_length=args.change_length, config_file=args.config.name)
     first = trainer.world.first  # of the processes that torchrun started; the others are silent
     if trainer.step and first:

@@ -80,6 +80,7 @@ class SupernetTrainer(TrainingRun):
         conditions: devices and budgets.
         sampler: the configuration sampler.
         table: names of the subnets that are validated.
+        only: the one subnet that is trained; None where all are.
     """
 
     loss_name = "loss"
@@ -110,6 +111,9 @@ class SupernetTrainer(TrainingRun):
             self.world.check_batch(f"supernet.sandwich.{field}", getattr(self.options.sandwich, field))
         self.space = search_space(config)
         self.table = _check_networks(self.space, self.options)
+        self.only = None if self.options.only is None else self.space.parse(self.options.only)
+        if self.options.only is not None:
+            self.table = (self.options.only,)
         weights = read_policy_weights(Path(self.options.warm_start), config.policy)
         weights.check_normalizers(self.data.observation_norms, self.data.action_norm)
         self._teacher_sha256 = state_sha256(weights.state)
@@ -265,6 +269,8 @@ class SupernetTrainer(TrainingRun):
 
     def members(self, generator: torch.Generator) -> tuple[list[Member], str]:
         """The networks of this step, and the device that the drawn ones are for."""
+        if self.only is not None:
+            return [Member("only", self.only, self.options.sandwich.sampled_batch)], ""
         sandwich, phase = self.options.sandwich, self.phase()
         names = list(sandwich.low_shares)
         shares = torch.tensor([sandwich.low_shares[name] for name in names], dtype=torch.float64)
@@ -353,6 +359,8 @@ class SupernetTrainer(TrainingRun):
     def _update_sampler(
         self, members: list[Member], rows: list[tuple[float, ...]], generator: torch.Generator
     ) -> Record:
+        if self.only is not None:
+            return {}
         integer = [(m, row[2]) for m, row in zip(members, rows, strict=True) if m.subnet.precision is Precision.INT]
         self.sampler.observe([member.subnet for member, _ in integer], [advantage for _, advantage in integer])
         return {f"sampler/{name}": value for name, value in self.sampler.update(generator).items()}

@@ -57,6 +57,7 @@ class SupernetConfig(StrictModel):
         distillation: weight of the distillation from the teacher; 0 leaves the task loss alone.
         saliency_percentile: states above it count twice in the distillation.
         width_from, depth_from: shares of the run from which widths and depth vary.
+        only: name of the one subnet that is trained, for comparison with the supernet that trains all; None for that.
     """
 
     warm_start: Text
@@ -73,3 +74,4 @@ class SupernetConfig(StrictModel):
     saliency_percentile: Annotated[float, Field(ge=0.0, le=100.0)] = 80.0
     width_from: Share = 0.1
     depth_from: Share = 0.3
+    only: Text | None = None

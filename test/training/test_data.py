@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from dcqfa_ros.bundle.schema import NormalizerKind, NormalizerSpec
 from dcqfa_ros.sim.tee import key_points
-from training.commands import _data
+from training.commands import data_section
 from training.config import DataConfig, TrainConfig, load_config, override
 from training.data.episodes import DataError, Demonstrations, read_demonstrations, split_episodes
 from training.data.normalizer import concatenate_normalizers, fit_normalizer, normalize
@@ -206,7 +206,7 @@ def test_the_shipped_configuration_reads_a_published_zarr(
     if packed:
         path = Path(shutil.make_archive(str(tmp_path / "pusht"), "zip", path))
     shipped = load_config(ROOT / "config/training/pusht_keypoints.yaml")
-    config = override(shipped, data=_data(str(path)))
+    config = override(shipped, data=data_section(str(path)))
     demonstrations = read_demonstrations(config.data)
     assert demonstrations.sha256() == read_demonstrations(tiny_config().data).sha256()
 
@@ -215,7 +215,7 @@ def test_a_path_that_tells_no_format_is_refused(tmp_path: Path, tiny_config: Con
     (tmp_path / "demonstrations.csv").write_text("1,2")
     for name, message in (("demonstrations.csv", r"expected a \.npz file"), ("absent", "no such file or folder")):
         with pytest.raises(DataError, match=message):
-            read_demonstrations(override(tiny_config(), data=_data(str(tmp_path / name))).data)
+            read_demonstrations(override(tiny_config(), data=data_section(str(tmp_path / name))).data)
 
 
 def test_arrays_of_one_dimension_are_columns(npz: Path, arrays: dict[str, np.ndarray], tiny_config: Config) -> None:

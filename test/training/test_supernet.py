@@ -544,3 +544,22 @@ def test_the_smallest_member_is_of_the_fewest_bits_in_every_phase(untrained: Sup
         assert members[2].subnet.precision is Precision.INT
         names.append(trainer.space.name(members[2].subnet))
     assert names == ["d2-h1-m2-w4a4", "d2-h.25-m1-w4a4", "d1-h.25-m1-w4a4"]
+
+
+def test_one_subnet_alone_is_trained_and_nothing_else(
+    supernet_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = supernet_config(supernet={"only": "smallest"}, run={"steps": 2})
+    trainer = SupernetTrainer(config, tmp_path / "alone")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert trainer.run()
+    smallest = trainer.space.smallest()
+    heads, mlp = next((layer.heads, layer.mlp) for layer in smallest.layers if layer is not None)
+    after = trainer.model.state_dict()
+    rows = heads * trainer.model.elastic_blocks()[0].self_attn.head_dim
+    query = f"blocks.{smallest.kept[0]}.self_attn.q.weight"
+    assert not torch.equal(after[query][:rows], before[query][:rows])
+    outside = before[f"blocks.{smallest.kept[0]}.fc1.bias"][mlp:]
+    assert torch.equal(after[f"blocks.{smallest.kept[0]}.fc1.bias"][mlp:], outside)
+    assert trainer.table == ("smallest",)
+    assert set(trainer.validate()) == {"teacher", "smallest"}
