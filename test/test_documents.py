@@ -11,7 +11,10 @@ from dcqfa_ros.ros.bringup import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-COMMANDS = {"up", "demo", "bundle", "devices", "eval", "bench", "train", "export"}
+COMMANDS = {
+    *("up", "demo", "bundle", "devices", "eval", "bench", "train", "export"),
+    *("subnet", "profile", "sampler", "pack"),
+}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

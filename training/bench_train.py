@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from dcqfa_ros.bench.conditions import Conditions, no_garbage_collection, versions, watch_conditions
 from dcqfa_ros.errors import UserError
-from training.compiling import check_compiler, compiled
+from training.allocator import keep_freed_memory
+from training.compiling import check_compiler
 from training.config import ConfigError, TrainConfig
 from training.data.policy_data import Batch
 from training.draws import stratified_subnet
 from training.losses.sqil import sqil_loss
-from training.nn.elastic import ElasticDecoderBlock
 from training.objective import Objective
 from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
@@ -173,7 +173,7 @@ class SupernetContender:
             calibrate_inputs(self.model, [(objective.noisy(sample), sample.timesteps, sample.observation)])
         averaged = clone(self.model)
         if compile_step:
-            self.model.run_block = compiled(ElasticDecoderBlock.forward)
+            self.model.compile_parts()
         named = list(self.model.named_parameters())
         self._parameters = [p for n, p in named if not n.endswith("log_step")]
         self._steps = [p for n, p in named if n.endswith("log_step")]
@@ -239,7 +239,7 @@ def random_batch(config: TrainConfig, size: int, device: torch.device, seed: int
     policy, generator = config.policy, torch.Generator().manual_seed(seed)
     action = (size, policy.horizon, policy.action_dim)
     return Batch(
-        torch.rand((size, policy.observation_horizon, policy.observation_dim), generator=generator) * 2 - 1,
+        torch.rand((size, policy.observation_horizon, policy.input_dim), generator=generator) * 2 - 1,
         torch.rand(action, generator=generator) * 2 - 1,
         torch.randint(config.diffusion.train_timesteps, (size,), generator=generator),
         torch.randn(action, generator=generator),
@@ -407,7 +407,7 @@ class _Rounds:
 def bench_train(config: TrainConfig, options: Options, progress: Callable[[str], object] | None = None) -> TrainReport:
     """Measure steps, set, forward passes and switches of a supernet beside the plain policy.
 
-    Sets the number of CPU threads of this process.
+    Sets the number of CPU threads of this process, and that it keeps memory that is freed (as training does).
 
     Args:
         config: a training configuration with a ``supernet`` section; ``run.precision`` and ``run.device`` are obeyed.
@@ -428,6 +428,7 @@ def bench_train(config: TrainConfig, options: Options, progress: Callable[[str],
         check_compiler()
     say = progress or (lambda _: None)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     began = time.perf_counter()
     say("preparing networks")
     rounds = _Rounds(config, options)

@@ -12,6 +12,7 @@ from training.compiling import check_compiler, compiled
 from training.nn.elastic import ElasticDecoderBlock
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.space import SpaceError
+from training.specification import PolicyMeaning
 from training.supernet_checkpoint import TrainedSupernet, is_supernet, load_supernet
 from training.torch_engine import TorchEngine
 from training.trained import TrainedPolicy, load_trained
@@ -84,18 +85,31 @@ def find_variant(path: Path, name: str | None, option: str = "--variant") -> Che
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        VariantError: the supernet has no such subnet, or a single network was asked for a variant.
+        VariantError: the supernet has no such subnet, a single network was asked for a variant, or the policy reads
+            images.
     """
     if not is_supernet(load_checkpoint(path / CHECKPOINT if path.is_dir() else path)):
         if name not in (None, PLAIN):
             raise VariantError(f"{option} {name}: {path} is a checkpoint and has no variants; export it first")
-        return CheckpointVariant(load_trained(path), PLAIN, None)
+        trained = load_trained(path)
+        _refuse_images(trained.meaning, path)
+        return CheckpointVariant(trained, PLAIN, None)
     supernet = load_supernet(path)
+    _refuse_images(supernet.meaning, path)
     name = name or DEFAULT_SUBNET
     try:
         return CheckpointVariant(supernet, name, supernet.space.name(supernet.space.parse(name)))
     except SpaceError as error:
         raise VariantError(f"{option} {name}: not in the search space of {path} ({error})") from error
+
+
+def _refuse_images(meaning: PolicyMeaning, path: Path) -> None:
+    if meaning.config.policy.image is not None:
+        raise VariantError(
+            f"{path}: its policy reads images, which closed-loop evaluation does not render for it; compare held-out "
+            "losses ('dcqfa train' prints them, 'dcqfa subnet CONFIG --eval --seeds 0' measures those of subnets), or "
+            "give a policy of key points"
+        )
 
 
 def open_checkpoint(

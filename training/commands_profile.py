@@ -94,10 +94,16 @@ def _space(config: TrainConfig, file: Path, tokens: int) -> SearchSpace:
 
 
 def _measure(args: argparse.Namespace, config: TrainConfig, space: SearchSpace, progress: Path) -> LookUpTable:
+    from training.commands import ArgumentError
     from training.profile import measure
     from training.profile_graphs import DiffusionPolicyTGraphs
     from training.profile_table import ProfileSettings
 
+    if config.policy.image is not None:
+        raise ArgumentError(
+            f"--config {args.config}: its policy reads images, and their encoder cannot be exported and timed; model a "
+            "device with --model, or train on made-up devices alone (supernet.synthetic, no supernet.tables)"
+        )
     settings = ProfileSettings(
         name=args.name or args.out.stem,
         threads=args.threads,

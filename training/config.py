@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dcqfa_ros.bundle.document import DocumentError, parse_document
 from dcqfa_ros.bundle.schema import Name, NormalizerKind, Positive, Rate, Text
@@ -35,6 +35,20 @@ class ObservationSource(StrictModel):
     units: Text
     frame: Text
     normalizer: NormalizerKind = NormalizerKind.MIN_MAX
+    max_age_ms: Annotated[float, Field(gt=0.0)] = 300.0
+
+
+class ImageSource(StrictModel):
+    """The RGB images of the policy's ``image`` section, uint8 (or whole numbers 0 to 255 of another type).
+
+    ``key`` names them on the robot. ``file`` is a ``.npz`` beside ``data.path`` that holds the array; without one, and
+    always with zarr, the array lies in ``data.path``.
+    """
+
+    key: Name = "image"
+    array: Text
+    file: Text | None = None
+    frame: Text
     max_age_ms: Annotated[float, Field(gt=0.0)] = 300.0
 
 
@@ -67,6 +81,7 @@ class DataConfig(StrictModel):
     rate_hz: Rate
     observations: dict[Name, ObservationSource] = Field(min_length=1)
     action: ActionSource
+    image: ImageSource | None = None
     validation_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
     split_seed: Annotated[int, Field(ge=0)] = 42
     max_train_episodes: Positive | None = None
@@ -128,6 +143,15 @@ class TrainConfig(StrictModel):
     ema: EmaConfig = EmaConfig()
     run: RunConfig
     supernet: SupernetConfig | None = None
+
+    @model_validator(mode="after")
+    def _images_on_both_sides(self) -> TrainConfig:
+        if (self.policy.image is None) != (self.data.image is None):
+            have, lack = ("data", "policy") if self.policy.image is None else ("policy", "data")
+            raise ValueError(f"{have}.image is given but {lack}.image is missing; give both or neither")
+        if self.data.image is not None and self.data.image.key in self.data.observations:
+            raise ValueError(f"data.image.key {self.data.image.key!r} is the name of another observation")
+        return self
 
 
 def override(config: TrainConfig, **sections: dict[str, Any]) -> TrainConfig:

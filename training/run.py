@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dcqfa_ros.bundle.provenance import TrainingSegment
 from dcqfa_ros.errors import UserError
+from training.allocator import keep_freed_memory
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.compiling import check_compiler
 from training.config import TrainConfig
@@ -77,6 +78,7 @@ class TrainingRun(ABC):
         if config.run.compile and config.run.device == "cpu":
             check_compiler()
         torch.set_num_threads(config.run.threads)
+        keep_freed_memory()
         self.world = World()
         self.device = self.world.device(config.run.device)
         self.data = PolicyData(config)
@@ -290,6 +292,8 @@ class _Window:
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that continues it: all but paths, texts and bookkeeping."""
     document = config.model_dump(mode="json", exclude={"license": True, "task": True, "data": {"path", "format"}})
+    if document["data"]["image"] is not None:
+        del document["data"]["image"]["file"]
     observations = document["data"]["observations"]
     for source in observations.values():
         del source["names"]

@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dcqfa_ros.bundle.provenance import TrainingSegment
-from dcqfa_ros.bundle.schema import BundleSpec, NormalizerSpec
+from dcqfa_ros.bundle.schema import BundleSpec, NormalizerKind, NormalizerSpec
 from training.config import ConfigError, TrainConfig
+from training.data.images import IMAGE_OFFSET, IMAGE_SCALE
+from training.nn.vision import CHANNELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class PolicyMeaning:
                 "horizon": config.policy.horizon,
             },
             "license": config.license,
-            "observations": {key: self._observation(key) for key in data.observations},
+            "observations": {key: self._observation(key) for key in data.observations} | self._image(),
             "action": {
                 **data.action.model_dump(mode="json", exclude={"array", "columns"}),
                 "rate_hz": data.rate_hz,
@@ -93,6 +95,29 @@ class PolicyMeaning:
             "max_age_ms": source.max_age_ms,
             "normalizer": self.observation_norms[key].model_dump(mode="json"),
         }
+
+    def _image(self) -> dict[str, dict[str, Any]]:
+        """The images' entry, if there are any; it comes last, as the network reads it."""
+        source, image = self.config.data.image, self.config.policy.image
+        if source is None or image is None:
+            return {}
+        entry = {
+            "type": "image",
+            "shape": [image.height, image.width, CHANNELS],
+            "crop": [image.crop, image.crop],
+            "dtype": "uint8",
+            "units": "intensity 0 to 255",
+            "frame": source.frame,
+            "history": self.config.policy.observation_horizon,
+            "rate_hz": self.config.data.rate_hz,
+            "max_age_ms": source.max_age_ms,
+            "normalizer": {
+                "kind": NormalizerKind.MIN_MAX.value,
+                "scale": [IMAGE_SCALE] * CHANNELS,
+                "offset": [IMAGE_OFFSET] * CHANNELS,
+            },
+        }
+        return {source.key: entry}
 
     def specification(self) -> BundleSpec:
         """The validated specification of a policy that has no exported variant yet.

@@ -22,16 +22,17 @@ from tqdm import tqdm
 
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from training.compact import COMPACT, averaged_state
-from training.compiling import compiled
 from training.conditions import Conditions
 from training.config import ConfigError, TrainConfig
 from training.cost import cost_tensors
+from training.data.images import image_patch_perturbation
 from training.data.policy_data import Batch
 from training.data.sequences import WindowSet
 from training.draws import Phase
 from training.held_out import BATCH, BATCHES, held_out_loss
 from training.importance import l1_scores, order_by_importance, taylor_scores
 from training.losses.sqil import (
+    Perturbation,
     dimension_perturbation,
     saliency_timesteps,
     saliency_weights,
@@ -39,7 +40,6 @@ from training.losses.sqil import (
     state_saliency,
 )
 from training.lut import load_table
-from training.nn.elastic import ElasticDecoderBlock
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
@@ -61,11 +61,12 @@ HELD_OUT_SUBNETS = ("largest", "fp8", "w8a8", "w4a4", "smallest")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One network of a step: its class for the log, how many samples it sees, and whether dropout acts."""
+    """One network of a step: class for the log, number of samples, weight of its loss, and whether dropout acts."""
 
     label: str
     subnet: Subnet
     batch: int
+    weight: float = 1.0
     dropout: bool = False
 
 
@@ -130,7 +131,7 @@ class SupernetTrainer(TrainingRun):
             self._order_and_calibrate()
         self.ema = clone(self.model)
         if config.run.compile:
-            self.model.run_block = compiled(ElasticDecoderBlock.forward)
+            self.model.compile_parts()
         self.run_teacher: Callable[..., Tensor] = torch.compile(self.teacher) if config.run.compile else self.teacher
         steps = [p for n, p in self.model.named_parameters() if n.endswith("log_step")]
         others = [p for n, p in self.model.named_parameters() if not n.endswith("log_step")]
@@ -217,20 +218,29 @@ class SupernetTrainer(TrainingRun):
 
     def _compute_saliency(self) -> Tensor:
         rank, size, total = self.world.rank, self.world.size, len(self.windows)
+        states = self.windows.observation
+        observations = states[rank::size] if isinstance(states, Tensor) else states.every(rank, size)
         with tqdm(total=total, desc="saliency", mininterval=2.0, disable=not self.world.first) as bar:
             mine = state_saliency(
                 self.teacher,
-                self.windows.observation[rank::size].to(self.device),
+                observations.to(self.device),
                 self.windows.action[rank::size].to(self.device),
                 signal=self.signal,
                 sigma=self.sigma,
                 timesteps=saliency_timesteps(self.config.diffusion.train_timesteps),
                 generator=torch.Generator().manual_seed(self.config.run.seed),
-                perturbation=dimension_perturbation(self.windows.observation),  # of all processes
+                perturbation=self._perturbation(),
                 autocast=self.config.run.precision == "bf16",
                 progress=lambda count: bar.update(min(count * size, total - bar.n)),
             )
         return self.world.gather_rows(mine, total)
+
+    def _perturbation(self) -> Perturbation:
+        """What saliency perturbs: patches of the images where the policy sees any, else one dimension at a time."""
+        observation = self.windows.observation  # of all processes
+        if isinstance(observation, Tensor):
+            return dimension_perturbation(observation)
+        return image_patch_perturbation(observation)
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -277,14 +287,14 @@ class SupernetTrainer(TrainingRun):
         low = names[int(torch.multinomial(shares, 1, generator=generator))]
         condition = self.conditions.draw(generator)
         members = [
-            Member("largest", self.space.largest(), sandwich.largest_batch, dropout=True),
-            Member(low, self.space.parse(low), sandwich.low_batch),
-            Member("smallest", _smallest(self.space, phase), sandwich.smallest_batch),
+            Member("largest", self.space.largest(), sandwich.largest_batch, sandwich.largest_weight, dropout=True),
+            Member(low, self.space.parse(low), sandwich.low_batch, sandwich.low_weight),
+            Member("smallest", _smallest(self.space, phase), sandwich.smallest_batch, sandwich.smallest_weight),
         ]
         for _ in range(sandwich.sampled):
             draw = self.sampler.draw_mixed(condition, generator, phase)
             label = "stratified" if draw.stratified else "sampled"
-            members.append(Member(label, draw.subnet, sandwich.sampled_batch))
+            members.append(Member(label, draw.subnet, sandwich.sampled_batch, sandwich.sampled_weight))
         return members, condition.name
 
     def train_step(self) -> Record:
@@ -305,8 +315,9 @@ class SupernetTrainer(TrainingRun):
         with torch.no_grad():
             teacher = self.predict(self.run_teacher, noisy, batch).float()
         rows: list[tuple[float, ...]] = []
+        whole = sum(member.weight for member in members)
         for member in members:
-            rows.append(self._member_step(member, batch, noisy, teacher, alpha, len(members)))
+            rows.append(self._member_step(member, batch, noisy, teacher, alpha, member.weight / whole))
         means = self.world.mean([value for row in rows for value in row])
         rows = [tuple(means[3 * i : 3 * i + 3]) for i in range(len(members))]
         for member, (total, _, _) in zip(members, rows, strict=True):
@@ -331,7 +342,7 @@ class SupernetTrainer(TrainingRun):
         return record | {"lr": float(self.optimizer.param_groups[0]["lr"])}
 
     def _member_step(
-        self, member: Member, batch: Batch, noisy: Tensor, teacher: Tensor, alpha: Tensor, count: int
+        self, member: Member, batch: Batch, noisy: Tensor, teacher: Tensor, alpha: Tensor, share: float
     ) -> tuple[float, float, float]:
         """Forward and backward of one network; returns its loss, task loss and paired loss against the teacher."""
         part = batch.first(member.batch // self.world.size)
@@ -342,7 +353,7 @@ class SupernetTrainer(TrainingRun):
         total, task, distillation = sqil_loss(predicted, teacher[:size], part.noise, alpha[:size])
         if self.options.distillation != 1.0:
             total = task + self.options.distillation * distillation
-        (total / count).backward()
+        (share * total).backward()
         reference = torch.nn.functional.mse_loss(teacher[:size], part.noise)
         return total.item(), task.item(), task.item() - reference.item()
 

@@ -13,6 +13,7 @@ from training.space import SpaceConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
+Weight = Annotated[float, Field(gt=0.0)]
 
 LowBit = Literal["w4a4", "w8a8", "fp8"]
 
@@ -22,10 +23,11 @@ def _low_shares() -> dict[LowBit, float]:
 
 
 class SandwichConfig(StrictModel):
-    """Samples per member of a step; all members see the first samples of the same draw.
+    """Samples per member of a step, all the first ones of the same draw, and weights of the members' losses.
 
     Members are the largest network in full precision, the largest at few bits (``low_shares`` says how often at which),
-    the smallest, and ``sampled`` networks of the configuration sampler.
+    the smallest, and ``sampled`` networks of the configuration sampler. Weights are relative. The smallest network has
+    the largest loss by far, and what it pulls the shared weights towards costs the largest at 4 bits most.
     """
 
     largest_batch: Positive = 32
@@ -34,6 +36,10 @@ class SandwichConfig(StrictModel):
     sampled_batch: Positive = 64
     sampled: Annotated[int, Field(ge=0)] = 2
     low_shares: dict[LowBit, Share] = Field(default_factory=_low_shares)
+    largest_weight: Weight = 1.0
+    low_weight: Weight = 1.0
+    smallest_weight: Weight = 1.0
+    sampled_weight: Weight = 1.0
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> SandwichConfig:

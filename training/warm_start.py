@@ -198,6 +198,7 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
         "heads": architecture.heads,
         "dim": architecture.dim,
         "ffn_dim": architecture.ffn_dim,
+        "image": None,  # bundles hold no image encoder yet
     }
     want = config.model_dump(exclude={"attention_dropout", "ffn_ratio"}) | {"ffn_dim": config.ffn_ratio * config.dim}
     _check_sizes(field, have, want)

@@ -27,7 +27,7 @@ _DIAGNOSTICS_PERIOD_S = 1.0
 _SCOPES = {"inactive": "setup", "active": "start"}  # what callbacks create lives as long as the state they ran in
 # Acknowledgements come with Fast DDS' heartbeats, up to 3 s late, so mostly this is a plain wait: long enough for every
 # reader on this host to copy the last words out of this process' shared memory before it goes.
-_FLUSH = Duration(nanoseconds=100_000_000)
+_FLUSH = Duration(nanoseconds=200_000_000)
 
 
 class ManagedNode(GuardedNode):
@@ -167,7 +167,7 @@ class ManagedNode(GuardedNode):
         self.wake()
 
     def shut_down(self, reason: str) -> None:
-        """Stop with ``reason``, clean up, finalize, and wait until the last words are delivered (at most 0.1 s)."""
+        """Stop with ``reason``, clean up, finalize, and wait until the last words are delivered (at most 0.2 s)."""
         self.__halt(reason, Level.OK)
         for label, trigger in (
             ("active", self.trigger_deactivate),

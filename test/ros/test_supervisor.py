@@ -136,6 +136,7 @@ def test_a_node_that_keeps_dying_is_not_restarted_for_ever(graph: Graph) -> None
 def test_killing_the_supervisor_leaves_no_orphan(graph: Graph) -> None:
     run = supervise(graph, "first", "second")
     wait_active(run)
+    graph.wait_for("first", "lifecycle", state="active")  # the probe hears it: its last words will not be missed
     family = children(run.process.pid)
     run.process.kill()
     run.wait()

@@ -216,6 +216,43 @@ def test_bits_come_first_then_widths_then_depth(untrained: SupernetTrainer, step
     assert {(layer.w, layer.a) for layer in layers if layer is not None} >= {(4, 4), (8, 8), (4, 8), (8, 4)}
 
 
+def test_the_losses_of_a_step_count_by_the_weights_of_the_members(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start(tmp_path / "run")
+    shares: dict[str, float] = {}
+    whole: list[float] = []
+    weights = {"largest": 1.0, "low": 3.0, "smallest": 0.5, "sampled": 1.5}
+    fields = {f"{name}_weight": weight for name, weight in weights.items()} | {"low_shares": {"w4a4": 1.0}}
+    sandwich = trainer.options.sandwich.model_copy(update=fields)
+    monkeypatch.setattr(trainer, "options", trainer.options.model_copy(update={"sandwich": sandwich}))
+    step = SupernetTrainer._member_step
+
+    def watched(self: SupernetTrainer, member: Member, *rest: Any) -> tuple[float, float, float]:
+        first = not whole
+        whole.append(rest[-1])
+        shares.setdefault(member.label, rest[-1])
+        if not first:
+            return step(self, member, *rest)
+        gradients = []
+        for share in (rest[-1], 2.0 * rest[-1]):
+            self.optimizer.zero_grad()
+            torch.manual_seed(0)  # dropout
+            rows = step(self, member, *rest[:-1], share)
+            gradients.append(self.model.head.weight.grad.clone())
+        torch.testing.assert_close(gradients[1], 2.0 * gradients[0])
+        return rows
+
+    monkeypatch.setattr(SupernetTrainer, "_member_step", watched)
+    trainer.step = 5
+    trainer.train_step()
+    assert sum(whole) == pytest.approx(1.0)
+    drawn = {label: share / shares["largest"] for label, share in shares.items()}
+    assert drawn.pop("w4a4") == pytest.approx(3.0) and drawn.pop("smallest") == pytest.approx(0.5)
+    assert drawn.pop("largest") == 1.0 and set(drawn) <= {"sampled", "stratified"}
+    assert list(drawn.values()) == pytest.approx([1.5] * len(drawn)) and drawn
+
+
 def test_the_held_out_table_has_a_row_for_every_figure(finished: tuple[Path, list[dict[str, float]]]) -> None:
     _, records = finished
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]

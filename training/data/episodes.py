@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.errors import UserError
-from training.config import ActionSource, DataConfig, ObservationSource
+from training.config import ActionSource, DataConfig, ImageSource, ObservationSource
+
+IMAGE_ROWS = 256  # that are converted to uint8 at a time
 
 
 class DataError(UserError, ValueError):
@@ -27,13 +30,17 @@ class DataError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Demonstrations:
-    """Observations (N, observation_dim) and actions (N, action_dim), float32, raw units, and episode bounds."""
+    """Observations (N, observation_dim) and actions (N, action_dim), float32, raw units, and episode bounds.
+
+    ``images``: (N, height, width, 3) uint8 RGB, where the policy reads any.
+    """
 
     observation: NDArray[np.float32]
     action: NDArray[np.float32]
     shapes: dict[str, tuple[int, ...]]  # per observation key, one time step, in concatenation order
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]  # exclusive
+    images: NDArray[np.uint8] | None = None
 
     @property
     def episodes(self) -> int:
@@ -41,11 +48,14 @@ class Demonstrations:
         return len(self.ends)
 
     def sha256(self) -> str:
-        """Hash of observations, actions and episode ends with their shapes, in hexadecimal; equal for any file form."""
+        """Hash of all arrays with their shapes, in hexadecimal; equal for any file form."""
         digest = hashlib.sha256()
         for array, form in ((self.observation, "<f4"), (self.action, "<f4"), (self.ends, "<i8")):
             digest.update(f"{array.shape}".encode())
             digest.update(np.ascontiguousarray(array, dtype=form).tobytes())
+        if self.images is not None:
+            digest.update(f"{self.images.shape}".encode())
+            digest.update(np.ascontiguousarray(self.images).data)
         return digest.hexdigest()
 
 
@@ -65,12 +75,41 @@ def _read_npz(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
 
 
 def _read_zarr(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
+    arrays = {}
+    with _zarr_group(path) as group:
+        for name in names:
+            place = _zarr_place(path, group, name)
+            try:
+                arrays[name] = np.asarray(group[place][...])
+            except Exception as error:
+                raise DataError(f"{path}: array {place!r} cannot be read ({error!r})") from error
+    return arrays
+
+
+def _zarr_place(path: Path, group: Any, name: str) -> str:
+    """Where in a replay buffer an array lies.
+
+    Raises:
+        DataError: nowhere.
+    """
+    places = [place for place in (name, f"data/{name}", f"meta/{name}") if place in group]
+    if not places:
+        raise DataError(f"{path}: no array {name!r}, nor data/{name} or meta/{name}")
+    return places[0]
+
+
+@contextmanager
+def _zarr_group(path: Path) -> Iterator[Any]:
+    """The root group of a replay buffer, open for reading.
+
+    Raises:
+        DataError: there is none.
+    """
     import zarr  # only needed for zarr data; listed in requirements/train.txt
     from zarr.storage import ZipStore
 
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; pass the demonstrations' path with --data")
-    arrays = {}
     with ExitStack() as opened:
         try:
             store: Any = str(path) if path.is_dir() else ZipStore(str(path), mode="r")
@@ -79,15 +118,47 @@ def _read_zarr(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
                 opened.callback(store.close)  # only now: closing a store that never opened fails
         except Exception as error:  # zarr raises many unrelated types
             raise DataError(f"{path}: not a readable zarr folder or zip file ({error})") from error
-        for name in names:
-            places = [place for place in (name, f"data/{name}", f"meta/{name}") if place in group]
-            if not places:
-                raise DataError(f"{path}: no array {name!r}, nor data/{name} or meta/{name}")
-            try:
-                arrays[name] = np.asarray(group[places[0]][...])
-            except Exception as error:
-                raise DataError(f"{path}: array {places[0]!r} cannot be read ({error!r})") from error
-    return arrays
+        yield group
+
+
+def _bytes(data: NDArray[Any], where: str, first: int = 0) -> NDArray[np.uint8]:
+    """Intensities as uint8.
+
+    Raises:
+        DataError: a value is no whole number from 0 to 255; ``first`` is the number of the first row.
+    """
+    if data.dtype == np.uint8:
+        return data
+    if data.dtype.kind not in "iuf":
+        raise DataError(f"{where}: expected numbers, got values of type {data.dtype}")
+    fits = (data >= 0) & (data <= 255) & (data == np.floor(data))
+    bad = np.flatnonzero(~fits.reshape(len(data), -1).all(axis=1))
+    if len(bad):
+        raise DataError(
+            f"{where}: row {first + bad[0]} holds something other than whole numbers from 0 to 255; store uint8"
+        )
+    return data.astype(np.uint8)
+
+
+def _read_images(path: Path, form: str, source: ImageSource) -> NDArray[np.uint8]:
+    """Images (N, H, W, 3) as they are stored; other types than uint8 are converted a chunk of rows at a time."""
+    if form == "npz":
+        file = path if source.file is None else path.parent / source.file
+        return _bytes(_read_npz(file, {source.array})[source.array], f"{file}: array {source.array!r} (images)")
+    with _zarr_group(path) as group:
+        name = _zarr_place(path, group, source.array)
+        where = f"{path}: array {name!r} (images)"
+        try:
+            array = group[name]
+            images = np.empty(array.shape, np.uint8)
+            for first in range(0, len(images), IMAGE_ROWS):
+                part = np.asarray(array[first : first + IMAGE_ROWS])
+                images[first : first + IMAGE_ROWS] = _bytes(part, where, first)
+        except DataError:
+            raise
+        except Exception as error:  # zarr raises many unrelated types
+            raise DataError(f"{where}: cannot be read ({error!r})") from error
+    return images
 
 
 def _format_of(path: Path) -> str:
@@ -151,8 +222,16 @@ def read_demonstrations(config: DataConfig) -> Demonstrations:
     action = _columns(config.action, arrays[config.action.array], f"{path}: array {config.action.array!r} (action)")
     if len(action) != rows:
         raise DataError(f"{path}: array {config.action.array!r} has {len(action)} rows, expected {rows}")
+    images = None
+    if config.image is not None:
+        images = _read_images(path, form, config.image)
+        if images.ndim != 4 or images.shape[-1] != 3 or len(images) != rows:
+            raise DataError(
+                f"{path}: array {config.image.array!r} (images) has shape {images.shape}, expected ({rows}, height, "
+                "width, 3): RGB images, one per row"
+            )
     starts = np.concatenate([[0], ends[:-1]])
-    return Demonstrations(np.concatenate(parts, axis=1), action.reshape(rows, -1), shapes, starts, ends)
+    return Demonstrations(np.concatenate(parts, axis=1), action.reshape(rows, -1), shapes, starts, ends, images)
 
 
 def split_episodes(

@@ -64,6 +64,12 @@ class PolicyData:
         ):
             if have != want:
                 raise DataError(f"{config.data.path}: the data gives {label} {have}, the policy declares {want}")
+        image, images = config.policy.image, demonstrations.images
+        if image is not None and images is not None and images.shape[1:3] != (image.height, image.width):
+            raise DataError(
+                f"{config.data.path}: the images have {images.shape[1]} x {images.shape[2]} pixels, the policy "
+                f"declares {image.height} x {image.width} (policy.image.height, policy.image.width)"
+            )
         data = config.data
         train, held_out = split_episodes(
             demonstrations.episodes, data.validation_ratio, data.split_seed, data.max_train_episodes
@@ -74,7 +80,7 @@ class PolicyData:
         self.action_norm = fit_normalizer(demonstrations.action[rows], data.action.normalizer)
         _check_action_range(normalize(demonstrations.action[rows], self.action_norm), config)
         norm = concatenate_normalizers(self.observation_norms, self.shapes)
-        self.windows = WindowSet(demonstrations, train, config, norm, self.action_norm)
+        self.windows = WindowSet(demonstrations, train, config, norm, self.action_norm, random_crop=True)
         self.held_out = WindowSet(demonstrations, held_out, config, norm, self.action_norm)
         if not len(self.windows):
             raise DataError(f"{data.path}: no training window of {config.policy.horizon} steps; episodes are too short")
@@ -90,13 +96,14 @@ class PolicyData:
         }
 
     def draw(self, windows: WindowSet, seed: int, batch: int) -> Batch:
-        """Draw windows, time steps and noise, all from ``seed``, on the CPU."""
+        """Draw windows, time steps, noise and crops of images, all from ``seed``, on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(len(windows), (batch,), generator=generator)
         timesteps = torch.randint(self.config.diffusion.train_timesteps, (batch,), generator=generator)
         action = windows.action[index]
         noise = torch.randn(action.shape, generator=generator)
-        return Batch(windows.observation[index], action, timesteps, noise, index)
+        observation = windows.observations(index, generator)  # last: random crops change no other draw
+        return Batch(observation, action, timesteps, noise, index)
 
 
 def _check_action_range(normalised: NDArray[np.float32], config: TrainConfig) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dcqfa_ros.bundle.schema import NormalizerSpec
 from training.config import TrainConfig
 from training.data.episodes import Demonstrations
+from training.data.images import ImageWindows
 from training.data.normalizer import fit_normalizer, normalize
 
 
@@ -29,7 +31,12 @@ def window_rows(
 
 
 class WindowSet:
-    """Normalised training windows held in memory: observations (N, To, Do) and action chunks (N, H, Da), float32."""
+    """Normalised windows held in memory: observations (N, To, Do) and action chunks (N, H, Da), float32.
+
+    Where the policy reads images, an observation is put together when it is asked for: the images stay uint8, once.
+    """
+
+    observation: Tensor | ImageWindows
 
     def __init__(
         self,
@@ -38,19 +45,34 @@ class WindowSet:
         config: TrainConfig,
         observation_norm: NormalizerSpec,
         action_norm: NormalizerSpec,
+        random_crop: bool = False,
     ) -> None:
-        """Normalise and cut the windows of ``episodes``."""
+        """Normalise and cut the windows of ``episodes``; ``random_crop`` is for images that are trained on."""
         policy = config.policy
         rows = window_rows(
             demonstrations, episodes, policy.horizon, policy.observation_horizon - 1, config.executed_actions - 1
         )
         observation = normalize(demonstrations.observation, observation_norm)
         action = normalize(demonstrations.action, action_norm)
-        self.observation = torch.from_numpy(observation[rows[:, : policy.observation_horizon]])
+        past = rows[:, : policy.observation_horizon]
+        self.observation = torch.from_numpy(observation[past])
+        self.random_crop = random_crop and policy.image is not None
+        if policy.image is not None:
+            if demonstrations.images is None:
+                raise ValueError("the policy reads images, the demonstrations were read without")
+            self.observation = ImageWindows(
+                self.observation, torch.from_numpy(demonstrations.images), torch.from_numpy(past), policy.image.crop
+            )
         self.action = torch.from_numpy(action[rows])
 
     def __len__(self) -> int:
         return len(self.action)
+
+    def observations(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Observations (B, To, Do) of the windows ``index`` (B,); ``generator`` places random crops."""
+        if isinstance(self.observation, ImageWindows) and self.random_crop:
+            return self.observation.cropped_at_random(index, generator)
+        return self.observation[index]
 
 
 def fit_observation_normalizers(

@@ -96,11 +96,17 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
     Raises:
         CheckpointError: the checkpoint cannot be read.
         DataError: the demonstrations cannot be read.
-        ExportError: an exported variant fails its parity check, or a result is of other weights; nothing is written.
+        ExportError: an exported variant fails its parity check, or a result is of other weights, or the policy reads
+            images; nothing is written.
         BundleError: ``folder`` cannot be replaced by a bundle.
     """
     trained = load_trained(checkpoint)
     meaning, network = trained.meaning, trained.network
+    if trained.config.policy.image is not None:
+        raise ExportError(
+            f"{trained.path}: its policy reads images (policy.image), and the encoder of images cannot be exported; "
+            "export a policy of key points. Nothing was written"
+        )
     diffusion = meaning.specification().diffusion
     source = {} if options.data is None else {"path": options.data, "format": "auto"}
     demonstrations = read_demonstrations(override(trained.config, data=source).data)

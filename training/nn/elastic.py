@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.quant.fp8 import fp8_codes, fp8_scale
-from training.quant.lsq import lsq_codes, weight_range
+from training.quant.lsq import lsq_codes, lsq_product_codes, rescale, weight_range
 from training.quant.quantizer import BITS, code_range
 
 
@@ -75,7 +75,10 @@ class InputQuantizer(nn.Module):
         self.register_buffer("fp8_scale", torch.tensor(1.0))
 
     def forward(self, x: Tensor, arithmetic: Arithmetic, bits: Bits) -> tuple[Tensor, Tensor | None]:
-        """Return codes of ``x`` and their scale (), or ``x`` and None where it is not quantized."""
+        """Return codes of ``x`` and their scale (), or ``x`` and None where it is not quantized.
+
+        The scale is a constant: the whole gradient of the step goes through the codes, which are for products alone.
+        """
         if arithmetic is Arithmetic.FLOAT:
             return x, None
         if arithmetic is Arithmetic.HALF:
@@ -84,7 +87,8 @@ class InputQuantizer(nn.Module):
             return fp8_codes(x.to(torch.float32), self.fp8_scale), self.fp8_scale
         chosen = bits.activation
         log_step = (chosen * self.log_step).sum()
-        return lsq_codes(x, log_step, (chosen * self.low).sum(), (chosen * self.high).sum()), torch.exp(log_step)
+        codes = lsq_product_codes(x, log_step, (chosen * self.low).sum(), (chosen * self.high).sum())
+        return codes, torch.exp(log_step.detach())
 
 
 class ElasticLinear(nn.Linear):
@@ -142,9 +146,9 @@ class ElasticLinear(nn.Linear):
             codes = fp8_codes(weight, steps[:, None])
         else:
             log_step = (bits.weight[:, None] * self.log_step[:, :rows]).sum(0)
-            codes = lsq_codes(weight, log_step[:, None], bits.weight_low, bits.weight_high)
-            steps = torch.exp(log_step)
-        return nn.functional.linear(x, codes) * (scale * steps) + bias
+            codes = lsq_product_codes(weight, log_step[:, None], bits.weight_low, bits.weight_high)
+            steps = torch.exp(log_step.detach())
+        return rescale(nn.functional.linear(x, codes), scale * steps, bias)
 
 
 class ElasticAttention(nn.Module):

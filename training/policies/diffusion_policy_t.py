@@ -1,7 +1,7 @@
 """DiffusionPolicy-T: the transformer denoiser of Diffusion Policy (``algorithms.md`` section 8).
 
 Memory tokens are ``[t, o_-1, o_0]``, each passed through a Mish MLP; action token i sees memory token j <= i + 1.
-With key points and horizon 16 the network has 8,965,122 parameters.
+With key points and horizon 16 the network has 8,965,122 parameters, with images and horizon 10 it has 20,172,450.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from dcqfa_ros.bundle.strict import StrictModel
 from training.nn.blocks import DecoderBlock
+from training.nn.vision import CHANNELS, ImageConfig, ImageEncoder
 
 
 class DiffusionPolicyTConfig(StrictModel):
-    """Architecture of DiffusionPolicy-T; the defaults are the published key-point network."""
+    """Architecture of DiffusionPolicy-T; the defaults are the published key-point network.
+
+    Attributes:
+        observation_dim: low-dimensional scalars of one time step; an image comes on top.
+        image: the images that it reads besides; None for none.
+    """
 
     observation_dim: int = Field(default=20, ge=1)
     action_dim: int = Field(default=2, ge=1)
@@ -29,12 +35,23 @@ class DiffusionPolicyTConfig(StrictModel):
     dim: int = Field(default=256, ge=8)
     ffn_ratio: int = Field(default=4, ge=1)
     attention_dropout: float = Field(default=0.01, ge=0.0, lt=1.0)
+    image: ImageConfig | None = None
 
     @model_validator(mode="after")
     def _divisible(self) -> DiffusionPolicyTConfig:
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
         return self
+
+    @property
+    def input_dim(self) -> int:
+        """Scalars of one time step as the network reads it: the low-dimensional ones, then those of the image."""
+        return self.observation_dim + (0 if self.image is None else self.image.scalars)
+
+    @property
+    def condition_dim(self) -> int:
+        """Scalars of one time step as they are embedded: an image is its features by then."""
+        return self.observation_dim + (0 if self.image is None else self.image.features)
 
 
 def additive_mask(allowed: Tensor) -> Tensor:
@@ -60,7 +77,7 @@ class DiffusionPolicyT(nn.Module):
         d = config.dim
         self.action_embedding = nn.Linear(config.action_dim, d)
         self.action_position = nn.Parameter(torch.zeros(1, config.horizon, d))
-        self.observation_embedding = nn.Linear(config.observation_dim, d)
+        self.observation_embedding = nn.Linear(config.condition_dim, d)
         self.memory_position = nn.Parameter(torch.zeros(1, 1 + config.observation_horizon, d))
         self.memory_fc1 = nn.Linear(d, 4 * d)
         self.memory_fc2 = nn.Linear(4 * d, d)
@@ -78,6 +95,7 @@ class DiffusionPolicyT(nn.Module):
         self.apply(self._init)
         nn.init.normal_(self.action_position, std=0.02)
         nn.init.normal_(self.memory_position, std=0.02)
+        self.image_encoder = None if config.image is None else ImageEncoder(config.image)
 
     def _make_blocks(self) -> Iterable[nn.Module]:
         config = self.config
@@ -104,8 +122,25 @@ class DiffusionPolicyT(nn.Module):
         return self._memory_mlp(embedding + self.memory_position[:, :1])
 
     def observation_tokens(self, observation: Tensor) -> Tensor:
-        """Memory tokens (B, To, dim) of normalised observations (B, To, observation_dim)."""
-        return self._memory_mlp(self.observation_embedding(observation) + self.memory_position[:, 1:])
+        """Memory tokens (B, To, dim) of normalised observations (B, To, input_dim); see :meth:`conditions`."""
+        return self.condition_tokens(self.conditions(observation))
+
+    def condition_tokens(self, conditions: Tensor) -> Tensor:
+        """Memory tokens (B, To, dim) of conditions (B, To, condition_dim); see :meth:`conditions`."""
+        return self._memory_mlp(self.observation_embedding(conditions) + self.memory_position[:, 1:])
+
+    def conditions(self, observation: Tensor) -> Tensor:
+        """Replace the image of every time step by its features: (B, To, input_dim) to (B, To, condition_dim).
+
+        One time step holds the low-dimensional scalars and then the cropped image, channels before rows before columns.
+        """
+        if self.image_encoder is None or self.config.image is None:
+            return observation
+        low = self.config.observation_dim
+        side = self.config.image.crop
+        images = observation[..., low:].unflatten(-1, (CHANNELS, side, side))
+        features = self.image_encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return torch.cat([observation[..., :low], features.to(observation.dtype)], dim=-1)
 
     def keys_values(self, memory: Tensor) -> Tensor:
         """Cross-attention keys and values (B, depth, 2, H, S, D) of memory tokens (B, S, dim)."""
@@ -117,7 +152,7 @@ class DiffusionPolicyT(nn.Module):
         return self.keys_values(self.time_tokens(timesteps))
 
     def observation_keys_values(self, observation: Tensor) -> Tensor:
-        """Keys and values (B, depth, 2, H, To, D) of the observations (B, To, observation_dim)."""
+        """Keys and values (B, depth, 2, H, To, D) of the observations (B, To, input_dim)."""
         return self.keys_values(self.observation_tokens(observation))
 
     def denoise(self, noisy: Tensor, timestep_kv: Tensor, observation_kv: Tensor) -> Tensor:
@@ -142,7 +177,7 @@ class DiffusionPolicyT(nn.Module):
         return self.head(self.norm(x))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> Tensor:
-        """Predict the noise (B, T, action_dim) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, Do)."""
+        """Predict the noise (B, T, Da) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, input_dim)."""
         memory = torch.cat([self.time_tokens(timesteps), self.observation_tokens(observation)], dim=1)
         tokens = noisy.shape[1]
         x = self.action_embedding(noisy) + self.action_position[:, :tokens]

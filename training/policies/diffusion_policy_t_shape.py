@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from training.nn.vision import encoder_flops, encoder_parameters
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.space import BlockShape, LinearShape, PolicyShape, Slice
 
@@ -15,7 +16,8 @@ def diffusion_policy_t_shape(config: DiffusionPolicyTConfig, tokens: int | None 
     """Elastic blocks of the network that ``config`` describes, and the sum of the rest.
 
     Keys and values of the time token are tabulated per noise level, so per chunk only those of the observations are
-    computed; cross-attention sees both.
+    computed; cross-attention sees both. An image encoder is a fixed part that runs once per chunk on every image of the
+    history.
 
     Args:
         config: architecture.
@@ -46,15 +48,16 @@ def diffusion_policy_t_shape(config: DiffusionPolicyTConfig, tokens: int | None 
         )
         for index in range(config.depth)
     )
-    embeddings = (config.action_dim + 1) * d + (config.observation_dim + 1) * d
+    embeddings = (config.action_dim + 1) * d + (config.condition_dim + 1) * d
     positions = (config.horizon + 1 + observations) * d
     memory_mlp = d * 4 * d + 4 * d + 4 * d * d + d
     final = 2 * d + (d + 1) * config.action_dim
+    vision = (0, 0) if config.image is None else (encoder_parameters(config.image), encoder_flops(config.image))
     return PolicyShape(
         backbone=BACKBONE,
         blocks=blocks,
-        fixed_parameters=embeddings + positions + memory_mlp + final,
-        fixed_flops_chunk=2 * observations * (config.observation_dim * d + 2 * d * 4 * d),
+        fixed_parameters=embeddings + positions + memory_mlp + final + vision[0],
+        fixed_flops_chunk=observations * (2 * (config.condition_dim * d + 2 * d * 4 * d) + vision[1]),
         fixed_flops_step=2 * run * 2 * config.action_dim * d,  # action embedding and final layer
     )
 

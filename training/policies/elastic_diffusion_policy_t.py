@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from training.compiling import compiled
 from training.nn.elastic import (
     Arithmetic,
     Bits,
@@ -58,7 +59,9 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         self.frozen = False
         self._bits: dict[tuple[int, int], Bits] = {}
         self._plan: list[tuple[int, Width, Bits]] = []
+        self.run_enter: Callable[..., tuple[Tensor, Tensor]] = ElasticDiffusionPolicyT._enter
         self.run_block: Callable[..., Tensor] = ElasticDecoderBlock.forward
+        self.run_leave: Callable[..., Tensor] = ElasticDiffusionPolicyT._leave
         self.decode_block: Callable[..., Tensor] = ElasticDecoderBlock.decode
         self.activate(Subnet(tuple(Layer(h, m, 32, 32) for h, m in self.sizes), Precision.FP32))
 
@@ -157,14 +160,29 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> Tensor:
         """Predict the noise (B, T, Da) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, Do)."""
-        memory = torch.cat([self.time_tokens(timesteps), self.observation_tokens(observation)], dim=1)
+        x, memory = self.run_enter(self, noisy, timesteps, self.conditions(observation))
         tokens = noisy.shape[1]
-        x = self.action_embedding(noisy) + self.action_position[:, :tokens]
         masks = self.self_mask[:tokens, :tokens], self.cross_mask[:tokens]
         blocks = self.elastic_blocks()
         for i, width, bits in self._plan:
             x = self.run_block(blocks[i], x, memory, *masks, width, bits)
-        return self.head(self.norm(x))
+        return self.run_leave(self, x)
+
+    def _enter(self, noisy: Tensor, timesteps: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """Action tokens (B, T, dim) and memory tokens (B, 1 + To, dim)."""
+        memory = torch.cat([self.time_tokens(timesteps), self.condition_tokens(conditions)], dim=1)
+        return self.action_embedding(noisy) + self.action_position[:, : noisy.shape[1]], memory
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """Noise (B, T, Da) of the last block's tokens (B, T, dim)."""
+        predicted: Tensor = self.head(self.norm(x))
+        return predicted
+
+    def compile_parts(self) -> None:
+        """Compile what :meth:`forward` runs: one form of a block serves all widths and bits of an arithmetic."""
+        self.run_enter = compiled(ElasticDiffusionPolicyT._enter)
+        self.run_block = compiled(ElasticDecoderBlock.forward)
+        self.run_leave = compiled(ElasticDiffusionPolicyT._leave)
 
     # Stand-alone networks --------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from training.quant.lsq import lsq_codes, weight_range
+from training.quant.lsq import lsq_codes, lsq_product_codes, rescale, weight_range
 from training.quant.quantizer import BITS, code_range
 
 values = hnp.arrays(
@@ -180,3 +180,27 @@ def test_step_gradients_agree_with_learnable_fake_quantize_per_channel(seed: int
     (by_log,) = torch.autograd.grad((weights * ours).sum(), log_step)
     (by_step,) = torch.autograd.grad((weights * theirs).sum(), step)
     torch.testing.assert_close(by_log[:, 0], by_step * step.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ends", [(-7, 7), (-8, 7), (-127, 127), GELU_RANGE])
+@pytest.mark.parametrize("of", ["weight", "input"])
+def test_gradients_of_a_rescaled_product_are_those_of_the_product_rule(ends: tuple[int, int], of: str) -> None:
+    # `x` is what is quantized: (9, 40) weights with a step per row, or a (6, 40) input with one step.
+    rows = (9, 1) if of == "weight" else ()
+    x, matrix = (random(9, 40), random(6, 40, seed=1)) if of == "weight" else (random(6, 40), random(9, 40, seed=1))
+    log_step = math.log(2 / ends[1]) + 0.3 * random(1, *rows, seed=4)[0]
+    bias, weights = random(9, seed=2), random(6, 9, seed=3)
+    low, high = (torch.tensor(float(end)) for end in ends)
+    x = torch.where(clear_of_jumps(x, log_step.exp(), *ends), x, 0.3 * log_step.exp())
+    found = []
+    for ahead in (False, True):
+        a, b, c, m = (t.clone().requires_grad_() for t in (x, log_step, bias, matrix))
+        codes = (lsq_product_codes if ahead else lsq_codes)(a, b, low, high)
+        assert torch.equal(codes, lsq_codes(x, log_step, *ends))
+        step = (b.detach() if ahead else b).exp()
+        product, scale = (m @ codes.t(), step.flatten()) if of == "weight" else (codes @ m.t(), step.expand(9))
+        y = rescale(product, scale, c) if ahead else product * scale + c
+        (y * weights).sum().backward()
+        found.append([y.detach(), *(t.grad for t in (a, b, c, m))])
+    for plain, merged in zip(*found, strict=True):
+        torch.testing.assert_close(merged, plain, rtol=1e-4, atol=1e-4)
