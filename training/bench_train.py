@@ -32,6 +32,7 @@ from training.objective import Objective
 from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
+from training.shared_stem import SharedStem
 from training.space import Precision, SearchSpace, Subnet
 from training.supernet import search_space
 
@@ -72,7 +73,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of the set's step: forward and backward of a network, or the update of the weights; median."""
+    """One part of the set's step: forward and backward of a network or of what all share, or the update; median."""
 
     label: str
     subnet: str | None
@@ -87,7 +88,7 @@ class TrainReport:
         plain_step_ms: whole step of the full-precision policy: forward, backward, clipping, AdamW, EMA.
         w4a4_step_ms, w4a4_step_ratio: whole step of the supernet with the largest network at W4A4, and against plain.
         set_ms, set_ratio: one step of {largest FP32, largest W4A4, smallest, one sampled}, each at the full batch, with
-            one update, without the teacher's forward pass; the sampled one is the mean of several fixed draws.
+            one pass through what they share and one update, without the teacher's forward pass; the sampled one is the mean of several fixed draws.
         teacher_ms: forward pass of the teacher.
         set_with_teacher_ratio: the set and one teacher pass, against plain.
         smallest_forward_ratio: inference of the smallest network against the largest, both at W4A4.
@@ -186,11 +187,17 @@ class SupernetContender:
         """Noise (B, H, Da) that the teacher predicts."""
         return self.objective.predict(self._teacher, self.objective.noisy(batch), batch).float()
 
-    def learn(self, subnet: Subnet, batch: Batch, teacher: Tensor, alpha: Tensor, *, dropout: bool = False) -> None:
+    def begin(self, batch: Batch) -> SharedStem:
+        """Forward pass of what all networks of a step share; its ``backward`` comes after theirs."""
+        return SharedStem(self.model, self.objective, self.objective.noisy(batch), batch)
+
+    def learn(
+        self, subnet: Subnet, stem: SharedStem, batch: Batch, teacher: Tensor, alpha: Tensor, *, dropout: bool = False
+    ) -> None:
         """Forward and backward of one network; gradients add up until :meth:`update`."""
         self.model.activate(subnet)
         self.model.train(dropout)
-        predicted = self.objective.predict(self.model, self.objective.noisy(batch), batch).float()
+        predicted = stem.predict(len(batch.index))
         total, task, _ = sqil_loss(predicted, teacher, batch.noise, alpha)
         total.backward()
         task.item()
@@ -378,20 +385,24 @@ class _Rounds:
 
     def _low_step(self) -> None:
         def step() -> None:
-            self.supernet.learn(self.low, self.batch, self.target, self.alpha)
+            stem = self.supernet.begin(self.batch)
+            self.supernet.learn(self.low, stem, self.batch, self.target, self.alpha)
+            stem.backward()
             self.supernet.update()
 
         self.watch.time("low step", step)
 
     def _set_step(self) -> None:
-        supernet = self.supernet
+        supernet, stems = self.supernet, []
         self.watch.time("teacher", lambda: supernet.teach(self.batch))
+        self.watch.time("stem forward", lambda: stems.append(supernet.begin(self.batch)))
         for name, subnet in self.members.items():
 
             def learn(subnet: Subnet = subnet, dropout: bool = name == "largest") -> None:
-                supernet.learn(subnet, self.batch, self.target, self.alpha, dropout=dropout)
+                supernet.learn(subnet, stems[0], self.batch, self.target, self.alpha, dropout=dropout)
 
             self.watch.time(name, learn)
+        self.watch.time("stem backward", lambda: stems[0].backward())
         self.watch.time("update", supernet.update)
 
     def _forward_passes(self) -> None:
@@ -473,7 +484,8 @@ def _figures(rounds: _Rounds) -> dict[str, Any]:
     sampled = [name for name in rounds.members if name.startswith("sampled")]
     fixed = [name for name in rounds.members if name not in sampled]
     mean_sampled = np.mean([seconds(name) for name in sampled], axis=0)
-    whole = np.sum([seconds(name) for name in fixed], axis=0) + mean_sampled + update
+    stem = seconds("stem forward") + seconds("stem backward")
+    whole = np.sum([seconds(name) for name in fixed], axis=0) + mean_sampled + stem + update
     forward = {
         name: np.median([seconds(f"{name} {repeat}") for repeat in range(FORWARD_REPEATS)], axis=0)
         for name in rounds.forwards
@@ -490,7 +502,7 @@ def _figures(rounds: _Rounds) -> dict[str, Any]:
         "smallest_forward_ratio": _ratio(forward["smallest w4a4"], forward["largest w4a4"]),
         "smallest_forward_fp32_ratio": _ratio(forward["smallest fp32"], forward["largest fp32"]),
         "forward_ms": {name: _ms(times) for name, times in forward.items()},
-        "parts": (*parts, Part("update", None, _ms(update))),
+        "parts": (*parts, Part("stem", None, _ms(stem)), Part("update", None, _ms(update))),
     }
 
 

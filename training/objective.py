@@ -33,9 +33,13 @@ class Objective:
         signal, sigma = self.signal[batch.timesteps], self.sigma[batch.timesteps]
         return signal[:, None, None] * batch.action + sigma[:, None, None] * batch.noise
 
+    def autocast(self) -> torch.autocast:
+        """Context of the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+
     def predict(self, network: Callable[..., Tensor], noisy: Tensor, batch: Batch) -> Tensor:
         """Noise (B, H, Da) that ``network`` predicts, in the run's precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+        with self.autocast():
             return network(noisy, batch.timesteps, batch.observation)
 
     def loss(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:

@@ -47,6 +47,7 @@ from training.quant.elastic_calibration import calibrate_inputs, calibrate_weigh
 from training.run import Record, TrainingRun
 from training.sampler import ConfigurationSampler
 from training.schedules import step_seed
+from training.shared_stem import SharedStem
 from training.space import Precision, SearchSpace, SpaceError, Subnet
 from training.supernet_config import SupernetConfig
 from training.synthetic_tables import synthetic_tensors
@@ -316,8 +317,10 @@ class SupernetTrainer(TrainingRun):
             teacher = self.predict(self.run_teacher, noisy, batch).float()
         rows: list[tuple[float, ...]] = []
         whole = sum(member.weight for member in members)
+        stem = SharedStem(self.model, self.objective, noisy, batch)
         for member in members:
-            rows.append(self._member_step(member, batch, noisy, teacher, alpha, member.weight / whole))
+            rows.append(self._member_step(member, stem, batch, teacher, alpha, member.weight / whole))
+        stem.backward()
         means = self.world.mean([value for row in rows for value in row])
         rows = [tuple(means[3 * i : 3 * i + 3]) for i in range(len(members))]
         for member, (total, _, _) in zip(members, rows, strict=True):
@@ -342,14 +345,14 @@ class SupernetTrainer(TrainingRun):
         return record | {"lr": float(self.optimizer.param_groups[0]["lr"])}
 
     def _member_step(
-        self, member: Member, batch: Batch, noisy: Tensor, teacher: Tensor, alpha: Tensor, share: float
+        self, member: Member, stem: SharedStem, batch: Batch, teacher: Tensor, alpha: Tensor, share: float
     ) -> tuple[float, float, float]:
         """Forward and backward of one network; returns its loss, task loss and paired loss against the teacher."""
         part = batch.first(member.batch // self.world.size)
         size = len(part.index)
         self.model.activate(member.subnet)
         self.model.train(member.dropout)
-        predicted = self.predict(self.model, noisy[:size], part).float()
+        predicted = stem.predict(size)
         total, task, distillation = sqil_loss(predicted, teacher[:size], part.noise, alpha[:size])
         if self.options.distillation != 1.0:
             total = task + self.options.distillation * distillation

@@ -71,7 +71,7 @@ def test_every_figure_is_there_and_hangs_together(report: TrainReport, config: T
             assert value > 0.0, field.name
     assert report.set_with_teacher_ratio > report.set_ratio > 1.0  # four networks against one
     labels = [part.label for part in report.parts]
-    assert labels == ["largest", "w4a4", "smallest", "sampled 0", "sampled 1", "update"]
+    assert labels == ["largest", "w4a4", "smallest", "sampled 0", "sampled 1", "stem", "update"]
     space = search_space(config)
     assert [space.parse(p.subnet).precision for p in report.parts[:3] if p.subnet] == [
         Precision.FP32, Precision.INT, Precision.INT,
@@ -85,12 +85,20 @@ def test_every_figure_is_there_and_hangs_together(report: TrainReport, config: T
 def test_ratios_are_paired_within_a_round(quick: None, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def time(self: Stopwatch, name: str, work: Callable[[], object]) -> None:
         slowness = 10.0 ** len(self.rounds)  # every round ten times as slow as the one before
-        self.rounds[-1][name] = slowness * {"plain": 2.0, "low step": 3.0, "update": 0.5, "teacher": 1.0}.get(name, 2.5)
+        named = {
+            "plain": 2.0,
+            "low step": 3.0,
+            "update": 0.5,
+            "teacher": 1.0,
+            "stem forward": 0.1,
+            "stem backward": 0.4,
+        }
+        self.rounds[-1][name] = slowness * named.get(name, 2.5)
 
     monkeypatch.setattr(Stopwatch, "time", time)
     report = bench_train(config, Options(batch=2, rounds=3, compile=False))
     assert report.w4a4_step_ratio == 1.5
-    assert report.set_ratio == (4 * 2.5 + 0.5) / 2.0
+    assert report.set_ratio == (4 * 2.5 + 0.5 + 0.5) / 2.0
     assert report.set_with_teacher_ratio == report.set_ratio + 0.5
     assert report.smallest_forward_ratio == report.smallest_forward_fp32_ratio == 1.0
     assert report.plain_step_ms == 2e3 * 10.0**2  # the middle round
@@ -128,7 +136,9 @@ def test_both_steps_train(config: TrainConfig) -> None:
     low_before = objective.loss(supernet.model, batch).item()
     for _ in range(12):
         plain.step(batch)
-        supernet.learn(low, batch, target, alpha)
+        stem = supernet.begin(batch)
+        supernet.learn(low, stem, batch, target, alpha)
+        stem.backward()
         supernet.update()
     assert objective.loss(plain.model.eval(), batch).item() < before
     assert objective.loss(supernet.model, batch).item() < low_before
@@ -167,7 +177,9 @@ def test_supernet_step_is_that_of_the_trainer(
     supernet = SupernetContender(config, Objective(config, CPU), False, batch)
     supernet.model.load_state_dict(trainer.model.state_dict())
     target = trainer.predict(trainer.teacher, trainer.noisy(batch), batch).float()
-    supernet.learn(low, batch, target, alpha[:8])
+    stem = supernet.begin(batch)
+    supernet.learn(low, stem, batch, target, alpha[:8])
+    stem.backward()
     supernet.update()
     trainer.train_step()
     for name, parameter in trainer.model.named_parameters():

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from training.checkpoint_engine import VariantError, open_checkpoint
 from training.conditions import BudgetError
 from training.config import ConfigError, TrainConfig
 from training.draws import Phase
+from training.losses.sqil import sqil_loss
 from training.lut import TableError, load_table, save_table
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.run import TrainingError
 from training.schedules import step_seed
 from training.space import Precision, SpaceError, Subnet
@@ -251,6 +254,47 @@ def test_the_losses_of_a_step_count_by_the_weights_of_the_members(
     assert drawn.pop("w4a4") == pytest.approx(3.0) and drawn.pop("smallest") == pytest.approx(0.5)
     assert drawn.pop("largest") == 1.0 and set(drawn) <= {"sampled", "stratified"}
     assert list(drawn.values()) == pytest.approx([1.5] * len(drawn)) and drawn
+
+
+def test_what_the_networks_share_is_run_once_and_gets_the_gradients_of_all(
+    supernet_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = SupernetTrainer(supernet_config(run={"precision": "fp32"}), tmp_path)
+    found: dict[str, Tensor] = {}
+
+    def collect() -> None:
+        found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+    passes: list[int] = []
+    stem = ElasticDiffusionPolicyT.stem
+
+    def count(self: ElasticDiffusionPolicyT, noisy: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        passes.append(len(noisy))
+        return stem(self, noisy, *rest)
+
+    monkeypatch.setattr(ElasticDiffusionPolicyT, "stem", count)
+    monkeypatch.setattr(trainer.optimizer, "step", collect)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
+    members, device = at_step(trainer, 5)
+    members = [replace(member, dropout=False) for member in members]
+    monkeypatch.setattr(trainer, "members", lambda _generator: (members, device))
+    trainer.train_step()
+    assert passes == [max(member.batch for member in members)]
+
+    drawn = trainer.data.draw(trainer.windows, step_seed(trainer.config.run.seed, 5), passes[0])
+    noisy, alpha = trainer.noisy(drawn), trainer.saliency()[drawn.index]
+    teacher = trainer.predict(trainer.teacher, noisy, drawn)
+    trainer.model.zero_grad()
+    for member in members:
+        trainer.model.activate(member.subnet)
+        part = drawn.first(member.batch)
+        size = len(part.index)
+        predicted = trainer.predict(trainer.model, noisy[:size], part)
+        (sqil_loss(predicted, teacher[:size], part.noise, alpha[:size])[0] / len(members)).backward()
+    wanted = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys() and {"memory_fc1.weight", "action_position"} <= found.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_held_out_table_has_a_row_for_every_figure(finished: tuple[Path, list[dict[str, float]]]) -> None:

@@ -160,8 +160,15 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> Tensor:
         """Predict the noise (B, T, Da) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, Do)."""
-        x, memory = self.run_enter(self, noisy, timesteps, self.conditions(observation))
-        tokens = noisy.shape[1]
+        return self.trunk(*self.stem(noisy, timesteps, observation))
+
+    def stem(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """What no subnet changes: action tokens (B, T, dim) and memory tokens (B, 1 + To, dim); see :meth:`forward`."""
+        return self.run_enter(self, noisy, timesteps, self.conditions(observation))
+
+    def trunk(self, x: Tensor, memory: Tensor) -> Tensor:
+        """Predict the noise (B, T, Da) from the tokens of :meth:`stem`, with the active subnet."""
+        tokens = x.shape[1]
         masks = self.self_mask[:tokens, :tokens], self.cross_mask[:tokens]
         blocks = self.elastic_blocks()
         for i, width, bits in self._plan:
