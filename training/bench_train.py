@@ -88,7 +88,8 @@ class TrainReport:
         plain_step_ms: whole step of the full-precision policy: forward, backward, clipping, AdamW, EMA.
         w4a4_step_ms, w4a4_step_ratio: whole step of the supernet with the largest network at W4A4, and against plain.
         set_ms, set_ratio: one step of {largest FP32, largest W4A4, smallest, one sampled}, each at the full batch, with
-            one pass through what they share and one update, without the teacher's forward pass; the sampled one is the mean of several fixed draws.
+            one pass through what they share and one update, without the teacher's forward pass; the sampled one is the
+            mean of several fixed draws.
         teacher_ms: forward pass of the teacher.
         set_with_teacher_ratio: the set and one teacher pass, against plain.
         smallest_forward_ratio: inference of the smallest network against the largest, both at W4A4.

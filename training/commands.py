@@ -47,6 +47,12 @@ def train(subparsers: Any) -> None:
         "--change-length", action="store_true", help="continue a run although its number of steps is another one"
     )
     parser.add_argument(
+        "--change-sandwich",
+        action="store_true",
+        help="continue a supernet's run although supernet.sandwich (networks of a step, their batches and weights) is "
+        "another one",
+    )
+    parser.add_argument(
         "--only",
         metavar="SUBNET",
         help="train this one subnet of a supernet's space alone, for comparison (default run folder: runs/NAME.SUBNET)",
@@ -72,7 +78,9 @@ def _train(args: argparse.Namespace) -> int:
         config = override(config, supernet={"only": args.only})
     name = config.name if args.only is None else f"{config.name}.{args.only}"
     folder = args.out or Path("runs") / name
-    trainer = _trainer(config, folder, change_length=args.change_length, config_file=args.config.name)
+    permitted = {"run.steps": args.change_length, "supernet.sandwich": args.change_sandwich}
+    change = [field for field, allowed in permitted.items() if allowed]
+    trainer = _trainer(config, folder, change=change, config_file=args.config.name)
     first = trainer.world.first  # of the processes that torchrun started; the others are silent
     if trainer.step and first:
         print(f"continuing {trainer.checkpoint_path} at step {trainer.step}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ def check_compiler() -> None:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled for any sizes, in as many forms as a supernet's blocks come in."""
+    # Said once per compiled form where weights are rounded to float16 under BF16 autocast, which is meant.
+    warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed", category=UserWarning)
     limit = torch._dynamo.config.cache_size_limit
     torch._dynamo.config.cache_size_limit = max(limit, CACHED_GRAPHS)
     return torch.compile(function, dynamic=True)

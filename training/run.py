@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,8 @@ from training.trained import segments
 from training.world import World
 
 Record = dict[str, float]
+CHANGEABLE = MappingProxyType({"run.steps": "--change-length", "supernet.sandwich": "--change-sandwich"})
+"""Fields that may be others when a run is continued, if that is asked for, and the options that ask for it."""
 
 
 class TrainingError(UserError):
@@ -123,16 +125,19 @@ class TrainingRun(ABC):
         """The run's one checkpoint file."""
         return self.folder / CHECKPOINT
 
-    def resume(self, change_length: bool = False) -> None:
+    def resume(self, change: Collection[str] = ()) -> None:
         """Continue from the folder's checkpoint where there is one.
+
+        Args:
+            change: fields of :data:`CHANGEABLE` that may differ from the checkpoint's.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another configuration or other data.
         """
         if self.checkpoint_path.exists():
-            self._restore(load_checkpoint(self.checkpoint_path), change_length)
+            self._restore(load_checkpoint(self.checkpoint_path), change)
 
-    def _restore(self, payload: dict[str, Any], change_length: bool) -> None:
+    def _restore(self, payload: dict[str, Any], change: Collection[str]) -> None:
         try:
             trained = TrainConfig.model_validate_json(json.dumps(payload["config"]), strict=True)
             self.history = list(segments(payload))
@@ -140,13 +145,15 @@ class TrainingRun(ABC):
             raise CheckpointError(f"{self.checkpoint_path}: its configuration cannot be read ({error})") from error
         mine, theirs = _identity(self.config), _identity(trained)
         different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        if change_length:
-            different = [key for key in different if key != "run.steps"]
+        changed = [key for key in different if key in change]
+        different = [key for key in different if key not in change]
         if different:
-            length = "; --change-length permits another run.steps" if different == ["run.steps"] else ""
+            hint = ""
+            if all(key in CHANGEABLE for key in different):
+                hint = "".join(f"; {CHANGEABLE[key]} permits another {key}" for key in different)
             raise CheckpointError(
                 f"{self.checkpoint_path}: trained with another configuration (differs in {', '.join(different)}); "
-                f"give another --out or restore the configuration{length}"
+                f"give another --out or restore the configuration{hint}"
             )
         # The configuration says where data are, not what they hold. Checkpoints of older versions lack the hash.
         ours = self._facts()
@@ -163,7 +170,8 @@ class TrainingRun(ABC):
                 f"{self.checkpoint_path}: trained on other data than {self.config.data.path} (differs in "
                 f"{', '.join(different)}); give another --out or restore the data"
             )
-        self.changed = tuple(
+        self.changed = tuple(f"{name} {theirs[name]} -> {mine[name]}" for name in changed if name != "run.steps")
+        self.changed += tuple(
             f"{name} {getattr(trained.run, name)} -> {getattr(self.config.run, name)}"
             for name in ("threads", "compile", "device")
             if getattr(trained.run, name) != getattr(self.config.run, name)

@@ -9,7 +9,7 @@ same samples teaches the sampler. The costs of a network come from tables and ac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -94,7 +94,7 @@ class SupernetTrainer(TrainingRun):
         folder: Path,
         resume: bool = True,
         *,
-        change_length: bool = False,
+        change: Collection[str] = (),
         config_file: str | None = None,
     ) -> None:
         """Read data, teacher and tables, order and calibrate the supernet, and continue from a checkpoint if there is.
@@ -148,7 +148,7 @@ class SupernetTrainer(TrainingRun):
         self._base_rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
         self.optimizer = torch.optim.AdamW(groups, betas=opt.betas, fused=True)
         if resume:
-            self.resume(change_length)
+            self.resume(change)
         self._saliency: Tensor | None = None
 
     # Preparation -----------------------------------------------------------------------------------------------------

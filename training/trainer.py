@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Trainer(TrainingRun):
         folder: Path,
         resume: bool = True,
         *,
-        change_length: bool = False,
+        change: Collection[str] = (),
         config_file: str | None = None,
     ) -> None:
         """Read the data, build the network and continue from the folder's checkpoint where there is one.
@@ -42,7 +42,7 @@ class Trainer(TrainingRun):
             config: the run.
             folder: where it is kept.
             resume: continue from the folder's checkpoint.
-            change_length: continue also where ``run.steps`` differs from the checkpoint's.
+            change: fields that may differ from the checkpoint's; see :data:`training.run.CHANGEABLE`.
             config_file: name, without folder, of the YAML file that ``config`` comes from, for the record.
 
         Raises:
@@ -73,7 +73,7 @@ class Trainer(TrainingRun):
             fused=True,
         )
         if resume:
-            self.resume(change_length)
+            self.resume(change)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -79,9 +80,25 @@ def test_training_goes_on_from_a_packed_supernet(supernet_run: Path, packed: Pat
     config = load_supernet(supernet_run).meaning.config
     steps = config.run.steps
     longer = override(config, run={"steps": steps + 1})
-    trainer = SupernetTrainer(longer, packed, change_length=True)
+    trainer = SupernetTrainer(longer, packed, change=["run.steps"])
     assert trainer.step == steps
     before = trainer.ema.state_dict()["blocks.0.fc1.weight"].clone()
     assert trainer.run()
     assert trainer.step == steps + 1
     assert not torch.equal(before, trainer.ema.state_dict()["blocks.0.fc1.weight"])
+
+
+def test_another_sandwich_is_refused_unless_asked_for_and_then_recorded(
+    supernet_run: Path, packed: Path, tmp_path: Path
+) -> None:
+    config = load_supernet(supernet_run).meaning.config
+    assert config.supernet is not None
+    sandwich = config.supernet.sandwich.model_copy(update={"sampled": 1, "low_weight": 2.0})
+    other = config.model_copy(update={"supernet": config.supernet.model_copy(update={"sandwich": sandwich})})
+    folder = shutil.copytree(packed, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"differs in supernet\.sandwich\).*--change-sandwich permits another"):
+        SupernetTrainer(other, folder)
+    trainer = SupernetTrainer(other, folder, change=["supernet.sandwich"])
+    assert any("'sampled': 2" in change and "'sampled': 1" in change for change in trainer.changed)
+    members, _ = trainer.members(torch.Generator().manual_seed(0))
+    assert [member.weight for member in members] == [1.0, 2.0, 1.0, 1.0]

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_field(tiny_config: 
     with pytest.raises(CheckpointError, match=r"differs in run\.batch\)"):
         Trainer(tiny_config(batch=4), tmp_path)
     with pytest.raises(CheckpointError, match=r"differs in run\.batch\)"):
-        Trainer(tiny_config(batch=4), tmp_path, change_length=True)
+        Trainer(tiny_config(batch=4), tmp_path, change=["run.steps"])
     moved = override(tiny_config(), data={"path": tiny_config().data.path}, run={"log_every": 1})
     assert Trainer(moved, tmp_path).step == 6  # bookkeeping may differ
 
@@ -165,7 +165,7 @@ def test_another_length_is_continued_only_when_that_is_said(tiny_config: Config,
     Trainer(tiny_config(), tmp_path).run()
     with pytest.raises(CheckpointError, match=r"differs in run\.steps\).*--change-length permits"):
         Trainer(tiny_config(steps=8), tmp_path)
-    longer = Trainer(tiny_config(steps=8), tmp_path, change_length=True)
+    longer = Trainer(tiny_config(steps=8), tmp_path, change=["run.steps"])
     assert longer.run()
     planned = [(entry["step"], entry["planned_steps"]) for entry in load_checkpoint(longer.checkpoint_path)["history"]]
     assert planned == [(0, 6), (6, 8)]
