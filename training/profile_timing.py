@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dcqfa_ros.bench.conditions import no_garbage_collection
 from dcqfa_ros.bundle.schema import DiffusionSpec
 from dcqfa_ros.runtime.denoising import DenoisingLoop
 from dcqfa_ros.runtime.engine import Float32, Int64
@@ -129,7 +128,7 @@ def time_in_turn(
         for _ in range(warm_ups):
             run()
     seconds = np.empty((len(runs), rounds, BURST))
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for number in range(rounds):
             for place in range(len(runs)):
                 index = (number + place) % len(runs)
@@ -143,15 +142,3 @@ def time_in_turn(
     seconds *= (np.median(seconds[0]) / reference)[None, :, None]
     low, middle, high = 1e3 * np.percentile(seconds.reshape(len(runs), -1), [25, 50, 75], axis=1)
     return [Timing(float(m), float(h - q)) for q, m, h in zip(low, middle, high, strict=True)]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
