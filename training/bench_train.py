@@ -92,9 +92,12 @@ class TrainReport:
             mean of several fixed draws.
         teacher_ms: forward pass of the teacher.
         set_with_teacher_ratio: the set and one teacher pass, against plain.
-        smallest_forward_ratio: inference of the smallest network against the largest, both at W4A4.
+        smallest_forward_ratio: inference of the smallest network against the largest, both at W4A4, in float32 as
+            evaluation runs them.
         smallest_forward_fp32_ratio: the same of both in full precision.
-        forward_ms: the medians behind these two.
+        smallest_forward_training_ratio: the first one in ``run.precision``; where matrix units make large products
+            cheap, what is not a product weighs more.
+        forward_ms: the medians behind these three.
         switch_us: mean time to activate another configuration.
         switch_parameter_bytes: bytes that all tensors hold which a switch makes.
         parts: the set's step in parts.
@@ -111,6 +114,7 @@ class TrainReport:
     teacher_ms: float
     smallest_forward_ratio: float
     smallest_forward_fp32_ratio: float
+    smallest_forward_training_ratio: float
     forward_ms: dict[str, float]
     switch_us: float
     switch_parameter_bytes: int
@@ -208,11 +212,14 @@ class SupernetContender:
         _update(self._optimizer, [self._parameters, self._steps], self._clip, self._averaged, self._weights)
 
     @torch.no_grad()
-    def infer(self, subnet: Subnet, batch: Batch) -> None:
-        """Forward pass in evaluation mode."""
+    def infer(self, subnet: Subnet, batch: Batch, *, autocast: bool = False) -> None:
+        """Forward pass in evaluation mode, in float32 or, with ``autocast``, in the run's precision."""
         self.model.activate(subnet)
         self.model.eval()
-        self.objective.predict(self.model, batch.action, batch)
+        if autocast:
+            self.objective.predict(self.model, batch.action, batch)
+        else:
+            self.model(batch.action, batch.timesteps, batch.observation)
 
 
 def _adamw(config: TrainConfig, parameters: Sequence[Tensor], steps: Sequence[Tensor]) -> torch.optim.AdamW:
@@ -365,10 +372,12 @@ class _Rounds:
         self.members = {"largest": space.largest(), "w4a4": self.low, "smallest": smallest}
         self.members |= {f"sampled {place}": subnet for place, subnet in enumerate(sampled_subnets(space, DRAWS))}
         self.forwards = {
-            "largest w4a4": self.low,
-            "smallest w4a4": smallest,
-            "largest fp32": space.largest(),
-            "smallest fp32": space.uniform(*narrowest, Precision.FP32),
+            "largest w4a4": (self.low, False),
+            "smallest w4a4": (smallest, False),
+            "largest fp32": (space.largest(), False),
+            "smallest fp32": (space.uniform(*narrowest, Precision.FP32), False),
+            "largest w4a4 as trained": (self.low, True),
+            "smallest w4a4 as trained": (smallest, True),
         }
         self.plain = PlainContender(config, self.objective, options.compile)
         self.supernet = SupernetContender(config, self.objective, options.compile, self.small_batch)
@@ -408,10 +417,10 @@ class _Rounds:
 
     def _forward_passes(self) -> None:
         for repeat in range(FORWARD_REPEATS):
-            for name, subnet in self.forwards.items():
+            for name, (subnet, autocast) in self.forwards.items():
 
-                def infer(subnet: Subnet = subnet) -> None:
-                    self.supernet.infer(subnet, self.small_batch)
+                def infer(subnet: Subnet = subnet, autocast: bool = autocast) -> None:
+                    self.supernet.infer(subnet, self.small_batch, autocast=autocast)
 
                 self.watch.time(f"{name} {repeat}", infer)
 
@@ -502,6 +511,9 @@ def _figures(rounds: _Rounds) -> dict[str, Any]:
         "teacher_ms": _ms(teacher),
         "smallest_forward_ratio": _ratio(forward["smallest w4a4"], forward["largest w4a4"]),
         "smallest_forward_fp32_ratio": _ratio(forward["smallest fp32"], forward["largest fp32"]),
+        "smallest_forward_training_ratio": _ratio(
+            forward["smallest w4a4 as trained"], forward["largest w4a4 as trained"]
+        ),
         "forward_ms": {name: _ms(times) for name, times in forward.items()},
         "parts": (*parts, Part("stem", None, _ms(stem)), Part("update", None, _ms(update))),
     }

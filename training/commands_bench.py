@@ -71,6 +71,7 @@ def _describe(processor: str, report: TrainReport) -> Iterator[str]:
         yield f"  {part.label:<20}{part.ms:9.1f} ms" + (f"   {part.subnet}" if part.subnet else "")
     yield (
         f"smallest forward pass {100 * report.smallest_forward_ratio:.1f} % of the largest at W4A4, "
-        f"{100 * report.smallest_forward_fp32_ratio:.1f} % at FP32, batch {report.forward_batch}"
+        f"{100 * report.smallest_forward_fp32_ratio:.1f} % at FP32, batch {report.forward_batch} in float32 "
+        f"({100 * report.smallest_forward_training_ratio:.1f} % at W4A4 in {report.precision})"
     )
     yield f"switch                {report.switch_us:9.1f} us   {report.switch_parameter_bytes} bytes of new tensors"

@@ -76,7 +76,8 @@ def test_every_figure_is_there_and_hangs_together(report: TrainReport, config: T
     assert [space.parse(p.subnet).precision for p in report.parts[:3] if p.subnet] == [
         Precision.FP32, Precision.INT, Precision.INT,
     ]  # fmt: skip
-    assert set(report.forward_ms) == {"largest w4a4", "smallest w4a4", "largest fp32", "smallest fp32"}
+    low = {"largest w4a4", "smallest w4a4", "largest w4a4 as trained", "smallest w4a4 as trained"}
+    assert set(report.forward_ms) == low | {"largest fp32", "smallest fp32"}
     assert report.supernet_parameters > report.plain_parameters
     assert (report.batch, report.rounds, report.threads, report.compile) == (4, 3, 1, False)
     assert json.loads(json.dumps(dataclasses.asdict(report)))["switch_parameter_bytes"] == 0
@@ -101,6 +102,7 @@ def test_ratios_are_paired_within_a_round(quick: None, config: TrainConfig, monk
     assert report.set_ratio == (4 * 2.5 + 0.5 + 0.5) / 2.0
     assert report.set_with_teacher_ratio == report.set_ratio + 0.5
     assert report.smallest_forward_ratio == report.smallest_forward_fp32_ratio == 1.0
+    assert report.smallest_forward_training_ratio == 1.0
     assert report.plain_step_ms == 2e3 * 10.0**2  # the middle round
 
 
@@ -316,3 +318,13 @@ def test_without_the_training_package_the_command_says_what_to_install(
     args = parser(False).parse_args(["bench", "train", "--batch", "32", "--json"])
     with pytest.raises(bench_command.MissingBenchmarkError, match=r"pip install -r requirements/train\.txt"):
         args.func(args)
+
+
+def test_inference_runs_in_float32_unless_the_precision_of_training_is_asked_for(config: TrainConfig) -> None:
+    objective, batch = Objective(config, CPU), random_batch(config, 4, CPU)
+    supernet, space = SupernetContender(config, objective, False, batch), search_space(config)
+    seen: list[torch.dtype] = []
+    supernet.model.head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    supernet.infer(space.largest(), batch)
+    supernet.infer(space.largest(), batch, autocast=True)
+    assert seen == [torch.float32, torch.bfloat16]
