@@ -79,7 +79,7 @@ def _subnet(args: argparse.Namespace) -> int:
     supernet, config = _source(args)
     if supernet is None and args.eval:
         raise ArgumentError(f"--eval: measuring needs trained weights; give --run ({DEFAULT_RUN} has none)")
-    from training.supernet import search_space
+    from training.sandwich import search_space
 
     space = search_space(config)
     chosen = space.parse(args.subnet)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,14 +40,14 @@ from training.losses.sqil import (
 )
 from training.lut import load_table
 from training.policies.diffusion_policy_t import DiffusionPolicyT
-from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
 from training.run import Record, TrainingRun
 from training.sampler import ConfigurationSampler
+from training.sandwich import Member, held_out_names, search_space, smallest_of
 from training.schedules import step_seed
 from training.shared_stem import SharedStem
-from training.space import Precision, SearchSpace, SpaceError, Subnet
+from training.space import Precision
 from training.supernet_config import SupernetConfig
 from training.synthetic_tables import synthetic_tensors
 from training.warm_start import read_policy_weights, state_sha256
@@ -57,18 +56,6 @@ SALIENCY = "saliency.pt"
 CALIBRATION_SEED = 30_000_001
 SYNTHETIC_SEED = 40_000_001
 SUBNET_STREAM = 0x5DEECE66D  # keeps what a step draws of subnets apart from what it draws of windows
-HELD_OUT_SUBNETS = ("largest", "fp8", "w8a8", "w4a4", "smallest")
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One network of a step: class for the log, number of samples, weight of its loss, and whether dropout acts."""
-
-    label: str
-    subnet: Subnet
-    batch: int
-    weight: float = 1.0
-    dropout: bool = False
 
 
 class SupernetTrainer(TrainingRun):
@@ -112,7 +99,7 @@ class SupernetTrainer(TrainingRun):
             field = f"{name}_batch"
             self.world.check_batch(f"supernet.sandwich.{field}", getattr(self.options.sandwich, field))
         self.space = search_space(config)
-        self.table = _check_networks(self.space, self.options)
+        self.table = held_out_names(self.space, self.options)
         self.only = None if self.options.only is None else self.space.parse(self.options.only)
         if self.options.only is not None:
             self.table = (self.options.only,)
@@ -290,7 +277,7 @@ class SupernetTrainer(TrainingRun):
         members = [
             Member("largest", self.space.largest(), sandwich.largest_batch, sandwich.largest_weight, dropout=True),
             Member(low, self.space.parse(low), sandwich.low_batch, sandwich.low_weight),
-            Member("smallest", _smallest(self.space, phase), sandwich.smallest_batch, sandwich.smallest_weight),
+            Member("smallest", smallest_of(self.space, phase), sandwich.smallest_batch, sandwich.smallest_weight),
         ]
         for _ in range(sandwich.sampled):
             draw = self.sampler.draw_mixed(condition, generator, phase)
@@ -404,52 +391,3 @@ class SupernetTrainer(TrainingRun):
 
     def _validation(self) -> Record:
         return {f"held_out/{name}": loss for name, loss in self.validate().items()}
-
-
-def search_space(config: TrainConfig) -> SearchSpace:
-    """The search space of a supernet configuration, counted with the tokens that a robot executes.
-
-    Raises:
-        ConfigError: there is no ``supernet`` section.
-        SpaceError: the section does not fit the policy.
-    """
-    if config.supernet is None:
-        raise ConfigError(f"training configuration {config.name!r}: supernet: the section is missing")
-    tokens = config.policy.observation_horizon - 1 + config.executed_actions
-    return SearchSpace(diffusion_policy_t_shape(config.policy, tokens), config.supernet.space)
-
-
-def _check_networks(space: SearchSpace, options: SupernetConfig) -> tuple[str, ...]:
-    """Names of the validated subnets that ``space`` has.
-
-    Raises:
-        ConfigError: the space lacks a network that steps train.
-    """
-    if Precision.FP32 not in space.precisions:
-        raise ConfigError("supernet.space.precisions: fp32 is missing; every step trains the largest network in it")
-    for name, share in options.sandwich.low_shares.items():
-        if share > 0.0 and not _has(space, name):
-            raise ConfigError(
-                f"supernet.sandwich.low_shares: {name} is not in the space; leave it out or extend supernet.space"
-            )
-    return tuple(name for name in HELD_OUT_SUBNETS if _has(space, name))
-
-
-def _has(space: SearchSpace, name: str) -> bool:
-    try:
-        space.parse(name)
-    except SpaceError:
-        return False
-    return True
-
-
-def _smallest(space: SearchSpace, phase: Phase) -> Subnet:
-    """The smallest network that the phase allows, at the fewest bits."""
-    w, a = space.weight_bits[0], space.activation_bits[0]
-    smallest, largest = space.smallest(w, a), space.largest(Precision.INT, w, a)
-    if not phase.width:
-        return largest
-    if phase.depth:
-        return smallest
-    thin = next(layer for layer in smallest.layers if layer is not None)
-    return Subnet((thin,) * len(largest.layers), Precision.INT)

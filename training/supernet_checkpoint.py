@@ -9,9 +9,9 @@ from typing import Any
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
 from training.compact import averaged_state
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
+from training.sandwich import search_space
 from training.space import SearchSpace, Subnet
 from training.specification import PolicyMeaning
-from training.supernet import search_space
 from training.trained import policy_meaning
 
 

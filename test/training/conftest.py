@@ -18,7 +18,8 @@ from dcqfa_ros.sim.tee import key_points
 from training.config import TrainConfig, load_config, override
 from training.lut import save_table
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
-from training.supernet import SupernetTrainer, search_space
+from training.sandwich import search_space
+from training.supernet import SupernetTrainer
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -15,24 +15,23 @@ import torch
 from dcqfa_ros.commands import bench as bench_command
 from test.training.conftest import SupernetFiles
 from training import bench_train as module
+from training.bench_contenders import PlainContender, SupernetContender, random_batch
 from training.bench_train import (
     NewTensors,
     Options,
-    PlainContender,
     Stopwatch,
-    SupernetContender,
     TrainBenchError,
     TrainReport,
     bench_train,
-    random_batch,
     sampled_subnets,
     switching,
 )
 from training.config import ConfigError, TrainConfig
 from training.objective import Objective
+from training.sandwich import Member, search_space
 from training.schedules import step_seed
 from training.space import Precision, Subnet
-from training.supernet import Member, SupernetTrainer, search_space
+from training.supernet import SupernetTrainer
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")

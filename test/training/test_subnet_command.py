@@ -16,8 +16,9 @@ from training.config import load_config
 from training.cost import cost
 from training.evaluate import evaluate
 from training.lut import load_table
+from training.sandwich import search_space
 from training.space_counts import flops, mean_bits, paper_bytes, parameters, real_bytes
-from training.supernet import SupernetTrainer, search_space
+from training.supernet import SupernetTrainer
 
 UNEVEN = "int.1h32w4a8.4h64w8a4"  # a network whose two blocks differ in everything
 Run = Callable[..., tuple[int, str, str]]

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from training.checkpoint import load_checkpoint
 from training.config import load_config
-from training.supernet import HELD_OUT_SUBNETS
+from training.sandwich import HELD_OUT_SUBNETS
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
