@@ -86,8 +86,8 @@ class TrainReport:
             mean of several fixed draws.
         teacher_ms: forward pass of the teacher.
         set_with_teacher_ratio: the set and one teacher pass, against plain.
-        smallest_forward_ratio: inference of the smallest network against the largest, both at W4A4, in float32 as
-            evaluation runs them.
+        smallest_forward_ratio: inference of the smallest network against the largest, both at W4A4 as the supernet
+            runs them (quantized anew in every pass), in float32.
         smallest_forward_fp32_ratio: the same of both in full precision.
         smallest_forward_training_ratio: the first one in ``run.precision``; where matrix units make large products
             cheap, what is not a product weighs more.

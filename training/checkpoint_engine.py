@@ -92,10 +92,10 @@ def find_variant(path: Path, name: str | None, option: str = "--variant") -> Che
         if name not in (None, PLAIN):
             raise VariantError(f"{option} {name}: {path} is a checkpoint and has no variants; export it first")
         trained = load_trained(path)
-        _refuse_images(trained.meaning, path)
+        refuse_images(trained.meaning, path)
         return CheckpointVariant(trained, PLAIN, None)
     supernet = load_supernet(path)
-    _refuse_images(supernet.meaning, path)
+    refuse_images(supernet.meaning, path)
     name = name or DEFAULT_SUBNET
     try:
         return CheckpointVariant(supernet, name, supernet.space.name(supernet.space.parse(name)))
@@ -103,12 +103,17 @@ def find_variant(path: Path, name: str | None, option: str = "--variant") -> Che
         raise VariantError(f"{option} {name}: not in the search space of {path} ({error})") from error
 
 
-def _refuse_images(meaning: PolicyMeaning, path: Path) -> None:
+def refuse_images(meaning: PolicyMeaning, path: Path) -> None:
+    """Refuse a policy that reads images for closed-loop evaluation.
+
+    Raises:
+        VariantError: it does.
+    """
     if meaning.config.policy.image is not None:
         raise VariantError(
             f"{path}: its policy reads images, which closed-loop evaluation does not render for it; compare held-out "
-            "losses ('dcqfa train' prints them, 'dcqfa subnet CONFIG --eval --seeds 0' measures those of subnets), or "
-            "give a policy of key points"
+            f"losses ('dcqfa train' prints them, 'dcqfa subnet NAME --run {path} --eval --seeds 0' measures those of a "
+            "supernet's subnets), or give a policy of key points"
         )
 
 

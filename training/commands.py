@@ -78,6 +78,8 @@ def _train(args: argparse.Namespace) -> int:
         config = override(config, supernet={"only": args.only})
     name = config.name if args.only is None else f"{config.name}.{args.only}"
     folder = args.out or Path("runs") / name
+    if args.change_sandwich and config.supernet is None:
+        raise ArgumentError(f"--change-sandwich: {args.config} has no supernet section, hence no sandwich")
     permitted = {"run.steps": args.change_length, "supernet.sandwich": args.change_sandwich}
     change = [field for field, allowed in permitted.items() if allowed]
     trainer = _trainer(config, folder, change=change, config_file=args.config.name)

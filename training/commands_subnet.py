@@ -199,11 +199,14 @@ def _measured(args: argparse.Namespace, supernet: TrainedSupernet, chosen: Subne
     """Held-out loss and closed-loop score of the run's averaged weights."""
     import torch
 
+    from training.checkpoint_engine import refuse_images
     from training.evaluate import evaluate
 
     torch.set_num_threads(args.threads or 1)
-    loss = _held_out_loss(supernet, chosen, args.data)
     seeds = DEFAULT_SEEDS if args.seeds is None else args.seeds
+    if seeds:
+        refuse_images(supernet.meaning, supernet.path)  # now, not when the loss has been measured
+    loss = _held_out_loss(supernet, chosen, args.data)
     first = DEFAULT_FIRST_SEED if args.first_seed is None else args.first_seed
     score = None
     if seeds:

@@ -80,10 +80,10 @@ class TrainingRun(ABC):
         if config.run.compile and config.run.device == "cpu":
             check_compiler()
         torch.set_num_threads(config.run.threads)
-        keep_freed_memory()
         self.world = World()
         self.device = self.world.device(config.run.device)
         self.data = PolicyData(config)
+        keep_freed_memory()  # only now: what reading took at its peak need not stay
         PolicyMeaning(
             config,
             self.data.shapes,
@@ -134,6 +134,9 @@ class TrainingRun(ABC):
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another configuration or other data.
         """
+        others = set(change) - CHANGEABLE.keys()
+        if others:
+            raise ValueError(f"change: expected some of {', '.join(CHANGEABLE)}, got {', '.join(sorted(others))}")
         if self.checkpoint_path.exists():
             self._restore(load_checkpoint(self.checkpoint_path), change)
 
@@ -170,7 +173,13 @@ class TrainingRun(ABC):
                 f"{self.checkpoint_path}: trained on other data than {self.config.data.path} (differs in "
                 f"{', '.join(different)}); give another --out or restore the data"
             )
-        self.changed = tuple(f"{name} {theirs[name]} -> {mine[name]}" for name in changed if name != "run.steps")
+        self.changed = tuple(
+            f"{name}.{key} {before} -> {mine[name][key]}"
+            for name in changed
+            if name != "run.steps"
+            for key, before in theirs[name].items()
+            if before != mine[name][key]
+        )
         self.changed += tuple(
             f"{name} {getattr(trained.run, name)} -> {getattr(self.config.run, name)}"
             for name in ("threads", "compile", "device")
@@ -250,6 +259,7 @@ class TrainingRun(ABC):
                     compile=run.compile,
                     device=run.device,
                     torch=str(torch.__version__),
+                    changed=self.changed,
                 )
             )
         if self.world.first:

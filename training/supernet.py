@@ -348,7 +348,8 @@ class SupernetTrainer(TrainingRun):
         return total.item(), task.item(), task.item() - reference.item()
 
     def _record(self, members: list[Member], rows: list[tuple[float, ...]], device: str) -> Record:
-        record: Record = {"loss": float(np.mean([row[0] for row in rows]))}
+        whole = sum(member.weight for member in members)  # what is minimised
+        record: Record = {"loss": sum(m.weight / whole * row[0] for m, row in zip(members, rows, strict=True))}
         for member, (total, task, _) in zip(members, rows, strict=True):
             record[f"loss/{member.label}"] = total
             record[f"task/{member.label}"] = task

@@ -26,7 +26,7 @@ class SandwichConfig(StrictModel):
     """Samples per member of a step, all the first ones of the same draw, and weights of the members' losses.
 
     Members are the largest network in full precision, the largest at few bits (``low_shares`` says how often at which),
-    the smallest, and ``sampled`` networks of the configuration sampler. Weights are relative. The smallest network has
+    the smallest, and ``sampled`` networks of the configuration sampler. Weights are relative: the smallest network has
     the largest loss by far, and what it pulls the shared weights towards costs the largest at 4 bits most.
     """
 

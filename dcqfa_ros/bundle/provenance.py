@@ -68,7 +68,10 @@ class CalibrationRecord(StrictModel):
 
 
 class TrainingSegment(StrictModel):
-    """One start or resume of a training run, at ``step``. Only segments under equal conditions repeat bit for bit."""
+    """One start or resume of a training run, at ``step``. Only segments under equal conditions repeat bit for bit.
+
+    ``changed`` says what differs from the segment before, as text.
+    """
 
     step: Annotated[int, Field(ge=0)]
     planned_steps: Positive
@@ -76,6 +79,7 @@ class TrainingSegment(StrictModel):
     compile: bool
     device: Text
     torch: Text
+    changed: tuple[Text, ...] = ()
 
 
 class TrainingRecord(StrictModel):

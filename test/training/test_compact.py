@@ -13,6 +13,7 @@ import torch
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.compact import COMPACT, CompactError, pack
 from training.config import override
+from training.run import CHANGEABLE
 from training.supernet import SupernetTrainer
 from training.supernet_checkpoint import load_supernet
 
@@ -99,6 +100,15 @@ def test_another_sandwich_is_refused_unless_asked_for_and_then_recorded(
     with pytest.raises(CheckpointError, match=r"differs in supernet\.sandwich\).*--change-sandwich permits another"):
         SupernetTrainer(other, folder)
     trainer = SupernetTrainer(other, folder, change=["supernet.sandwich"])
-    assert any("'sampled': 2" in change and "'sampled': 1" in change for change in trainer.changed)
+    assert set(trainer.changed) == {
+        "supernet.sandwich.sampled 2 -> 1",
+        "supernet.sandwich.low_weight 1.0 -> 2.0",
+    }
+    trainer = SupernetTrainer(override(other, run={"steps": trainer.step + 1}), folder, change=tuple(CHANGEABLE))
+    assert trainer.run()
+    again = SupernetTrainer(trainer.config, folder)
+    assert set(trainer.changed) == set(again.history[-1].changed) and not again.history[0].changed
+    with pytest.raises(ValueError, match=r"change: expected some of run\.steps, supernet\.sandwich, got run\.batch"):
+        SupernetTrainer(trainer.config, folder, change=["run.batch"])
     members, _ = trainer.members(torch.Generator().manual_seed(0))
     assert [member.weight for member in members] == [1.0, 2.0, 1.0, 1.0]

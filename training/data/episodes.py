@@ -140,24 +140,42 @@ def _bytes(data: NDArray[Any], where: str, first: int = 0) -> NDArray[np.uint8]:
     return data.astype(np.uint8)
 
 
-def _read_images(path: Path, form: str, source: ImageSource) -> NDArray[np.uint8]:
-    """Images (N, H, W, 3) as they are stored; other types than uint8 are converted a chunk of rows at a time."""
+def _read_images(path: Path, form: str, source: ImageSource, rows: int) -> NDArray[np.uint8]:
+    """Images (rows, H, W, 3) as they are stored."""
     if form == "npz":
         file = path if source.file is None else path.parent / source.file
-        return _bytes(_read_npz(file, {source.array})[source.array], f"{file}: array {source.array!r} (images)")
+        if source.file is not None and not file.exists():
+            raise DataError(
+                f"{file}: no such file; data.image.file names the .npz with the images, in the folder of data.path"
+            )
+        return _images_of(
+            _read_npz(file, {source.array})[source.array], rows, f"{file}: array {source.array!r} (images)"
+        )
     with _zarr_group(path) as group:
         name = _zarr_place(path, group, source.array)
         where = f"{path}: array {name!r} (images)"
         try:
-            array = group[name]
-            images = np.empty(array.shape, np.uint8)
-            for first in range(0, len(images), IMAGE_ROWS):
-                part = np.asarray(array[first : first + IMAGE_ROWS])
-                images[first : first + IMAGE_ROWS] = _bytes(part, where, first)
+            return _images_of(group[name], rows, where)
         except DataError:
             raise
         except Exception as error:  # zarr raises many unrelated types
             raise DataError(f"{where}: cannot be read ({error!r})") from error
+
+
+def _images_of(array: Any, rows: int, where: str) -> NDArray[np.uint8]:
+    """An array in memory or on disk as images; other types than uint8 are converted a part at a time.
+
+    Raises:
+        DataError: it holds no RGB images, or another number of them than ``rows``.
+    """
+    shape = tuple(array.shape)
+    if len(shape) != 4 or shape[-1] != 3 or shape[0] != rows:
+        raise DataError(f"{where} has shape {shape}, expected ({rows}, height, width, 3): RGB images, one per row")
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8:
+        return array
+    images = np.empty(shape, np.uint8)
+    for first in range(0, rows, IMAGE_ROWS):
+        images[first : first + IMAGE_ROWS] = _bytes(np.asarray(array[first : first + IMAGE_ROWS]), where, first)
     return images
 
 
@@ -224,12 +242,7 @@ def read_demonstrations(config: DataConfig) -> Demonstrations:
         raise DataError(f"{path}: array {config.action.array!r} has {len(action)} rows, expected {rows}")
     images = None
     if config.image is not None:
-        images = _read_images(path, form, config.image)
-        if images.ndim != 4 or images.shape[-1] != 3 or len(images) != rows:
-            raise DataError(
-                f"{path}: array {config.image.array!r} (images) has shape {images.shape}, expected ({rows}, height, "
-                "width, 3): RGB images, one per row"
-            )
+        images = _read_images(path, form, config.image, rows)
     starts = np.concatenate([[0], ends[:-1]])
     return Demonstrations(np.concatenate(parts, axis=1), action.reshape(rows, -1), shapes, starts, ends, images)
 

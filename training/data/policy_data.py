@@ -67,8 +67,8 @@ class PolicyData:
         image, images = config.policy.image, demonstrations.images
         if image is not None and images is not None and images.shape[1:3] != (image.height, image.width):
             raise DataError(
-                f"{config.data.path}: the images have {images.shape[1]} x {images.shape[2]} pixels, the policy "
-                f"declares {image.height} x {image.width} (policy.image.height, policy.image.width)"
+                f"{config.data.path}: the images (data.image) have {images.shape[1]} x {images.shape[2]} pixels, the "
+                f"policy declares {image.height} x {image.width} (policy.image.height, policy.image.width)"
             )
         data = config.data
         train, held_out = split_episodes(

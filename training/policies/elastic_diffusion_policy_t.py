@@ -186,7 +186,10 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         return predicted
 
     def compile_parts(self) -> None:
-        """Compile what :meth:`forward` runs: one form of a block serves all widths and bits of an arithmetic."""
+        """Compile what :meth:`forward` runs: one form of a block serves all widths and bits of an arithmetic.
+
+        An image encoder is left as it is: its convolutions are library calls either way.
+        """
         self.run_enter = compiled(ElasticDiffusionPolicyT._enter)
         self.run_block = compiled(ElasticDecoderBlock.forward)
         self.run_leave = compiled(ElasticDiffusionPolicyT._leave)

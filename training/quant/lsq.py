@@ -67,7 +67,7 @@ def lsq_product_codes(x: Tensor, log_step: Tensor, low: Tensor, high: Tensor) ->
 
     Args:
         x: values, any shape and floating dtype.
-        log_step: as in :func:`lsq_codes`, float32.
+        log_step: as in :func:`lsq_codes`, float32; a scalar, or one whose last size is 1 (steps of rows).
         low: least code; a scalar tensor.
         high: greatest code, likewise.
     """
@@ -99,7 +99,7 @@ def rescale(product: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     any linear layer's bias); the unscaled one would be written and read once more, in float32, for this sum alone.
 
     Args:
-        product: (..., rows).
+        product: (..., rows), at least two dimensions.
         scale: (rows,) float32, no zeros, a constant.
         bias: (rows,) float32.
     """

@@ -204,3 +204,13 @@ def test_gradients_of_a_rescaled_product_are_those_of_the_product_rule(ends: tup
         found.append([y.detach(), *(t.grad for t in (a, b, c, m))])
     for plain, merged in zip(*found, strict=True):
         torch.testing.assert_close(merged, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bias_gradient_of_a_product_in_bf16_is_that_of_an_autocast_linear_layer() -> None:
+    product, scale, weights = random(64, 9).bfloat16(), random(9, seed=1).abs() + 0.1, random(64, 9, seed=2)
+    bias = random(9, seed=3).requires_grad_()
+    leaf = product.clone().requires_grad_()
+    (rescale(leaf, scale, bias) * weights).sum().backward()
+    torch.testing.assert_close(bias.grad, weights.sum(0), rtol=2**-7, atol=2**-6)  # eight bits of each row and sum
+    assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(leaf.grad.float(), weights * scale, rtol=2**-7, atol=0.0)
