@@ -15,7 +15,7 @@ from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
 from training.shared_stem import SharedStem
-from training.space import Subnet
+from training.subnet import Subnet
 
 EMA_DECAY = 0.999
 SEED = 0

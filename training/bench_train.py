@@ -30,7 +30,8 @@ from training.draws import stratified_subnet
 from training.objective import Objective
 from training.policies.diffusion_policy_t import parameter_count
 from training.sandwich import search_space
-from training.space import Precision, SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import Precision, Subnet
 
 BATCH, ROUNDS = 128, 15
 WARM_UP_ROUNDS = 2  # the first one compiles

@@ -11,8 +11,8 @@ from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.compiling import check_compiler, compiled
 from training.nn.elastic import ElasticDecoderBlock
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
-from training.space import SpaceError
 from training.specification import PolicyMeaning
+from training.subnet import SpaceError
 from training.supernet_checkpoint import TrainedSupernet, is_supernet, load_supernet
 from training.torch_engine import TorchEngine
 from training.trained import TrainedPolicy, load_trained

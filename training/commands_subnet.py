@@ -14,7 +14,8 @@ from training.commands_sampler import DEFAULT_RUN
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
-    from training.space import SearchSpace, Subnet
+    from training.space import SearchSpace
+    from training.subnet import Subnet
     from training.supernet_checkpoint import TrainedSupernet
 
 DEFAULT_CONFIG = "training/pusht_keypoints_supernet.yaml"

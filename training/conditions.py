@@ -11,7 +11,8 @@ from torch import Tensor
 from dcqfa_ros.errors import UserError
 from training.cost import CostTensors
 from training.predictor import ChoiceIndex
-from training.space import Precision, SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import Precision, Subnet
 
 RESOURCES = 2  # latency, memory
 

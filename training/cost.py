@@ -14,8 +14,10 @@ from torch import Tensor
 
 from dcqfa_ros.errors import UserError
 from training.lut import LookUpTable, stored_subnet
-from training.space import BlockShape, Layer, PolicyShape, Precision, SearchSpace, Subnet
+from training.policy_shape import BlockShape, PolicyShape
+from training.space import SearchSpace
 from training.space_counts import real_bytes
+from training.subnet import Layer, Precision, Subnet
 
 FLOAT_BYTES = 4
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from training.space import FLOAT_BITS, Layer, Precision, SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 WHOLE_NETWORK_SHARE = 0.125  # of the draws: FP8 and what else the space has for the network as a whole
 TIED_SHARE = 0.5  # of the draws: heads and MLP share one target, and so do weight and activation bits
@@ -98,7 +99,7 @@ def _kept(space: SearchSpace, order: Sequence[float], generator: torch.Generator
     for (group, members), value in zip(space.groups.items(), depths, strict=True):
         least = space.min_depth[group]
         depth = least + int(value * (len(members) - least + 1)) if elastic else len(members)
-        kept.update(sorted(members, key=lambda index: order[index])[:depth])
+        kept.update(sorted(members, key=lambda index: (index not in space.always_kept, order[index]))[:depth])
     return kept
 
 

@@ -20,7 +20,9 @@ from pydantic import Field, ValidationError
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.bundle.types import Name, Positive, Text
 from dcqfa_ros.errors import UserError
-from training.space import FLOAT_BITS, BlockShape, Layer, PolicyShape, Precision, SearchSpace, Subnet
+from training.policy_shape import BlockShape, PolicyShape
+from training.space import SearchSpace
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 StoredBits = Literal[4, 8, 16, 32]
 Milliseconds = Annotated[float, Field(ge=0.0)]

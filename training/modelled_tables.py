@@ -23,7 +23,8 @@ from training.lut import (
     space_bits,
 )
 from training.roofline import FLOAT_KERNELS, block_work
-from training.space import Precision, SearchSpace
+from training.space import SearchSpace
+from training.subnet import Precision
 
 FIXED_CHUNK_KERNELS, FIXED_STEP_KERNELS = 4, 4
 """Launches outside the blocks: two embeddings and the two linears of the memory MLP; embedding, norm, head, update."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dcqfa_ros.errors import UserError
-from training.space import FLOAT_BITS, Layer, Precision, SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 TOTALS = 5  # blocks skipped, heads, MLP channels, weight bits and activation bits given up
 SCALE_PAIRS = 1024  # latest pairs that say what size of loss is usual

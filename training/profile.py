@@ -32,8 +32,9 @@ from training.profile_graphs import BlockSize, PolicyGraphs
 from training.profile_memory import resident_growth
 from training.profile_table import INTEGER, Facts, GroupTimes, Layout, ProfileSettings, table_of
 from training.profile_timing import BURST, ChunkNetwork, StepNetwork, time_in_turn
-from training.space import Precision, SearchSpace, Subnet
+from training.space import SearchSpace
 from training.space_counts import real_bytes
+from training.subnet import Precision, Subnet
 
 _CHECKED_TOGETHER = 5
 

@@ -12,8 +12,10 @@ from torch import Generator
 from training.cost import cost, fixed_bytes
 from training.draws import stratified_subnet
 from training.lut import LookUpTable, Validation
-from training.space import FLOAT_BITS, PolicyShape, Precision, SearchSpace, Subnet
+from training.policy_shape import PolicyShape
+from training.space import SearchSpace
 from training.space_counts import real_bytes
+from training.subnet import FLOAT_BITS, Precision, Subnet
 
 Measured = tuple[Subnet, float]
 """A subnet and the milliseconds of a whole chunk."""

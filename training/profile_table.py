@@ -13,7 +13,8 @@ from dcqfa_ros.errors import UserError
 from training.lut import BlockEntry, DeviceFacts, ExecutedForm, FixedEntry, LookUpTable, Method, space_bits
 from training.profile_graphs import BlockSize
 from training.profile_timing import BURST, Timing
-from training.space import Precision, SearchSpace
+from training.space import SearchSpace
+from training.subnet import Precision
 
 INTEGER, FLOAT = "int8", "float32"
 DIFFUSION = DiffusionSpec(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.space import BlockShape, Layer, linear_size
+from training.policy_shape import BlockShape, linear_size
+from training.subnet import Layer
 
 FLOAT_KERNELS = 6
 """Launches of a block at a denoising step besides its linears: three norms and the products of attention, two of each

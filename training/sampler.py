@@ -33,7 +33,8 @@ from dcqfa_ros.errors import UserError
 from training.conditions import RESOURCES, Condition, ConditionBatch, Conditions, condition_batch
 from training.draws import Phase, stratified_subnet
 from training.predictor import AdvantagePredictor
-from training.space import SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import Subnet
 from training.subnet_distribution import IMPOSSIBLE, DepthGroup, SubnetDistribution
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -351,5 +352,5 @@ class ConfigurationSampler:
         if not phase.bits:
             allowed[:, :, :, : w - 1] = False
             allowed[..., : a - 1] = False
-        skip = torch.full((len(allowed),), phase.depth)
+        skip = torch.tensor([phase.depth and block not in self.space.always_kept for block in range(len(allowed))])
         return allowed.flatten(1), skip, self._offered.float().log()[:, None]

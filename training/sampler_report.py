@@ -21,7 +21,8 @@ from training.conditions import Conditions
 from training.cost import CostTensors
 from training.sampler import ConfigurationSampler, SamplerConfig
 from training.schedules import step_seed
-from training.space import SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import Subnet
 
 BUDGETS = (0.3, 0.5, 0.8)  # shares of the way from the smallest to the largest subnet
 SEEDS = (0, 1, 2)

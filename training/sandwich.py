@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from training.config import ConfigError, TrainConfig
 from training.draws import Phase
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import Precision, SearchSpace, SpaceError, Subnet
+from training.space import SearchSpace
+from training.subnet import Precision, SpaceError, Subnet
 from training.supernet_config import SupernetConfig
 
 HELD_OUT_SUBNETS = ("largest", "fp8", "w8a8", "w4a4", "smallest")

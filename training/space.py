@@ -10,192 +10,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from fractions import Fraction
-from types import MappingProxyType
-from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
-
-from dcqfa_ros.bundle.strict import StrictModel
-from dcqfa_ros.bundle.types import Name
-from dcqfa_ros.errors import UserError
-
-
-class SpaceError(UserError, ValueError):
-    """A search space that fits no policy, or a subnet that is not in its space; the message names the field."""
-
-
-class Precision(str, Enum):
-    """Arithmetic of the whole network; ``int`` means integer codes at each layer's own weight and activation bits."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    FP8 = "fp8"
-    INT = "int"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-# Bits of a layer where the precision is that of the whole network.
-FLOAT_BITS: Mapping[Precision, int] = MappingProxyType({Precision.FP32: 32, Precision.FP16: 16, Precision.FP8: 8})
-
-Slice = Literal["full", "heads", "mlp"]
-
-
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """One linear layer of a block at full size.
-
-    Attributes:
-        name: module path within the block.
-        in_features: channels of its input.
-        out_features: channels of its output.
-        in_slice: what the input shrinks with: nothing (``full``), the heads kept or the hidden channels kept.
-        out_slice: the same of the output.
-        bias: whether it has one.
-        stage: ``chunk`` if it runs once per action chunk (keys and values of conditioning tokens, encoders), ``step``
-            if it runs at every denoising step.
-        tokens: tokens it processes per run.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    in_slice: Slice
-    out_slice: Slice
-    bias: bool
-    stage: Literal["chunk", "step"]
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockShape:
-    """One transformer block at full size.
-
-    Attributes:
-        name: module path, such as ``blocks.0``.
-        kind: type of block: the key into look-up tables.
-        group: blocks whose depth is counted together, such as ``encoder``.
-        dim: channels of the residual stream, never sliced.
-        heads: attention heads.
-        head_dim: channels of a head.
-        mlp: hidden channels of the MLP.
-        tokens: tokens that the block processes and that attend to each other.
-        memory_tokens: tokens it attends to besides (cross-attention); 0 without cross-attention.
-        linears: its linear layers, the only part that is sliced and quantized.
-        float_parameters: all other parameters (norms), never sliced and never quantized.
-        elastic: False for a block that is never skipped nor narrowed: only its bits are chosen.
-    """
-
-    name: str
-    kind: str
-    group: str
-    dim: int
-    heads: int
-    head_dim: int
-    mlp: int
-    tokens: int
-    memory_tokens: int
-    linears: tuple[LinearShape, ...]
-    float_parameters: int
-    elastic: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyShape:
-    """A policy as its elastic blocks, in order of execution, and the sum of the rest.
-
-    Attributes:
-        backbone: name of the policy's architecture.
-        blocks: the blocks.
-        fixed_parameters: parameters outside the blocks.
-        fixed_flops_chunk: floating point operations outside the blocks per action chunk.
-        fixed_flops_step: the same per denoising step.
-        fixed_bits: bits in which networks of integer or FP8 precision store what lies outside the blocks.
-    """
-
-    backbone: str
-    blocks: tuple[BlockShape, ...]
-    fixed_parameters: int
-    fixed_flops_chunk: int
-    fixed_flops_step: int
-    fixed_bits: int = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What is kept of a block: ``heads`` heads, ``mlp`` hidden channels; ``w`` weight and ``a`` activation bits."""
-
-    heads: int
-    mlp: int
-    w: int
-    a: int
-
-
-@dataclass(frozen=True, slots=True)
-class Subnet:
-    """One network of a search space, usable as a key.
-
-    Attributes:
-        layers: one entry per block of the policy; None where the block is skipped.
-        precision: arithmetic of the whole network. Layers of FP32, FP16 and FP8 carry w = a = 32, 16 and 8.
-    """
-
-    layers: tuple[Layer | None, ...]
-    precision: Precision
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks kept."""
-        return len(self.kept)
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """Indices of the blocks kept."""
-        return tuple(index for index, layer in enumerate(self.layers) if layer is not None)
-
-
-Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(min_length=1)]
-BitWidths = Annotated[tuple[Literal[4, 8], ...], Field(min_length=1)]
-
-
-class SpaceConfig(StrictModel):
-    """The section of a training configuration that spans the space.
-
-    ``min_depth`` counts the blocks of a group that are kept at least; ratios are shares of the full heads and hidden
-    channels; ``precisions`` lists what the whole network may run in besides integer codes.
-    """
-
-    min_depth: dict[Name, Annotated[int, Field(ge=1)]]
-    head_ratios: Ratios
-    mlp_ratios: Ratios
-    weight_bits: BitWidths = (4, 8)
-    activation_bits: BitWidths = (4, 8)
-    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.FP8)
-
-    @field_validator("head_ratios", "mlp_ratios", "weight_bits", "activation_bits", "precisions")
-    @classmethod
-    def _distinct(cls, values: tuple[object, ...]) -> tuple[object, ...]:
-        if len(set(values)) != len(values):
-            raise ValueError(f"a choice stands twice in {', '.join(str(value) for value in values)}; keep one")
-        return values
-
-    @field_validator("head_ratios", "mlp_ratios")
-    @classmethod
-    def _full_size(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if 1.0 not in values:
-            raise ValueError("the full size 1.0 is missing; the largest network is part of every space")
-        return values
-
-    @field_validator("precisions")
-    @classmethod
-    def _whole_network(cls, values: tuple[Precision, ...]) -> tuple[Precision, ...]:
-        if Precision.INT in values:
-            raise ValueError("int is always in the space; leave it out")
-        return values
+from training.policy_shape import PolicyShape
+from training.space_config import SpaceConfig, blocks_always_kept, check_shape, least_depths, width_counts
+from training.subnet import FLOAT_BITS, Layer, Precision, SpaceError, Subnet, make_layer
 
 
 def evenly_kept(blocks: int, depth: int) -> tuple[int, ...]:
@@ -211,17 +30,6 @@ def evenly_kept(blocks: int, depth: int) -> tuple[int, ...]:
     spaces = depth - 1
     # Whole numbers, rounded half up: the same pattern on every machine.
     return tuple((2 * i * (blocks - 1) + spaces) // (2 * spaces) for i in range(depth))
-
-
-def linear_size(block: BlockShape, linear: LinearShape, layer: Layer) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer of ``block`` at the width of ``layer``."""
-
-    def kept(features: int, by: Slice) -> int:
-        if by == "heads":
-            return features * layer.heads // block.heads
-        return features * layer.mlp // block.mlp if by == "mlp" else features
-
-    return kept(linear.in_features, linear.in_slice), kept(linear.out_features, linear.out_slice)
 
 
 GENES_PER_BLOCK = 5  # keep, heads, mlp, weight bits, activation bits
@@ -247,6 +55,7 @@ class SearchSpace:
         config: the configuration.
         groups: block indices of each group.
         min_depth: blocks of each group that are kept at least.
+        always_kept: indices of the blocks that no subnet skips, whatever the depth.
         precisions: precisions in the space, widest first, ``int`` last.
         head_choices: per block the head counts, ascending.
         mlp_choices: per block the hidden channels, ascending.
@@ -263,19 +72,20 @@ class SearchSpace:
             SpaceError: configuration and policy do not fit; the message names the field.
         """
         self.shape, self.config = shape, config
-        _check_shape(shape)
+        check_shape(shape)
         groups: dict[str, tuple[int, ...]] = {}
         for index, block in enumerate(shape.blocks):
             groups[block.group] = (*groups.get(block.group, ()), index)
         self.groups: Mapping[str, tuple[int, ...]] = groups
-        self.min_depth: Mapping[str, int] = _min_depth(shape, groups, config.min_depth)
+        self.min_depth: Mapping[str, int] = least_depths(shape, groups, config.min_depth)
+        self.always_kept: frozenset[int] = blocks_always_kept(groups, self.min_depth, config.always_kept)
         self.precisions = (*(p for p in Precision if p in config.precisions), Precision.INT)
         self.head_choices = tuple(
-            _counts(config.head_ratios, block.heads, f"heads of {block.name}", "head_ratios", block.elastic)
+            width_counts(config.head_ratios, block.heads, f"heads of {block.name}", "head_ratios", block.elastic)
             for block in shape.blocks
         )
         self.mlp_choices = tuple(
-            _counts(config.mlp_ratios, block.mlp, f"hidden channels of {block.name}", "mlp_ratios", block.elastic)
+            width_counts(config.mlp_ratios, block.mlp, f"hidden channels of {block.name}", "mlp_ratios", block.elastic)
             for block in shape.blocks
         )
         self.weight_bits: tuple[int, ...] = tuple(sorted(config.weight_bits))
@@ -335,9 +145,11 @@ class SearchSpace:
         weights = self.weight_bits if bits is None else (bits,)
         activations = self.activation_bits if bits is None else (bits,)
         for index, layer in enumerate(subnet.layers):
-            if layer is None:
-                continue
             name = blocks[index].name
+            if layer is None:
+                if index in self.always_kept:
+                    raise SpaceError(f"{name}: no network of this space skips it (space.always_kept)")
+                continue
             self._check_choice(f"{name}: heads", layer.heads, self.head_choices[index])
             self._check_choice(f"{name}: hidden channels", layer.mlp, self.mlp_choices[index])
             self._check_choice(f"{name}: weight bits", layer.w, weights)
@@ -381,7 +193,7 @@ class SearchSpace:
         """The subnet of ``genes``; genes that have no effect may take any value in range.
 
         Raises:
-            SpaceError: wrong number of genes, a gene out of range, or fewer blocks than the space asks for.
+            SpaceError: wrong number of genes, a gene out of range, or a block skipped that the space asks for.
         """
         values = tuple(int(gene) for gene in genes)
         if len(values) != len(self.gene_sizes):
@@ -395,7 +207,7 @@ class SearchSpace:
             start = 1 + GENES_PER_BLOCK * index
             keep, heads, mlp, w, a = values[start : start + GENES_PER_BLOCK]
             widths = (self.head_choices[index][heads], self.mlp_choices[index][mlp])
-            layers.append(_layer(widths, precision, self.weight_bits[w], self.activation_bits[a]) if keep else None)
+            layers.append(make_layer(widths, precision, self.weight_bits[w], self.activation_bits[a]) if keep else None)
         subnet = Subnet(tuple(layers), precision)
         self.check(subnet)
         return subnet
@@ -445,7 +257,7 @@ class SearchSpace:
         for index in self.kept_blocks(depth):
             block = self.shape.blocks[index]
             widths = (round(heads_ratio * block.heads), round(mlp_ratio * block.mlp))
-            layers[index] = _layer(widths if block.elastic else (block.heads, block.mlp), precision, w, a)
+            layers[index] = make_layer(widths if block.elastic else (block.heads, block.mlp), precision, w, a)
         subnet = Subnet(tuple(layers), precision)
         self.check(subnet)
         return subnet
@@ -513,7 +325,7 @@ class SearchSpace:
             precision, w, a = _parse_bits(match["bits"])
             layers: list[Layer | None] = [None] * len(self.shape.blocks)
             for index in self.kept_blocks(int(match["depth"])):
-                layers[index] = _layer(self._parse_widths(index, match["heads"], match["mlp"]), precision, w, a)
+                layers[index] = make_layer(self._parse_widths(index, match["heads"], match["mlp"]), precision, w, a)
             subnet = Subnet(tuple(layers), precision)
         else:
             head, *parts = text.split(".")
@@ -564,69 +376,9 @@ class SearchSpace:
             layer = None
             if match["heads"] is not None:
                 bits = (int(match["w"]), int(match["a"])) if own else (w, a)
-                layer = _layer((int(match["heads"]), int(match["mlp"])), precision, *bits)
+                layer = make_layer((int(match["heads"]), int(match["mlp"])), precision, *bits)
             layers.extend([layer] * run)
         return tuple(layers)
-
-
-def _check_shape(shape: PolicyShape) -> None:
-    """Refuse a declaration that no width of the space could slice."""
-    if not shape.blocks:
-        raise SpaceError(f"policy {shape.backbone}: expected at least one elastic block, got none")
-    for block in shape.blocks:
-        for linear in block.linears:
-            for by, features in ((linear.in_slice, linear.in_features), (linear.out_slice, linear.out_features)):
-                units = {"heads": block.heads, "mlp": block.mlp}.get(by, 1)
-                if units < 1 or features % units:
-                    raise SpaceError(
-                        f"policy {shape.backbone}: {block.name}.{linear.name}: {features} features are sliced by {by}, "
-                        f"but are no multiple of {units}"
-                    )
-
-
-def _min_depth(
-    shape: PolicyShape, groups: Mapping[str, tuple[int, ...]], configured: Mapping[str, int]
-) -> dict[str, int]:
-    """Least depth of every group; groups of bits-only blocks are kept whole."""
-    unknown = sorted(set(configured) - set(groups))
-    if unknown:
-        raise SpaceError(
-            f"space.min_depth.{unknown[0]}: policy {shape.backbone} has no such group; it has {', '.join(groups)}"
-        )
-    result = {}
-    for group, indices in groups.items():
-        elastic = {shape.blocks[index].elastic for index in indices}
-        if len(elastic) > 1:
-            raise SpaceError(f"policy {shape.backbone}: group {group} mixes elastic blocks and blocks of fixed size")
-        least = configured.get(group, None if True in elastic else len(indices))
-        if least is None:
-            raise SpaceError(f"space.min_depth.{group}: this field is missing; give 1 to {len(indices)}")
-        lowest = 1 if True in elastic else len(indices)
-        if not lowest <= least <= len(indices):
-            raise SpaceError(f"space.min_depth.{group}: expected {lowest} to {len(indices)} blocks, got {least}")
-        result[group] = least
-    return result
-
-
-def _counts(ratios: Sequence[float], full: int, what: str, field: str, elastic: bool) -> tuple[int, ...]:
-    """``ratios`` of ``full`` as ascending counts; a block of fixed size has the full count alone."""
-    if not elastic:
-        return (full,)
-    counts = []
-    for ratio in sorted(ratios):
-        count = round(ratio * full)
-        if count < 1 or abs(count - ratio * full) > 1e-6 * full:
-            raise SpaceError(f"space.{field}: {ratio} of the {full} {what} is no whole number; choose another share")
-        counts.append(count)
-    if len(set(counts)) != len(counts):
-        raise SpaceError(f"space.{field}: two shares of the {full} {what} are the same number; keep one")
-    return tuple(counts)
-
-
-def _layer(widths: tuple[int, int], precision: Precision, w: int, a: int) -> Layer:
-    """A layer whose bits are those of the whole network unless the precision is ``int``."""
-    bits = FLOAT_BITS.get(precision)
-    return Layer(*widths, w, a) if bits is None else Layer(*widths, bits, bits)
 
 
 def _parse_bits(text: str) -> tuple[Precision, int, int]:

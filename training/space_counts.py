@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from training.space import FLOAT_BITS, BlockShape, Layer, PolicyShape, Precision, Subnet, linear_size
+from training.policy_shape import BlockShape, PolicyShape, linear_size
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 FIXED_BITS = 8  # nominal bits, in a network of integers, of what lies outside the blocks: never below 8
 SCALE_BYTES = FLOAT_BYTES = 4

@@ -47,7 +47,7 @@ from training.sampler import ConfigurationSampler
 from training.sandwich import Member, held_out_names, search_space, smallest_of
 from training.schedules import step_seed
 from training.shared_stem import SharedStem
-from training.space import Precision
+from training.subnet import Precision
 from training.supernet_config import SupernetConfig
 from training.synthetic_tables import synthetic_tensors
 from training.warm_start import read_policy_weights, state_sha256

@@ -10,8 +10,9 @@ from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
 from training.compact import averaged_state
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.sandwich import search_space
-from training.space import SearchSpace, Subnet
+from training.space import SearchSpace
 from training.specification import PolicyMeaning
+from training.subnet import Subnet
 from training.trained import policy_meaning
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from dcqfa_ros.bundle.schema import Positive, Text
 from dcqfa_ros.bundle.strict import StrictModel
 from training.sampler import SamplerConfig
-from training.space import SpaceConfig
+from training.space_config import SpaceConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 

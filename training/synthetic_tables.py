@@ -24,7 +24,8 @@ from training.cost import (
     repeat_last,
 )
 from training.roofline import FLOAT_KERNELS, block_work, up_to_tiles
-from training.space import Layer, SearchSpace
+from training.space import SearchSpace
+from training.subnet import Layer
 
 STEPS = (4, 8, 10, 16, 25, 50)
 TILES = (1.0, 16.0, 64.0, 128.0)

@@ -30,7 +30,7 @@ from training.config import ConfigError, TrainConfig
 from training.objective import Objective
 from training.sandwich import Member, search_space
 from training.schedules import step_seed
-from training.space import Precision, Subnet
+from training.subnet import Precision, Subnet
 from training.supernet import SupernetTrainer
 from training.trainer import Trainer
 

@@ -16,8 +16,10 @@ from training.lut import ExecutedForm, LookUpTable
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import Layer, Precision, SearchSpace, SpaceConfig, Subnet
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
 from training.space_counts import real_bytes
+from training.subnet import Layer, Precision, Subnet
 
 SPACE = SearchSpace(
     diffusion_policy_t_shape(DiffusionPolicyTConfig(), tokens=9),

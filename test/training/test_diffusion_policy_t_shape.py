@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig, parameter_count
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import Layer, PolicyShape, Precision, Subnet, linear_size
+from training.policy_shape import PolicyShape, linear_size
 from training.space_counts import flops, parameters
+from training.subnet import Layer, Precision, Subnet
 
 configs = st.builds(
     lambda heads, half, **sizes: DiffusionPolicyTConfig(heads=heads, dim=2 * half * heads, **sizes),

@@ -13,7 +13,7 @@ from training.quant.fp8 import E4M3_MAX
 from training.quant.lsq import lsq_codes, weight_range
 from training.quant.quantizer import BITS, code_range
 from training.quant.ranges import RangeError
-from training.space import FLOAT_BITS, Layer, Precision, Subnet
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 CONFIG = DiffusionPolicyTConfig(depth=2, heads=2, dim=32, ffn_ratio=2, attention_dropout=0.0)
 Call = tuple[Tensor, Tensor, Tensor]

@@ -16,8 +16,10 @@ from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPoli
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
 from training.quant.quantizer import BITS
-from training.space import FLOAT_BITS, Layer, Precision, SearchSpace, SpaceConfig, Subnet
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
 from training.space_counts import parameters
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 TINY = DiffusionPolicyTConfig(depth=3, heads=4, dim=32, ffn_ratio=2, attention_dropout=0.1)
 SPACE_CONFIG = SpaceConfig(

@@ -8,7 +8,7 @@ from training.importance import Scores, l1_scores, order_by_importance, taylor_s
 from training.nn.elastic import ElasticAttention, ElasticDecoderBlock
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
-from training.space import FLOAT_BITS, Layer, Precision, Subnet
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 CONFIG = DiffusionPolicyTConfig(depth=2, heads=4, dim=32, ffn_ratio=2, attention_dropout=0.0)
 BOTH = pytest.mark.parametrize("scores", [l1_scores, taylor_scores])

@@ -12,7 +12,9 @@ from training.lut import LookUpTable, TableError, load_table, merged, parse_tabl
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import Layer, Precision, SearchSpace, SpaceConfig
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
+from training.subnet import Layer, Precision
 
 CONFIG = SpaceConfig(min_depth={"decoder": 2}, head_ratios=(0.5, 1.0), mlp_ratios=(0.5, 1.0))
 

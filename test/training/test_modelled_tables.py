@@ -12,7 +12,9 @@ from training.lut import load_table
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import Layer, Precision, SearchSpace, SpaceConfig
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
+from training.subnet import Layer, Precision
 
 SHIPPED = Path(__file__).parents[2] / "config" / "tables" / "orin_nx_16gb.json"
 CONFIG = SpaceConfig(min_depth={"decoder": 2}, head_ratios=(0.25, 0.5, 0.75, 1.0), mlp_ratios=(0.25, 0.5, 0.75, 1.0))

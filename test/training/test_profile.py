@@ -28,8 +28,10 @@ from training.profile_check import random_subnet, validation, with_working_set
 from training.profile_graphs import BlockSize, DiffusionPolicyTGraphs
 from training.profile_table import DIFFUSION, INTEGER, Facts, GroupTimes, ProfileSettings, SettingsError, table_of
 from training.profile_timing import BURST, StepNetwork, time_in_turn
-from training.space import Precision, SearchSpace, SpaceConfig, Subnet
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
 from training.space_counts import real_bytes
+from training.subnet import Precision, Subnet
 
 POLICY = DiffusionPolicyTConfig(depth=4, heads=2, dim=32, ffn_ratio=2, horizon=6)
 SECTION = {"min_depth": {"decoder": 2}, "head_ratios": [0.5, 1.0], "mlp_ratios": [0.5, 1.0], "precisions": ["fp32"]}

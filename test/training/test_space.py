@@ -16,19 +16,10 @@ from dcqfa_ros.bundle.document import DocumentError, dump_document, parse_docume
 from dcqfa_ros.errors import UserError
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import (
-    BlockShape,
-    Layer,
-    LinearShape,
-    PolicyShape,
-    Precision,
-    SearchSpace,
-    SpaceConfig,
-    SpaceError,
-    Subnet,
-    evenly_kept,
-    linear_size,
-)
+from training.policy_shape import BlockShape, LinearShape, PolicyShape, linear_size
+from training.space import SearchSpace, evenly_kept
+from training.space_config import SpaceConfig
+from training.subnet import Layer, Precision, SpaceError, Subnet
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 CONFIG = SpaceConfig(min_depth={"decoder": 2}, head_ratios=QUARTERS, mlp_ratios=QUARTERS)
@@ -141,6 +132,7 @@ def test_the_configuration_is_read_from_yaml_and_written_back() -> None:
         ("precisions", ["fp32", "int"], "precisions: int is always in the space"),
         ("precisions", ["fp64"], "fp64"),
         ("min_depth", {"decoder": 0}, "min_depth.decoder: Input should be greater than or equal to 1"),
+        ("always_kept", {"decoder": "last"}, "always_kept.decoder: Input should be 'first' or 'ends'"),
         ("depth", 4, "depth: unknown field"),
     ],
 )
@@ -156,6 +148,11 @@ def test_a_configuration_that_spans_no_space_is_refused_by_field(field: str, val
         ({"min_depth": {"decoder": 9}}, "space.min_depth.decoder: expected 1 to 8 blocks, got 9"),
         ({"min_depth": {"decoder": 2, "encoder": 1}}, "space.min_depth.encoder: policy .* no such group; .* decoder"),
         ({"min_depth": {}}, "space.min_depth.decoder: this field is missing; give 1 to 8"),
+        ({"always_kept": {"encoder": "first"}}, "space.always_kept.encoder: the policy has no such group; .* decoder"),
+        (
+            {"min_depth": {"decoder": 1}, "always_kept": {"decoder": "ends"}},
+            "space.always_kept.decoder: ends are 2 blocks, but space.min_depth.decoder is 1; give at least 2",
+        ),
         ({"head_ratios": (0.3, 1.0)}, r"space.head_ratios: 0.3 of the 4 heads of blocks.0 is no whole number"),
         ({"mlp_ratios": (0.0001, 1.0)}, r"space.mlp_ratios: 0.0001 of the 1024 hidden channels of blocks.0"),
         ({"mlp_ratios": (0.5, 0.50000001, 1.0)}, "space.mlp_ratios: two shares .* keep one"),
@@ -175,6 +172,26 @@ def test_a_policy_whose_layers_cannot_be_sliced_is_refused_by_name() -> None:
     mixed = (block(0, 4, 32), block(1, 4, 32, elastic=False))
     with pytest.raises(SpaceError, match="group decoder mixes elastic blocks and blocks of fixed size"):
         SearchSpace(PolicyShape("mixed", mixed, 0, 0, 0), CONFIG)
+
+
+@pytest.mark.parametrize(("which", "kept"), [("first", {0}), ("ends", {0, 7})])
+def test_a_block_that_is_always_kept_is_in_every_network_of_the_space(which: str, kept: set[int]) -> None:
+    space = SearchSpace(SHAPE, CONFIG.model_copy(update={"always_kept": {"decoder": which}}))
+    assert space.always_kept == kept
+    for depth in range(2, 9):
+        space.check(space.uniform(depth, 1.0, 1.0))
+    whole = space.largest(Precision.INT)
+    for index in range(8):
+        layers = tuple(None if place == index else layer for place, layer in enumerate(whole.layers))
+        if index not in kept:
+            assert space.parse(space.name(Subnet(layers, Precision.INT))) == Subnet(layers, Precision.INT)
+            continue
+        with pytest.raises(SpaceError, match=rf"blocks.{index}: no network of this space skips it"):
+            space.check(Subnet(layers, Precision.INT))
+        genes = list(space.encode(whole))
+        genes[1 + 5 * index] = 0
+        with pytest.raises(SpaceError, match=rf"blocks.{index}: no network of this space skips it"):
+            space.decode(genes)
 
 
 def test_errors_are_for_the_user() -> None:

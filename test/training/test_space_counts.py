@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import Layer, Precision, SearchSpace, SpaceConfig, Subnet
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
 from training.space_counts import flops, mean_bits, paper_bytes, parameters, real_bytes
+from training.subnet import Layer, Precision, Subnet
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 SHAPE = diffusion_policy_t_shape(DiffusionPolicyTConfig())

@@ -8,18 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.space import (
-    BlockShape,
-    Layer,
-    LinearShape,
-    PolicyShape,
-    Precision,
-    SearchSpace,
-    SpaceConfig,
-    SpaceError,
-    Subnet,
-)
+from training.policy_shape import BlockShape, LinearShape, PolicyShape
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
 from training.space_counts import flops, mean_bits, paper_bytes, parameters, real_bytes
+from training.subnet import Layer, Precision, SpaceError, Subnet
 
 Stage = Literal["chunk", "step"]
 

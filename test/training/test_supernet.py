@@ -27,7 +27,7 @@ from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.run import TrainingError
 from training.sandwich import HELD_OUT_SUBNETS, Member, search_space
 from training.schedules import step_seed
-from training.space import Precision, SpaceError, Subnet
+from training.subnet import Precision, SpaceError, Subnet
 from training.supernet import SupernetTrainer
 from training.supernet_checkpoint import load_supernet
 from training.trained import load_trained

@@ -10,8 +10,11 @@ from torch import Generator
 
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import PolicyShape, Precision, SearchSpace, SpaceConfig
+from training.policy_shape import PolicyShape
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
 from training.space_counts import real_bytes
+from training.subnet import Precision
 from training.synthetic_tables import synthetic_table, synthetic_tensors
 
 SPACE = SearchSpace(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from training.nn.vision import encoder_flops, encoder_parameters
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
-from training.space import BlockShape, LinearShape, PolicyShape, Slice
+from training.policy_shape import BlockShape, LinearShape, PolicyShape, Slice
 
 BACKBONE = "diffusion_policy_t"
 KIND = GROUP = "decoder"

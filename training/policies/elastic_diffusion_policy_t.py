@@ -24,8 +24,9 @@ from training.nn.elastic import (
 )
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
+from training.policy_shape import PolicyShape
 from training.quant.quantizer import BITS
-from training.space import Layer, PolicyShape, Precision, Subnet
+from training.subnet import Layer, Precision, Subnet
 
 ARITHMETIC = {
     Precision.FP32: Arithmetic.FLOAT,

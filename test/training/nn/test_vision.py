@@ -7,8 +7,8 @@ from training.nn.vision import ImageConfig, ImageEncoder, encoder_flops, encoder
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig, parameter_count
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
-from training.space import Layer, Precision, Subnet
 from training.space_counts import parameters
+from training.subnet import Layer, Precision, Subnet
 
 TINY = ImageConfig(height=36, width=40, crop=34, channels=16, keypoints=4, features=6)
 POLICY = DiffusionPolicyTConfig(

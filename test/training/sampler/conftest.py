@@ -14,7 +14,10 @@ from training.draws import stratified_subnet
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.space import BlockShape, LinearShape, PolicyShape, SearchSpace, SpaceConfig, Subnet
+from training.policy_shape import BlockShape, LinearShape, PolicyShape
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
+from training.subnet import Subnet
 from training.synthetic_tables import synthetic_tensors
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.draws import Phase, stratified_subnet, tilted
-from training.space import Precision, SearchSpace
+from training.space import SearchSpace
 from training.space_counts import flops, mean_bits
+from training.subnet import Precision
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,6 +35,21 @@ def test_groups_keep_their_least_depth(small_space: SearchSpace) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         small_space.check(stratified_subnet(small_space, generator))
+
+
+@pytest.mark.parametrize(("which", "ends"), [("first", {0}), ("ends", {0, 7})])
+def test_blocks_that_are_always_kept_are_never_skipped_and_the_others_evenly(
+    space: SearchSpace, which: Literal["first", "ends"], ends: set[int]
+) -> None:
+    config = space.config.model_copy(update={"always_kept": {"decoder": which}})
+    fixed, generator = SearchSpace(space.shape, config), torch.Generator().manual_seed(1)
+    skipped: Counter[int] = Counter()
+    for _ in range(600):
+        subnet = stratified_subnet(fixed, generator)
+        fixed.check(subnet)
+        skipped.update(set(range(8)) - set(subnet.kept))
+    assert set(skipped) == set(range(8)) - ends
+    assert max(skipped.values()) < 1.3 * min(skipped.values())
 
 
 def test_depths_are_drawn_evenly(space: SearchSpace) -> None:

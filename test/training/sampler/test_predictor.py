@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from training.draws import stratified_subnet
 from training.predictor import AdvantageError, AdvantagePredictor, ChoiceIndex
-from training.space import SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import Subnet
 
 
 @settings(max_examples=50, deadline=None)

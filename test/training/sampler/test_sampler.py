@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ from training.draws import Phase
 from training.sampler import ConfigurationSampler, SamplerConfig, SamplerError
 from training.sampler_report import BUDGETS, Contestant, Report, sampler_report, train_samplers
 from training.schedules import step_seed
-from training.space import Precision, SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import Precision, Subnet
 from training.synthetic_tables import synthetic_tensors
 
 UPDATES = 350
@@ -135,6 +137,19 @@ def test_groups_keep_their_least_depth_under_any_budget(small_space: SearchSpace
             sampler.update(generator)
         for _ in range(20):
             small_space.check(sampler.draw(conditions.draw(generator), generator))
+
+
+def test_blocks_that_are_always_kept_are_kept_under_any_budget(small_space: SearchSpace) -> None:
+    config = small_space.config.model_copy(update={"always_kept": {"decoder": "first"}})
+    space, generator = SearchSpace(small_space.shape, config), torch.Generator().manual_seed(0)
+    conditions = Conditions(space, {}, synthetic_tensors(space, generator, 8))
+    for kind in ("learned", "rejection", "uniform"):
+        sampler = ConfigurationSampler(space, conditions, SamplerConfig(kind=kind, batch=4))
+        for _ in range(5):
+            assert all(math.isfinite(value) for value in sampler.update(generator).values())
+        drawn = [sampler.draw(conditions.draw(generator), generator) for _ in range(40)]
+        assert all(subnet.layers[2] is not None for subnet in drawn)
+        assert any(subnet.layers[index] is None for subnet in drawn for index in (3, 4))
 
 
 def test_the_penalty_on_cost_moves_the_sampler(space: SearchSpace, conditions: Conditions) -> None:

@@ -14,7 +14,8 @@ from training.commands import ArgumentError
 from training.conditions import Conditions
 from training.sampler import ConfigurationSampler, SamplerConfig
 from training.sampler_report import Contestant, ReportError, plot_report, sampler_report, summarize, train_samplers
-from training.space import SearchSpace, Subnet
+from training.space import SearchSpace
+from training.subnet import Subnet
 
 
 @pytest.fixture
