@@ -47,7 +47,10 @@ def entry_points() -> dict[str, list[str]]:
     if WITH_TRAINING:
         points["dcqfa.commands"] = [
             *(f"{name} = training.commands:{name}" for name in ("train", "eval", "export")),
-            *(f"{name} = training.commands_{name}:{name}" for name in ("pack", "profile", "sampler", "subnet")),
+            *(
+                f"{name} = training.commands_{name}:{name}"
+                for name in ("pack", "profile", "sampler", "search", "subnet")
+            ),
         ]
         points["dcqfa.bench_commands"] = ["train = training.commands_bench:train"]
         points["dcqfa.bench_engines"] = ["torch_eager = training.bench:torch_eager"]

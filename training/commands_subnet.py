@@ -161,24 +161,18 @@ def _costs(
     files: list[Path], config: TrainConfig, space: SearchSpace, chosen: Subnet, steps: int | None
 ) -> dict[str, Any]:
     """Predicted cost on every device; tables of the configuration that are not there are listed as missing."""
-    from dcqfa_ros.paths import share_directory
     from training.commands import ArgumentError
     from training.cost import cost
     from training.lut import load_table
+    from training.tables_at_hand import tables_at_hand
 
     timesteps = config.diffusion.train_timesteps
     steps = config.diffusion.steps if steps is None else steps
     if steps > timesteps:
         raise ArgumentError(f"--steps: expected at most the {timesteps} time steps of training, got {steps}")
-    missing = []
-    if not files and config.supernet is not None:
-        for text in config.supernet.tables:
-            places = (Path(text), share_directory() / text)
-            found = next((place for place in places if place.is_file()), None)
-            if found is None:
-                missing.append(text)
-            else:
-                files = [*files, found]
+    missing: list[str] = []
+    if not files:
+        files, missing = tables_at_hand(config)
     rows = []
     for file in files:
         table = load_table(file)

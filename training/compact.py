@@ -23,7 +23,7 @@ from training.config import TrainConfig
 from training.importance import BlockOrder, apply_order, importance_order
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.trained import policy_meaning
-from training.warm_start import read_policy_weights, state_sha256
+from training.warm_start import policy_beside, read_policy_weights, state_sha256
 
 COMPACT = "compact"
 LEVELS = 31  # codes of 6 bits: 8 bits are 2.5 MB more and change nothing that shows
@@ -90,6 +90,19 @@ def averaged_state(path: Path, payload: dict[str, Any], config: TrainConfig) -> 
         raise CheckpointError(f"{path}: its compact weights cannot be unpacked ({error})") from error
 
 
+def sampler_state(payload: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """The configuration sampler's state in a supernet's checkpoint; a compact one lacks what ``fresh`` then supplies.
+
+    Args:
+        payload: the checkpoint.
+        fresh: state of a new sampler of the same space.
+    """
+    learned: dict[str, Any] = payload["sampler"]
+    if COMPACT not in payload:
+        return learned
+    return fresh | learned | {"network": learned["averaged"]}  # averaged weights only
+
+
 def _compress(codes: dict[str, Tensor]) -> dict[str, Any]:
     """Names in order, and all codes one after the other as zlib's bytes in a uint8 tensor."""
     data = zlib.compress(torch.cat([tensor.flatten() for tensor in codes.values()]).numpy().tobytes(), 9)
@@ -107,7 +120,7 @@ def _decompress(packed: dict[str, Any], shapes: dict[str, Tensor]) -> dict[str, 
 def _base(path: Path, config: TrainConfig, payload: dict[str, Any]) -> ElasticDiffusionPolicyT:
     """The supernet as the run started from it, before its heads and channels were ordered."""
     assert config.supernet is not None
-    weights = read_policy_weights(_warm_start(path, config.supernet.warm_start), config.policy)
+    weights = read_policy_weights(policy_beside(path, config.supernet.warm_start), config.policy)
     if state_sha256(weights.state) != payload.get("teacher_sha256"):
         raise CompactError(
             f"{path}: was made from another full-precision policy than {weights.path}; restore that one "
@@ -116,9 +129,3 @@ def _base(path: Path, config: TrainConfig, payload: dict[str, Any]) -> ElasticDi
     network = ElasticDiffusionPolicyT(config.policy)
     network.load_state_dict(weights.state, strict=False)
     return network
-
-
-def _warm_start(path: Path, written: str) -> Path:
-    """The full-precision policy: where the configuration says, or beside the checkpoint's own folder."""
-    beside = path.resolve().parent.parent / Path(written).name
-    return Path(written) if Path(written).exists() or not beside.exists() else beside

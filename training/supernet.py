@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from training.compact import COMPACT, averaged_state
+from training.compact import COMPACT, averaged_state, sampler_state
 from training.conditions import Conditions
 from training.config import ConfigError, TrainConfig
 from training.cost import cost_tensors
@@ -250,8 +250,7 @@ class SupernetTrainer(TrainingRun):
             state = averaged_state(self.checkpoint_path, payload, self.config)
             self.model.load_state_dict(state)
             self.ema.load_state_dict(state)
-            learned = payload["sampler"] | {"network": payload["sampler"]["averaged"]}
-            self.sampler.load_state_dict(self.sampler.state_dict() | learned)
+            self.sampler.load_state_dict(sampler_state(payload, self.sampler.state_dict()))
             return
         self.model.load_state_dict(payload["model"])
         self.ema.load_state_dict(payload["ema"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
-from training.compact import averaged_state
+from training.compact import averaged_state, sampler_state
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.sandwich import search_space
 from training.space import SearchSpace
@@ -18,12 +20,18 @@ from training.trained import policy_meaning
 
 @dataclass(frozen=True, slots=True)
 class TrainedSupernet:
-    """The averaged weights of a supernet's checkpoint (evaluation mode, no gradients, CPU)."""
+    """The averaged weights of a supernet's checkpoint (evaluation mode, no gradients, CPU).
+
+    ``teacher_sha256`` is that of the full-precision policy it was trained from, None in checkpoints that do not tell;
+    ``sampler`` gives the state of its configuration sampler, from the state of a new one.
+    """
 
     meaning: PolicyMeaning
     network: ElasticDiffusionPolicyT
     space: SearchSpace
     path: Path
+    teacher_sha256: str | None
+    sampler: Callable[[dict[str, Any]], dict[str, Any]]
 
     def subnet(self, name: str) -> tuple[Subnet, ElasticDiffusionPolicyT]:
         """The subnet called ``name`` and a stand-alone network of it.
@@ -58,4 +66,11 @@ def load_supernet(path: Path) -> TrainedSupernet:
     except RuntimeError as error:
         raise CheckpointError(f"{file}: the stored supernet cannot be rebuilt ({error})") from error
     network.requires_grad_(False).eval()
-    return TrainedSupernet(meaning, network, search_space(meaning.config), file)
+    return TrainedSupernet(
+        meaning,
+        network,
+        search_space(meaning.config),
+        file,
+        payload.get("teacher_sha256"),
+        partial(sampler_state, payload),
+    )

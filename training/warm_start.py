@@ -88,6 +88,12 @@ def load_policy_weights(path: Path, config: DiffusionPolicyTConfig) -> dict[str,
     return read_policy_weights(path, config).state
 
 
+def policy_beside(path: Path, written: str) -> Path:
+    """The full-precision policy that the checkpoint ``path`` of a supernet names, or its namesake beside its folder."""
+    beside = path.resolve().parent.parent / Path(written).name
+    return Path(written) if Path(written).exists() or not beside.exists() else beside
+
+
 def read_policy_weights(path: Path, config: DiffusionPolicyTConfig) -> PolicyWeights:
     """Read the weights of a full-precision policy.
 

@@ -1,0 +1,1 @@
+"""Search of a trained supernet for one device: distances to the teacher, NSGA-II, fronts."""

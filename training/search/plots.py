@@ -1,0 +1,123 @@
+"""Pictures of a search: a PNG for documents and an interactive page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dcqfa_ros.errors import UserError
+from training.search.front import Point
+from training.search.run import Outcome
+
+MEGA = 1e6
+
+
+class PlotError(UserError):
+    """A picture that cannot be made or written; the message says what is missing."""
+
+
+def plot_png(outcome: Outcome, title: str, budgets: tuple[float, float], path: Path) -> None:
+    """Draw distance against latency and against memory.
+
+    Args:
+        outcome: of the search.
+        title: above the picture.
+        budgets: milliseconds and bytes.
+        path: the file; its suffix says the format.
+
+    Raises:
+        PlotError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PlotError("front.png: needs matplotlib; install the requirements of training") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.6), layout="constrained", sharey=True)
+    for axis, label, column, budget in (
+        (axes[0], "predicted latency of a chunk in ms", 0, budgets[0]),
+        (axes[1], "predicted memory in MB", 1, budgets[1] / MEGA),
+    ):
+
+        def coordinates(points: Sequence[Point], column: int = column) -> tuple[list[float], list[float]]:
+            costs = [(point.latency_ms, point.memory_bytes / MEGA)[column] for point in points]
+            return costs, [point.distance for point in points]
+
+        axis.scatter(*coordinates(outcome.points), s=5, color="0.75", label=f"measured ({outcome.measured})")
+        if outcome.random_front:
+            label_random = f"random search ({outcome.random_measured})"
+            axis.scatter(*coordinates(outcome.random_front), s=18, marker="x", color="tab:orange", label=label_random)
+        axis.scatter(*coordinates(outcome.front), s=18, color="tab:blue", label="front")
+        for name, point in outcome.uniform.items():
+            x, y = coordinates([point])
+            axis.scatter(x, y, s=45, marker="D", facecolor="none", edgecolor="tab:red")
+            axis.annotate(name, (x[0], y[0]), xytext=(4, 4), textcoords="offset points", fontsize=8, color="tab:red")
+        axis.axvline(budget, color="0.4", linestyle="--", linewidth=1.0)
+        axis.set_yscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3, which="both", linewidth=0.4)
+    axes[0].set_ylabel("distance to the teacher")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise PlotError(f"{path}: the plot cannot be written ({error})") from error
+    finally:
+        pyplot.close(figure)
+
+
+def plot_html(outcome: Outcome, title: str, path: Path) -> None:
+    """Write a page that needs no network: distance over latency, memory as colour, names under the pointer.
+
+    Raises:
+        PlotError: plotly is missing, or the file cannot be written.
+    """
+    try:
+        from plotly import graph_objects
+    except ImportError as error:
+        raise PlotError("front.html: needs plotly; install the requirements of training") from error
+    figure = graph_objects.Figure()
+    on_front = {point.subnet for point in outcome.front}
+    for name, points, marker in (
+        ("measured", [p for p in outcome.points if p.subnet not in on_front], {"size": 4, "color": "lightgrey"}),
+        ("random search, front", outcome.random_front, {"size": 7, "symbol": "x", "color": "darkorange"}),
+        (
+            "front",
+            outcome.front,
+            {
+                "size": 8,
+                "color": [point.memory_bytes / MEGA for point in outcome.front],
+                "colorscale": "Viridis",
+                "colorbar": {"title": {"text": "MB"}},
+                "line": {"width": 1, "color": "black"},
+            },
+        ),
+        ("uniform", list(outcome.uniform.values()), {"size": 11, "symbol": "diamond-open", "color": "red"}),
+    ):
+        figure.add_trace(
+            graph_objects.Scatter(
+                x=[point.latency_ms for point in points],
+                y=[point.distance for point in points],
+                mode="markers",
+                name=name,
+                marker=marker,
+                text=[point.subnet for point in points],
+                customdata=[point.memory_bytes / MEGA for point in points],
+                hovertemplate="%{text}<br>%{x:.3f} ms, %{customdata:.2f} MB<br>distance %{y:.3g}<extra></extra>",
+            )
+        )
+    figure.update_layout(
+        title={"text": title},
+        xaxis_title="predicted latency of a chunk in ms",
+        yaxis_title="distance to the teacher",
+        yaxis_type="log",
+        template="plotly_white",
+        legend={"orientation": "h", "y": -0.15},
+    )
+    try:
+        figure.write_html(path, include_plotlyjs=True)
+    except OSError as error:
+        raise PlotError(f"{path}: the page cannot be written ({error})") from error

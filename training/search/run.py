@@ -1,0 +1,270 @@
+"""A search of one device: genetic search, random search beside it, and the fronts that they leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training.conditions import Condition
+from training.draws import stratified_subnet
+from training.schedules import step_seed
+from training.search.cache import DistanceCache
+from training.search.distance import Measure
+from training.search.front import Point, front, hypervolumes
+from training.search.nsga import Genetics, evolve, integers
+from training.search.predicted import DistancePredictor, rank_correlation
+from training.space import SearchSpace
+from training.space_counts import mean_bits
+from training.subnet import Precision, SpaceError, Subnet
+
+VERIFIED = 50  # true distances that a further device may cost
+UNIFORM = ("w8a8", "w4a8", "w8a4", "w4a4", "smallest")  # whole networks at one pair of bits, and the least one
+TRIES = 400  # random draws per network that must fit
+RANDOM_STREAM = 0x9E3779B9
+BEYOND = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one search does.
+
+    Attributes:
+        genetics: size and seed.
+        verify: true distances that may be measured after a search on predicted ones; None measures every network.
+        random: search at random too, for comparison: with as many true distances, and no more new ones.
+    """
+
+    genetics: Genetics
+    verify: int | None = None
+    random: bool = True
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a search found. Every point has a measured distance.
+
+    Attributes:
+        front: networks within both budgets that no other measured one beats in all objectives.
+        random_front: the same of the random search.
+        uniform: whole networks at one pair of bits, by name as asked for, within the budgets or not.
+        measured, random_measured: distances that were needed, from the cache or not.
+        new: distances that were not in the cache.
+        hypervolume, random_hypervolume: shares of the box around both sets that their fronts dominate.
+        correlation: Spearman's, of predictions with the distances measured afterwards; None where nothing was
+            predicted.
+        points: every measured network within the budgets.
+    """
+
+    front: list[Point]
+    random_front: list[Point]
+    uniform: dict[str, Point]
+    measured: int
+    random_measured: int
+    new: int
+    hypervolume: float
+    random_hypervolume: float | None
+    correlation: float | None
+    points: list[Point] = field(default_factory=list)
+
+    def document(self, space: SearchSpace) -> dict[str, Any]:
+        """For JSON."""
+
+        def row(point: Point) -> dict[str, Any]:
+            return asdict(point) | {"mean_bits": mean_bits(space.shape, space.parse(point.subnet))}
+
+        return {
+            "front": [row(point) for point in self.front],
+            "random_front": [row(point) for point in self.random_front],
+            "uniform": {name: row(point) for name, point in self.uniform.items()},
+            "measured": self.measured,
+            "random_measured": self.random_measured,
+            "new_distances": self.new,
+            "hypervolume": self.hypervolume,
+            "random_hypervolume": self.random_hypervolume,
+            "rank_correlation": self.correlation,
+        }
+
+
+class DeviceSearch:
+    """Searches for one device with measured distances, and predicted ones where the plan says so."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        condition: Condition,
+        cache: DistanceCache,
+        measure: Measure,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Take what a search needs.
+
+        Args:
+            space: of the supernet.
+            condition: device and budgets.
+            cache: known distances; new ones are added.
+            measure: of distances.
+            progress: called with the number of distances that became known; None for nothing.
+        """
+        self.space, self.condition, self.cache = space, condition, cache
+        self._measure, self._progress = measure, progress
+        self._new = 0
+        self._needed: dict[str, Subnet] = {}
+
+    def run(self, plan: Plan, proposals: Sequence[Subnet] = ()) -> Outcome:
+        """Search; an interrupted one goes on where it was, because all its distances are in the cache.
+
+        Args:
+            plan: what to do.
+            proposals: networks to begin with, of the configuration sampler for instance.
+        """
+        uniform = self._uniform()
+        start = integers([*uniform.values(), *proposals])
+        correlation = None
+        if plan.verify is None:
+            evolve(self.space, start, self._objectives, self._budgets, plan.genetics)
+        else:
+            correlation = self._predicted_search(plan, plan.verify, start)
+        found = self._points(self._needed.values())
+        searched, measured = front(found), len(self._needed)
+        drawn: list[Point] = []
+        random_measured = 0
+        if plan.random:
+            networks = self._random(measured, measured if plan.verify is None else self._new, plan.genetics.seed)
+            self.distances(networks)
+            drawn, random_measured = self._points(networks), len(networks)
+        volumes = hypervolumes(found, drawn)
+        self.distances(list(uniform.values()))
+        return Outcome(
+            front=searched,
+            random_front=front(drawn),
+            uniform={name: self._point(subnet) for name, subnet in uniform.items()},
+            measured=measured,
+            random_measured=random_measured,
+            new=self._new,
+            hypervolume=volumes[0],
+            random_hypervolume=volumes[1] if plan.random else None,
+            correlation=correlation,
+            points=found,
+        )
+
+    def distances(self, subnets: Sequence[Subnet]) -> list[float]:
+        """Distances of networks; what the cache lacks is measured and added, each as soon as it is known."""
+        names = [self.space.name(subnet) for subnet in subnets]
+        missing = {name: s for name, s in zip(names, subnets, strict=True) if name not in self.cache}
+        for name, value in zip(missing, self._measure(list(missing.values())), strict=True):
+            self.cache.add(name, value)
+            self._new += 1
+            if self._progress is not None:
+                self._progress(1)
+        return [self.cache[name] for name in names]
+
+    @property
+    def _budgets(self) -> tuple[float, float]:
+        return self.condition.latency_ms, self.condition.memory_bytes
+
+    def _uniform(self) -> dict[str, Subnet]:
+        """The uniform networks that the space has."""
+        found = {}
+        for name in UNIFORM:
+            try:
+                found[name] = self.space.parse(name)
+            except SpaceError:
+                continue
+        return found
+
+    def _costs(self, subnets: Sequence[Subnet]) -> NDArray[np.float64]:
+        costs = [self.condition.costs.total(subnet) for subnet in subnets]
+        return np.array([(cost.latency_ms, cost.memory_bytes) for cost in costs], dtype=np.float64).reshape(-1, 2)
+
+    def _objectives(self, subnets: Sequence[Subnet]) -> NDArray[np.float64]:
+        """Rows of distance, latency and memory; networks beyond the budgets are ranked by cost and not measured."""
+        costs = self._costs(subnets)
+        fits = [self.condition.fits(subnet) for subnet in subnets]
+        inside = [subnet for subnet, fit in zip(subnets, fits, strict=True) if fit]
+        values = iter(self.distances(inside))
+        self._needed |= {self.space.name(subnet): subnet for subnet in inside}
+        distances = [next(values) if fit else math.inf for fit in fits]
+        # Constraints are compared first: what stands here for a network beyond the budgets only has to be finite.
+        column = np.array([value if math.isfinite(value) else BEYOND for value in distances])
+        return np.concatenate([column[:, None], costs], axis=1)
+
+    def _predicted_search(self, plan: Plan, verify: int, start: Sequence[Subnet]) -> float | None:
+        """Search on predicted distances, then measure the most promising networks; returns the rank correlation."""
+        known = {name: self.space.parse(name) for name, _ in self.cache.items()}
+        known = {name: subnet for name, subnet in known.items() if subnet.precision is Precision.INT}
+        model = DistancePredictor(self.space, list(known.values()), [self.cache[name] for name in known])
+        seen: dict[str, Subnet] = {}
+
+        def objectives(subnets: Sequence[Subnet]) -> NDArray[np.float64]:
+            names = [self.space.name(subnet) for subnet in subnets]
+            guessed = model.predict(subnets)
+            distances = [self.cache.get(name, guess) for name, guess in zip(names, guessed, strict=True)]
+            seen.update(zip(names, subnets, strict=True))
+            return np.concatenate([np.array(distances)[:, None], self._costs(subnets)], axis=1)
+
+        fitting = {name: subnet for name, subnet in known.items() if self.condition.fits(subnet)}
+        best = {point.subnet for point in front(self._points(fitting.values()))}
+        begin = [*(fitting[name] for name in sorted(best)), *start]
+        evolve(self.space, begin, objectives, self._budgets, plan.genetics)
+        new = {n: s for n, s in seen.items() if n not in self.cache and self.condition.fits(s)}
+        guesses = dict(zip(new, model.predict(list(new.values())), strict=True))
+        chosen = _promising([*self._points(fitting.values())], self._guessed(new, guesses), verify)
+        measured = self.distances([new[name] for name in chosen])
+        self._needed |= fitting | {name: new[name] for name in chosen}
+        return rank_correlation([guesses[name] for name in chosen], measured)
+
+    def _guessed(self, subnets: Mapping[str, Subnet], guesses: Mapping[str, float]) -> list[Point]:
+        costs = self._costs(list(subnets.values()))
+        return [Point(name, guesses[name], *row) for name, row in zip(subnets, costs.tolist(), strict=True)]
+
+    def _points(self, subnets: Iterator[Subnet] | Sequence[Subnet] | Any) -> list[Point]:
+        """Measured networks within the budgets."""
+        return [self._point(subnet) for subnet in subnets if self.condition.fits(subnet)]
+
+    def _point(self, subnet: Subnet) -> Point:
+        name, cost = self.space.name(subnet), self.condition.costs.total(subnet)
+        return Point(name, self.cache[name], cost.latency_ms, cost.memory_bytes)
+
+    def _random(self, count: int, fresh: int, seed: int) -> list[Subnet]:
+        """At most ``count`` different networks within the budgets, at most ``fresh`` of them not in the cache.
+
+        They are drawn with even depths, widths and bits.
+        """
+        generator = torch.Generator().manual_seed(step_seed(seed, 0) ^ RANDOM_STREAM)
+        found: dict[Subnet, None] = {}
+        for _ in range(TRIES * count):
+            if len(found) == count:
+                break
+            subnet = stratified_subnet(self.space, generator, whole_network=False)
+            if subnet in found or not self.condition.fits(subnet):
+                continue
+            if self.space.name(subnet) not in self.cache:
+                if fresh == 0:
+                    continue
+                fresh -= 1
+            found[subnet] = None
+        return list(found)
+
+
+def _promising(known: Sequence[Point], guessed: Sequence[Point], count: int) -> list[str]:
+    """Names of the ``count`` guessed points to measure: those of the front first, then those of what is left of it."""
+    chosen: list[str] = []
+    left = list(guessed)
+    names = {point.subnet for point in guessed}
+    while left and len(chosen) < count:
+        layer = [point for point in front([*known, *left]) if point.subnet in names]
+        if not layer:  # measured networks beat all that are left
+            layer = front(left)
+        room = count - len(chosen)
+        if len(layer) > room:  # spread over the latencies, both ends included
+            layer = [layer[round(i * (len(layer) - 1) / max(1, room - 1))] for i in range(room)]
+        chosen.extend(point.subnet for point in layer)
+        taken = set(chosen)
+        left = [point for point in left if point.subnet not in taken]
+    return chosen
