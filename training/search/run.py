@@ -25,7 +25,7 @@ from training.subnet import Precision, SpaceError, Subnet
 
 VERIFIED = 50  # true distances that a further device may cost
 UNIFORM = ("w8a8", "w4a8", "w8a4", "w4a4", "smallest")  # whole networks at one pair of bits, and the least one
-TRIES = 400  # random draws per network that must fit
+TRIES = 100  # random draws per network that must fit
 RANDOM_STREAM = 0x9E3779B9
 BEYOND = 1e6
 
@@ -232,7 +232,7 @@ class DeviceSearch:
         return Point(name, self.cache[name], cost.latency_ms, cost.memory_bytes)
 
     def _random(self, count: int, fresh: int, seed: int) -> list[Subnet]:
-        """At most ``count`` different networks within the budgets, at most ``fresh`` of them not in the cache.
+        """Different networks within the budgets: ``count``, or fewer where ``fresh`` of them are not in the cache.
 
         They are drawn with even depths, widths and bits.
         """
@@ -246,7 +246,7 @@ class DeviceSearch:
                 continue
             if self.space.name(subnet) not in self.cache:
                 if fresh == 0:
-                    continue
+                    break
                 fresh -= 1
             found[subnet] = None
         return list(found)

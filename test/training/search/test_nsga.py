@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.conditions import Conditions
+from training.draws import stratified_subnet
+from training.search.nsga import Genes, Genetics, evolve
+from training.space import SearchSpace
+from training.subnet import Precision, Subnet
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_repaired_genes_are_canonical_genes_of_the_space(space: SearchSpace, seed: int) -> None:
+    genes, random = Genes(space), np.random.default_rng(seed)
+    rows = genes.repaired(random.integers(0, genes.sizes, size=(20, len(genes.sizes))), random)
+    subnets = genes.decode(rows)
+    for subnet in subnets:
+        space.check(subnet)
+        assert subnet.precision is Precision.INT
+    assert np.array_equal(genes.encode(subnets), rows)
+    assert np.array_equal(genes.repaired(rows, random), rows)
+
+
+def test_a_search_repeats_with_its_seed_and_improves(space: SearchSpace, conditions: Conditions, made_up) -> None:
+    condition = conditions.between("orin", 0.5)
+    budgets = (condition.latency_ms, condition.memory_bytes)
+
+    def objectives(subnets: list[Subnet]) -> np.ndarray:
+        costs = [condition.costs.total(subnet) for subnet in subnets]
+        return np.array(
+            [(made_up.distance(s), c.latency_ms, c.memory_bytes) for s, c in zip(subnets, costs, strict=True)]
+        )
+
+    def best(generations: int, seed: int = 3) -> tuple[float, list[Subnet]]:
+        last = evolve(space, [], objectives, budgets, Genetics(32, generations, seed))
+        fitting = [subnet for subnet in last if condition.fits(subnet)]
+        return min(made_up.distance(subnet) for subnet in fitting), last
+
+    assert best(12)[1] == best(12)[1]
+    assert best(12)[1] != best(12, seed=4)[1]
+    assert best(40)[0] < 0.8 * best(2)[0]
+
+
+def test_given_networks_are_in_the_first_generation(space: SearchSpace) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    given_networks = [stratified_subnet(space, generator, whole_network=False) for _ in range(5)]
+    seen: list[Subnet] = []
+    generations: list[int] = []
+
+    def objectives(subnets: list[Subnet]) -> np.ndarray:
+        seen.extend(subnets)
+        return np.ones((len(subnets), 3))
+
+    evolve(space, given_networks, objectives, (2.0, 2.0), Genetics(8, 2), generations.append)
+    assert set(given_networks) <= set(seen[:8]) and generations == [1, 2]

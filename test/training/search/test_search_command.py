@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcqfa_ros import cli
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.conditions import Conditions
+from training.config import load_config
+from training.cost import cost_tensors
+from training.lut import load_table
+from training.sandwich import search_space
+from training.search.distance import DistanceSource, TeacherDistance, spread
+from training.supernet_checkpoint import load_supernet
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ("--population", 8, "--generations", 3, "--samples", 16, "--workers", 1, "--top", 0)
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """``dcqfa search`` in this process, in an empty folder: returns exit code, output and errors."""
+    entry = EntryPoint("search", "training.commands_search:search", cli.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(["search", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def budget(supernet_files: Any) -> float:
+    """Half the way from the smallest to the largest network's latency on the first device."""
+    config = load_config(supernet_files.config)
+    space = search_space(config)
+    costs = cost_tensors(load_table(supernet_files.tables[0]), space, config.diffusion.steps)
+    return Conditions(space, {"orin": costs}, []).between("orin", 0.5).latency_ms
+
+
+def document(result: tuple[int, str, str]) -> dict[str, Any]:
+    code, output, errors = result
+    assert code == 0, errors
+    return json.loads(output)
+
+
+def test_a_device_is_searched_and_a_further_one_costs_few_distances(
+    search: Run, supernet_run: Path, supernet_files: Any, budget: float, tmp_path: Path
+) -> None:
+    facts = document(search(supernet_run, "--device", "orin", "--latency-ms", budget, *SMALL, "--json"))
+    assert facts["front"] and all(row["latency_ms"] <= budget * 1.000001 for row in facts["front"])
+    assert facts["modelled"] and facts["verify"] is None and facts["rank_correlation"] is None
+    assert 0.0 < facts["hypervolume"] <= 1.0 and 0.0 < facts["random_hypervolume"] <= 1.0
+    folder = tmp_path / "searches" / load_config(supernet_files.config).name / "orin"
+    assert json.loads((folder / "result.json").read_text()) == facts
+    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "front.html").read_text()
+    assert facts["front"][0]["subnet"] in page and "https://cdn" not in page[:2000]
+
+    again = document(search(supernet_run, "--device", "orin", "--latency-ms", budget, *SMALL, "--json"))
+    assert again["new_distances"] == 0
+    assert {k: v for k, v in again.items() if k not in ("seconds", "new_distances")} == {
+        k: v for k, v in facts.items() if k not in ("seconds", "new_distances")
+    }
+
+    other = document(search(supernet_run, "--device", supernet_files.tables[1], *SMALL, "--json"))
+    assert other["device"] == "slower" and other["verify"] == 50
+    assert other["new_distances"] <= 2 * 50 + 5
+    whole = document(search(supernet_run, "--device", "slower", *SMALL, "--full", "--no-random", "--json"))
+    assert whole["verify"] is None and whole["random_hypervolume"] is None
+
+
+def test_the_best_networks_are_ranked_by_closed_loop_score(
+    search: Run, supernet_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[tuple[str, range]] = []
+
+    def evaluate(target: str, name: str, seeds: range) -> dict[str, Any]:
+        played.append((name, seeds))
+        return {"mean": 0.1 * len(played)}
+
+    monkeypatch.setattr("training.evaluate.evaluate", evaluate)
+    arguments = (supernet_run, "--device", "orin", *SMALL[:-2], "--top", 2, "--seeds", 3, "--json")
+    facts = document(search(*arguments))
+    assert [row["score"] for row in facts["ranked"]] == [pytest.approx(0.2), pytest.approx(0.1)]
+    nearest = sorted(facts["front"], key=lambda row: row["distance"])[:2]
+    assert {row["subnet"] for row in facts["ranked"]} == {row["subnet"] for row in nearest}
+    assert [seeds for _, seeds in played] == [range(300_000, 300_003)] * 2
+    assert document(search(*arguments))["ranked"] == facts["ranked"] and len(played) == 2
+
+
+def test_people_read_a_table(search: Run, supernet_run: Path) -> None:
+    code, output, _ = search(supernet_run, "--device", "orin", *SMALL)
+    assert code == 0 and "hypervolume" in output and "random search" in output
+    assert output.splitlines()[0].split() == ["subnet", "distance", "ms", "MB", "bits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "jetson"], "--device jetson: no table of that device; at hand: orin, slower"),
+        (["--device", "orin", "--latency-ms", 1e-6], "orin: latency budget 1e-06 ms is below the .* of the smallest"),
+        (["--device", "orin", "--memory-mb", 1e-6], "orin: memory budget 1 bytes is below the .* of the smallest"),
+        (["--device", "orin", "--latency-ms", "nan"], "--latency-ms: expected a number above 0, got nan"),
+        (["--device", "orin", "--population", 3], "--population: expected at least 4, got 3"),
+        (["--device", "orin", "--verify", 5], "--verify: .* holds no distances to predict from"),
+        (["--device", "orin", "--data", "elsewhere.npz"], "elsewhere.npz"),
+        (["--device", "orin", "--out", "/dev/null"], "/dev/null/distances-.*give another --out"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_by_name(
+    search: Run, supernet_run: Path, options: list[Any], message: str
+) -> None:
+    code, output, errors = search(supernet_run, *SMALL, *options)
+    assert code == cli.EXIT_USER_ERROR and output == ""
+    assert re.search(message, errors), errors
+
+
+def test_a_run_that_is_missing_or_no_supernet_is_refused(search: Run, trained_run: Path) -> None:
+    code, _, errors = search("nowhere", "--device", "orin")
+    assert code == cli.EXIT_USER_ERROR and "nowhere" in errors
+    code, _, errors = search(trained_run, "--device", "orin")
+    assert code == cli.EXIT_USER_ERROR and "no supernet" in errors
+
+
+def test_demonstrations_of_another_run_are_refused(
+    search: Run, supernet_run: Path, npz: Path, arrays: dict[str, Any]
+) -> None:
+    np.savez(npz, **{**arrays, "action": arrays["action"] + 1.0})
+    code, _, errors = search(supernet_run, "--device", "orin", "--data", npz, *SMALL)
+    assert code == cli.EXIT_USER_ERROR and "not the demonstrations" in errors
+
+
+def test_distances_do_not_depend_on_the_number_of_processes(supernet_run: Path) -> None:
+    supernet = load_supernet(supernet_run)
+    source = DistanceSource(supernet.path, supernet.meaning.config, 8)
+    distance = TeacherDistance(source, supernet)
+    subnets = [supernet.space.parse(name) for name in ("largest", "w8a8", "w4a4", "smallest")]
+    alone = list(distance(subnets))
+    with spread(distance, source, 2) as measure:
+        assert list(measure(subnets)) == pytest.approx(alone, rel=1e-6)
+    assert min(alone) > 0.0 and len(set(alone)) == 4
+
+
+def test_a_teacher_that_was_exchanged_is_refused(search: Run, supernet_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(supernet_run, folder)
+    payload = load_checkpoint(folder / "checkpoint.pt")
+    save_checkpoint(folder / "checkpoint.pt", payload | {"teacher_sha256": "0" * 64})
+    code, _, errors = search(folder, "--device", "orin", *SMALL)
+    assert code == cli.EXIT_USER_ERROR and "another teacher" in errors
