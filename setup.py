@@ -49,7 +49,7 @@ def entry_points() -> dict[str, list[str]]:
             *(f"{name} = training.commands:{name}" for name in ("train", "eval", "export")),
             *(
                 f"{name} = training.commands_{name}:{name}"
-                for name in ("pack", "profile", "sampler", "search", "subnet")
+                for name in ("mixed", "pack", "profile", "sampler", "search", "subnet")
             ),
         ]
         points["dcqfa.bench_commands"] = ["train = training.commands_bench:train"]

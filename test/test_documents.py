@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = {
     *("up", "demo", "bundle", "devices", "eval", "bench", "train", "export"),
-    *("subnet", "profile", "sampler", "search", "pack"),
+    *("subnet", "profile", "sampler", "search", "mixed", "pack"),
 }
 
 

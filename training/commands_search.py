@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
     from training.search.cache import DistanceCache
     from training.search.run import Outcome, Plan
-    from training.space import SearchSpace
+    from training.search.session import SearchSession
     from training.subnet import Subnet
     from training.supernet_checkpoint import TrainedSupernet
 
@@ -86,8 +84,7 @@ def _search(args: argparse.Namespace) -> int:
     from training.commands import data_section
     from training.config import override
     from training.lut import load_table
-    from training.search.cache import DistanceCache
-    from training.search.distance import DistanceSource, TeacherDistance, spread
+    from training.search.session import search_session
     from training.supernet_checkpoint import load_supernet
     from training.tables_at_hand import device_table
 
@@ -100,15 +97,11 @@ def _search(args: argparse.Namespace) -> int:
     table = load_table(file)
     conditions = _conditions(supernet, config, file)
     condition = _condition(conditions, file.stem, args.latency_ms, args.memory_mb)
-    source = DistanceSource(supernet.path, config, args.samples)
-    distance = TeacherDistance(source, supernet)
     out = args.out or Path("searches") / config.name
-    with closing(DistanceCache(out, distance.key)) as cache:
-        plan = _plan(args, out, file.stem, cache, condition)
+    with search_session(supernet, config, out, args.samples, args.workers) as session:
+        plan = _plan(args, out, file.stem, session.cache, condition)
         proposals = _proposals(supernet, conditions, condition, args.seed)
-        workers = args.workers or len(os.sched_getaffinity(0))
-        with spread(distance, source, workers) as measure:
-            outcome = _run(supernet.space, condition, cache, measure, plan, proposals)
+        outcome = _run(session, condition, plan, proposals)
     seconds = time.monotonic() - started
     ranked = _ranked(args, supernet, outcome, out)
     folder = out / file.stem
@@ -124,10 +117,10 @@ def _search(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "samples": args.samples,
         "verify": plan.verify,
-        "distances": cache.path.name,
+        "distances": session.cache.path.name,
         **outcome.document(supernet.space),
         "ranked": ranked,
-        "workers": workers,
+        "workers": session.workers,
         "seconds": round(seconds, 1),
         "result": str(folder / RESULT),
     }
@@ -243,43 +236,33 @@ def _proposals(supernet: TrainedSupernet, conditions: Conditions, condition: Con
     return sampler.draw_many(condition, torch.Generator().manual_seed(seed), PROPOSALS)
 
 
-def _run(
-    space: SearchSpace,
-    condition: Condition,
-    cache: DistanceCache,
-    measure: Any,
-    plan: Plan,
-    proposals: Sequence[Subnet],
-) -> Outcome:
+def _run(session: SearchSession, condition: Condition, plan: Plan, proposals: Sequence[Subnet]) -> Outcome:
     """The search, with a bar of the distances that are measured; their number is at most the bar's total."""
     from tqdm import tqdm
 
     from training.search.run import DeviceSearch
+    from training.search.session import KnownDistances
 
+    space = session.supernet.space
     most = plan.verify or plan.genetics.population * plan.genetics.generations
     with tqdm(total=most * (2 if plan.random else 1), desc="distances", mininterval=1.0) as bar:
-        return DeviceSearch(space, condition, cache, measure, bar.update).run(plan, proposals)
+        distances = KnownDistances(space, session.cache, session.measure, bar.update)
+        return DeviceSearch(space, condition, distances).run(plan, proposals)
 
 
 def _ranked(args: argparse.Namespace, supernet: TrainedSupernet, outcome: Outcome, out: Path) -> list[dict[str, Any]]:
     """The networks of the front nearest to the teacher, by closed-loop score; scores are kept like distances."""
     if not args.top:
         return []
-    from training.evaluate import evaluate
-    from training.search.cache import DistanceCache
-    from training.warm_start import state_sha256
+    from training.search.session import closed_loop_scores
 
     nearest = sorted(outcome.front, key=lambda point: point.distance)[: args.top]
-    network = state_sha256(supernet.network.state_dict())
-    key = {"network": network, "seeds": args.seeds, "first_seed": args.first_seed}
-    rows = []
-    with closing(DistanceCache(out, key, "scores")) as scores:
-        seeds = range(args.first_seed, args.first_seed + args.seeds)
-        for point in nearest:
-            if point.subnet not in scores:
-                result = evaluate(str(supernet.path), point.subnet, seeds)
-                scores.add(point.subnet, result["mean"])
-            rows.append({"subnet": point.subnet, "score": scores[point.subnet], "distance": point.distance})
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    scores = closed_loop_scores(supernet, [point.subnet for point in nearest], seeds, out)
+    rows = [
+        {"subnet": point.subnet, "score": sum(score) / len(score), "distance": point.distance}
+        for point, score in zip(nearest, scores, strict=True)
+    ]
     return sorted(rows, key=lambda row: -row["score"])
 
 

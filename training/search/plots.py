@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dcqfa_ros.errors import UserError
 from training.search.front import Point
+from training.search.mixed import Allocation, MixedOutcome
 from training.search.run import Outcome
 
 MEGA = 1e6
+METHODS = {"searched": "tab:blue", "greedy": "tab:orange", "uniform": "tab:red"}
 
 
 class PlotError(UserError):
@@ -28,13 +31,7 @@ def plot_png(outcome: Outcome, title: str, budgets: tuple[float, float], path: P
     Raises:
         PlotError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PlotError("front.png: needs matplotlib; install the requirements of training") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot(path)
     figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.6), layout="constrained", sharey=True)
     for axis, label, column, budget in (
         (axes[0], "predicted latency of a chunk in ms", 0, budgets[0]),
@@ -61,6 +58,83 @@ def plot_png(outcome: Outcome, title: str, budgets: tuple[float, float], path: P
     axes[0].set_ylabel("distance to the teacher")
     axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
+    _save(pyplot, figure, path)
+
+
+def plot_mixed(outcome: MixedOutcome, title: str, path: Path) -> None:
+    """Draw distance against average bits for searched, greedy and uniform allocations.
+
+    Raises:
+        PlotError: matplotlib is missing, or the file cannot be written.
+    """
+    pyplot = _pyplot(path)
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for name, color in METHODS.items():
+        points: list[Allocation] = getattr(outcome, name)
+        line = "" if name == "uniform" else "-"
+        axis.plot(
+            [p.bits for p in points],
+            [p.distance for p in points],
+            marker="o",
+            markersize=4,
+            linestyle=line,
+            label=name,
+            color=color,
+        )
+    axis.set_yscale("log")
+    axis.set_xlabel("average bits of weights and activations")
+    axis.set_ylabel("distance to the teacher")
+    axis.grid(alpha=0.3, which="both", linewidth=0.4)
+    axis.legend()
+    axis.set_title(title, fontsize=10)
+    _save(pyplot, figure, path)
+
+
+def plot_mixed_scores(scores: Mapping[str, Mapping[float, tuple[float, float]]], title: str, path: Path) -> None:
+    """Draw closed-loop score against average bits.
+
+    Args:
+        scores: by method and bits: mean and half-width of its 95 % interval.
+        title: above the picture.
+        path: the file.
+
+    Raises:
+        PlotError: matplotlib is missing, or the file cannot be written.
+    """
+    pyplot = _pyplot(path)
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for place, (name, rows) in enumerate(scores.items()):
+        shift = 0.04 * (place - 1)  # intervals of equal bits side by side
+        axis.errorbar(
+            [bits + shift for bits in rows],
+            [mean for mean, _ in rows.values()],
+            yerr=[half for _, half in rows.values()],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=name,
+            color=METHODS[name],
+        )
+    axis.set_xlabel("average bits of weights and activations, at most")
+    axis.set_ylabel("mean score, 95 % interval")
+    axis.grid(alpha=0.3, linewidth=0.4)
+    axis.legend()
+    axis.set_title(title, fontsize=10)
+    _save(pyplot, figure, path)
+
+
+def _pyplot(path: Path) -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PlotError(f"{path.name}: needs matplotlib; install the requirements of training") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

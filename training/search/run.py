@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from training.conditions import Condition
 from training.draws import stratified_subnet
 from training.schedules import step_seed
-from training.search.cache import DistanceCache
-from training.search.distance import Measure
 from training.search.front import Point, front, hypervolumes
 from training.search.nsga import Genetics, evolve, integers
 from training.search.predicted import DistancePredictor, rank_correlation
+from training.search.session import KnownDistances
 from training.space import SearchSpace
 from training.space_counts import mean_bits
 from training.subnet import Precision, SpaceError, Subnet
@@ -98,22 +97,17 @@ class DeviceSearch:
         self,
         space: SearchSpace,
         condition: Condition,
-        cache: DistanceCache,
-        measure: Measure,
-        progress: Callable[[int], Any] | None = None,
+        distances: KnownDistances,
     ) -> None:
         """Take what a search needs.
 
         Args:
             space: of the supernet.
             condition: device and budgets.
-            cache: known distances; new ones are added.
-            measure: of distances.
-            progress: called with the number of distances that became known; None for nothing.
+            distances: known ones and those to come.
         """
-        self.space, self.condition, self.cache = space, condition, cache
-        self._measure, self._progress = measure, progress
-        self._new = 0
+        self.space, self.condition = space, condition
+        self.distances, self.cache = distances, distances.cache
         self._needed: dict[str, Subnet] = {}
 
     def run(self, plan: Plan, proposals: Sequence[Subnet] = ()) -> Outcome:
@@ -135,7 +129,9 @@ class DeviceSearch:
         drawn: list[Point] = []
         random_measured = 0
         if plan.random:
-            networks = self._random(measured, measured if plan.verify is None else self._new, plan.genetics.seed)
+            networks = self._random(
+                measured, measured if plan.verify is None else self.distances.new, plan.genetics.seed
+            )
             self.distances(networks)
             drawn, random_measured = self._points(networks), len(networks)
         volumes = hypervolumes(found, drawn)
@@ -146,23 +142,12 @@ class DeviceSearch:
             uniform={name: self._point(subnet) for name, subnet in uniform.items()},
             measured=measured,
             random_measured=random_measured,
-            new=self._new,
+            new=self.distances.new,
             hypervolume=volumes[0],
             random_hypervolume=volumes[1] if plan.random else None,
             correlation=correlation,
             points=found,
         )
-
-    def distances(self, subnets: Sequence[Subnet]) -> list[float]:
-        """Distances of networks; what the cache lacks is measured and added, each as soon as it is known."""
-        names = [self.space.name(subnet) for subnet in subnets]
-        missing = {name: s for name, s in zip(names, subnets, strict=True) if name not in self.cache}
-        for name, value in zip(missing, self._measure(list(missing.values())), strict=True):
-            self.cache.add(name, value)
-            self._new += 1
-            if self._progress is not None:
-                self._progress(1)
-        return [self.cache[name] for name in names]
 
     @property
     def _budgets(self) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from training.conditions import Conditions
 from training.search.cache import DistanceCache
 from training.search.nsga import Genetics
 from training.search.run import DeviceSearch, Outcome, Plan
+from training.search.session import KnownDistances
 from training.space import SearchSpace
 
 SMALL = Genetics(24, 12, 1)
@@ -23,7 +24,8 @@ def searched(
 ) -> Outcome:
     cache = DistanceCache(folder, {"test": 1})
     try:
-        return DeviceSearch(space, conditions.between("orin", share), cache, measure).run(plan)
+        distances = KnownDistances(space, cache, measure)
+        return DeviceSearch(space, conditions.between("orin", share), distances).run(plan)
     finally:
         cache.close()
 

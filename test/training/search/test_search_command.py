@@ -84,11 +84,11 @@ def test_a_device_is_searched_and_a_further_one_costs_few_distances(
 def test_the_best_networks_are_ranked_by_closed_loop_score(
     search: Run, supernet_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played: list[tuple[str, range]] = []
+    played: list[tuple[str, list[int]]] = []
 
-    def evaluate(target: str, name: str, seeds: range) -> dict[str, Any]:
+    def evaluate(target: str, name: str, seeds: list[int]) -> dict[str, Any]:
         played.append((name, seeds))
-        return {"mean": 0.1 * len(played)}
+        return {"seeds": list(seeds), "scores": [0.1 * len(played)] * len(seeds)}
 
     monkeypatch.setattr("training.evaluate.evaluate", evaluate)
     arguments = (supernet_run, "--device", "orin", *SMALL[:-2], "--top", 2, "--seeds", 3, "--json")
@@ -96,7 +96,7 @@ def test_the_best_networks_are_ranked_by_closed_loop_score(
     assert [row["score"] for row in facts["ranked"]] == [pytest.approx(0.2), pytest.approx(0.1)]
     nearest = sorted(facts["front"], key=lambda row: row["distance"])[:2]
     assert {row["subnet"] for row in facts["ranked"]} == {row["subnet"] for row in nearest}
-    assert [seeds for _, seeds in played] == [range(300_000, 300_003)] * 2
+    assert [list(seeds) for _, seeds in played] == [list(range(300_000, 300_003))] * 2
     assert document(search(*arguments))["ranked"] == facts["ranked"] and len(played) == 2
 
 

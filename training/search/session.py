@@ -1,0 +1,128 @@
+"""What every search of a supernet needs: its networks, the distances known so far, and processes that measure more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.config import TrainConfig
+from training.search.cache import DistanceCache
+from training.search.distance import DistanceSource, Measure, TeacherDistance, spread
+from training.space import SearchSpace
+from training.subnet import Subnet
+from training.supernet_checkpoint import TrainedSupernet
+from training.warm_start import state_sha256
+
+
+class KnownDistances:
+    """Distances from the cache; what it lacks is measured and added, each as soon as it is known.
+
+    Attributes:
+        cache: of distances.
+        new: how many were measured here.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        cache: DistanceCache,
+        measure: Measure,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Take the cache and what measures.
+
+        Args:
+            space: of the supernet.
+            cache: known distances; new ones are added.
+            measure: of distances.
+            progress: called with the number of distances that became known; None for nothing.
+        """
+        self.cache, self.new = cache, 0
+        self._space, self._measure, self._progress = space, measure, progress
+
+    def __call__(self, subnets: Sequence[Subnet]) -> list[float]:
+        """Distances of ``subnets``, in order."""
+        names = [self._space.name(subnet) for subnet in subnets]
+        missing = {name: s for name, s in zip(names, subnets, strict=True) if name not in self.cache}
+        for name, value in zip(missing, self._measure(list(missing.values())), strict=True):
+            self.cache.add(name, value)
+            self.new += 1
+            if self._progress is not None:
+                self._progress(1)
+        return [self.cache[name] for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSession:
+    """An open search.
+
+    Attributes:
+        supernet: the networks.
+        config: the run's configuration, with the data's place on this machine.
+        cache: known distances.
+        measure: of distances.
+        workers: processes that measure.
+        folder: where distances and results are kept.
+    """
+
+    supernet: TrainedSupernet
+    config: TrainConfig
+    cache: DistanceCache
+    measure: Measure
+    workers: int
+    folder: Path
+
+
+@contextmanager
+def search_session(
+    supernet: TrainedSupernet, config: TrainConfig, folder: Path, samples: int, workers: int | None
+) -> Iterator[SearchSession]:
+    """Open data, teacher and known distances of a supernet.
+
+    Args:
+        supernet: the networks.
+        config: the run's configuration, with the data's place on this machine.
+        folder: where distances are kept.
+        samples: held-out windows of a distance.
+        workers: processes that measure; None for one per core.
+
+    Raises:
+        UserError: a file is missing or damaged, does not belong to the run, or cannot be written.
+    """
+    source = DistanceSource(supernet.path, config, samples)
+    distance = TeacherDistance(source, supernet)
+    count = workers or len(os.sched_getaffinity(0))
+    with closing(DistanceCache(folder, distance.key)) as cache, spread(distance, source, count) as measure:
+        yield SearchSession(supernet, config, cache, measure, count, folder)
+
+
+def closed_loop_scores(
+    supernet: TrainedSupernet, names: Sequence[str], seeds: range, folder: Path
+) -> list[list[float]]:
+    """Scores of every episode of subnets in simulated Push-T, kept in ``folder`` like distances.
+
+    Args:
+        supernet: the networks.
+        names: of the subnets.
+        seeds: start seeds.
+        folder: where scores are kept.
+    """
+    from training.evaluate import evaluate  # the simulator is not needed for distances
+
+    key = {"network": state_sha256(supernet.network.state_dict())}
+    with closing(DistanceCache(folder, key, "scores")) as known:
+        for name in names:
+            missing = [seed for seed in seeds if _episode(name, seed) not in known]
+            if missing:
+                result = evaluate(str(supernet.path), name, missing)
+                for seed, score in zip(result["seeds"], result["scores"], strict=True):
+                    known.add(_episode(name, seed), score)
+        return [[known[_episode(name, seed)] for seed in seeds] for name in names]
+
+
+def _episode(name: str, seed: int) -> str:
+    return f"{name} {seed}"
