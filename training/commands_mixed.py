@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands_sampler import DEFAULT_RUN
+from training.commands_search import FIRST_SEED, LAST_SEED
 
 if TYPE_CHECKING:
     from training.search.mixed import MixedOutcome
     from training.supernet_checkpoint import TrainedSupernet
 
-FIRST_SEED = 300_000
 RESULT, DISTANCES, SCORES = "mixed.json", "mixed_distance.png", "mixed_score.png"
 Scores = dict[str, dict[float, tuple[float, float]]]
 
@@ -58,13 +58,16 @@ def _mixed(args: argparse.Namespace) -> int:
     from training.config import override
     from training.search.mixed import search_bits
     from training.search.nsga import Genetics
-    from training.search.session import KnownDistances, search_session
+    from training.search.plots import check_plotting
+    from training.search.session import KnownDistances, check_closed_loop, search_session
     from training.supernet_checkpoint import load_supernet
 
     started = time.monotonic()
+    check_plotting()
     supernet = load_supernet(args.run)
     if args.seeds:
         refuse_images(supernet.meaning, supernet.path)
+        check_closed_loop(supernet, range(args.first_seed, args.first_seed + args.seeds))
     config = override(supernet.meaning.config, data=data_section(args.data))
     out = args.out or Path("searches") / config.name
     with (
@@ -119,6 +122,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < least:
             raise ArgumentError(f"--{option.replace('_', '-')}: expected at least {least}, got {value}")
+    if args.seed > LAST_SEED:
+        raise ArgumentError(f"--seed: expected at most {LAST_SEED}, got {args.seed}")
 
 
 def _scored(

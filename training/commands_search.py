@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 PROPOSALS = 24  # networks of the configuration sampler in the first generation
 FIRST_SEED = 300_000  # neither the published seeds nor those of the tables: choosing must not spoil what is reported
-RESULT, PICTURE, PAGE = "result.json", "front.png", "front.html"
+PLAN, RESULT, PICTURE, PAGE = "plan.json", "result.json", "front.png", "front.html"
+LAST_SEED = 2**32 - 1
+ASKED = ("population", "generations", "seed", "samples", "full", "verify")
+MEGA = 1e6
 
 
 def search(subparsers: Any) -> None:
@@ -84,47 +88,59 @@ def _search(args: argparse.Namespace) -> int:
     from training.commands import data_section
     from training.config import override
     from training.lut import load_table
-    from training.search.session import search_session
+    from training.search.plots import check_plotting
+    from training.search.session import check_closed_loop, search_session
     from training.supernet_checkpoint import load_supernet
     from training.tables_at_hand import device_table
 
     started = time.monotonic()
+    check_plotting()
     supernet = load_supernet(args.run)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.top:
         refuse_images(supernet.meaning, supernet.path)
+        check_closed_loop(supernet, seeds)
     config = override(supernet.meaning.config, data=data_section(args.data))
     file = device_table(args.device, config)
     table = load_table(file)
     conditions = _conditions(supernet, config, file)
     condition = _condition(conditions, file.stem, args.latency_ms, args.memory_mb)
     out = args.out or Path("searches") / config.name
+    if args.verify is not None and not any(out.glob("distances-*.jsonl")):
+        raise _nothing_known(out)
     with search_session(supernet, config, out, args.samples, args.workers) as session:
-        plan = _plan(args, out, file.stem, session.cache, condition)
+        asked = {
+            "device": file.stem,
+            "table_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "latency_budget_ms": args.latency_ms,
+            "memory_budget_mb": args.memory_mb,
+            **{
+                name: getattr(args, name) for name in ("population", "generations", "seed", "samples", "full", "verify")
+            },
+            "random": not args.no_random,
+            "distances": session.cache.path.name,
+        }
+        folder = out / _folder_name(asked)
+        plan = _plan(args, folder, session.cache)
         proposals = _proposals(supernet, conditions, condition, args.seed)
         outcome = _run(session, condition, plan, proposals)
-    seconds = time.monotonic() - started
-    ranked = _ranked(args, supernet, outcome, out)
-    folder = out / file.stem
     facts = {
         "run": str(args.run),
         "step": supernet.meaning.step,
-        "device": file.stem,
         "table": str(file),
         "modelled": table.modelled,
-        **_budget_facts(condition),
-        "population": args.population,
-        "generations": args.generations,
-        "seed": args.seed,
-        "samples": args.samples,
-        "verify": plan.verify,
-        "distances": session.cache.path.name,
+        **asked,
+        "predicted_from": None if plan.known is None else len(plan.known),
         **outcome.document(supernet.space),
-        "ranked": ranked,
+        "ranked": [],
         "workers": session.workers,
-        "seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
         "result": str(folder / RESULT),
     }
-    _write(folder, facts, outcome, condition, table.modelled)
+    _write(folder, facts, outcome, (args.latency_ms, None if args.memory_mb is None else args.memory_mb * MEGA))
+    if args.top:
+        facts["ranked"] = _ranked(args.top, seeds, supernet, outcome, out)
+        _write_result(folder, facts)
     if args.json:
         print(json.dumps(facts))
     else:
@@ -154,6 +170,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < least:
             raise ArgumentError(f"--{option.replace('_', '-')}: expected at least {least}, got {value}")
+    if args.seed > LAST_SEED:
+        raise ArgumentError(f"--seed: expected at most {LAST_SEED}, got {args.seed}")
     for option in ("latency_ms", "memory_mb"):
         value = getattr(args, option)
         if value is not None and not (math.isfinite(value) and value > 0.0):
@@ -171,47 +189,101 @@ def _conditions(supernet: TrainedSupernet, config: TrainConfig, file: Path) -> C
 
 
 def _condition(conditions: Conditions, device: str, latency_ms: float | None, memory_mb: float | None) -> Condition:
-    """Device and budgets; a budget that is not given is what the most expensive network costs.
+    """Device and budgets; one that is not given is above what any network costs.
 
     Raises:
-        BudgetError: no network fits.
+        ArgumentError: no network fits; names the option, the smallest network and what would do.
     """
-    costs = conditions.measured[device]
+    from training.commands import ArgumentError
+    from training.conditions import Condition, rounded_up, smallest_subnet, within
+
+    costs, space = conditions.measured[device], conditions.space
+    smallest = smallest_subnet(space)
+    least = costs.total(smallest)
     most_latency = costs.fixed_latency + float(costs.latency.flatten(1).amax(dim=1).sum())
     most_memory = costs.fixed_memory + float(costs.memory.flatten(1).amax(dim=1).sum())
-    return conditions.condition(
-        device,
-        most_latency if latency_ms is None else latency_ms,
-        most_memory if memory_mb is None else memory_mb * 1e6,
+    budgets = []
+    for option, unit, given, needed, most in (
+        ("--latency-ms", "ms", latency_ms, least.latency_ms, most_latency),
+        ("--memory-mb", "MB", memory_mb, least.memory_bytes / MEGA, most_memory / MEGA),
+    ):
+        if given is not None and not within(needed, given):
+            raise ArgumentError(
+                f"{option} {given:g}: the smallest network ({space.name(smallest)}) takes {rounded_up(needed)} {unit} "
+                f"on {device}, {100.0 * (needed / given - 1.0):.1f} % more; give at least {rounded_up(needed)}"
+            )
+        budgets.append(most if given is None else given)
+    return Condition(device, costs, budgets[0], budgets[1] * MEGA)
+
+
+def _folder_name(asked: dict[str, Any]) -> str:
+    """Device and budgets for people, and what tells other searches of them apart."""
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]
+    latency, memory = asked["latency_budget_ms"], asked["memory_budget_mb"]
+    parts = [asked["device"]]
+    if latency is not None:
+        parts.append(f"{latency:g}ms")
+    if memory is not None:
+        parts.append(f"{memory:g}mb")
+    return "-".join([*parts, digest])
+
+
+def _plan(args: argparse.Namespace, folder: Path, cache: DistanceCache) -> Plan:
+    """What to measure: everything in the first search of a supernet, little in those of further devices.
+
+    It is decided once and kept, so that a search that was interrupted goes on with the same plan.
+    """
+    from training.lut import write_atomically
+    from training.search.nsga import Genetics
+    from training.search.run import LEAST_KNOWN, VERIFIED, Plan
+
+    known = _kept_plan(folder / PLAN)
+    if known is UNDECIDED:
+        known = None
+        if args.verify is not None or (not args.full and _searched(folder.parent, cache.path.name)):
+            known = [name for name, _ in cache.items()]
+        if known is not None and len(known) < LEAST_KNOWN:
+            if args.verify is not None:
+                raise _nothing_known(cache.path)
+            print(f"{cache.path}: too few distances to predict others; every network is measured", file=sys.stderr)
+            known = None
+        write_atomically(folder / PLAN, json.dumps({"known": known}).encode())
+    return Plan(
+        Genetics(args.population, args.generations, args.seed),
+        None if known is None else tuple(known),
+        args.verify or VERIFIED,
+        not args.no_random,
     )
 
 
-def _budget_facts(condition: Condition) -> dict[str, float]:
-    return {"latency_budget_ms": condition.latency_ms, "memory_budget_bytes": condition.memory_bytes}
+UNDECIDED: list[str] = []  # told apart by identity
 
 
-def _plan(args: argparse.Namespace, out: Path, device: str, cache: DistanceCache, condition: Condition) -> Plan:
-    """What to measure: everything in the first search of a supernet, little in those of further devices."""
+def _kept_plan(path: Path) -> list[str] | None:
+    """Names that a search began with, None for none, ``UNDECIDED`` where no search began."""
+    if not path.exists():
+        return UNDECIDED
+    try:
+        known = json.loads(path.read_text())["known"]
+        if known is None or (isinstance(known, list) and all(isinstance(name, str) for name in known)):
+            return known
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    print(f"{path}: cannot be read; the search is planned anew", file=sys.stderr)
+    return UNDECIDED
+
+
+def _nothing_known(path: Path) -> Exception:
     from training.commands import ArgumentError
-    from training.search.nsga import Genetics
-    from training.search.run import VERIFIED, Plan
+    from training.search.run import LEAST_KNOWN
 
-    genetics = Genetics(args.population, args.generations, args.seed)
-    verify = args.verify
-    earlier = [] if args.full or verify is not None else _earlier(out, cache.path.name)
-    if earlier:
-        asked = {"device": device, "population": args.population, "generations": args.generations, "seed": args.seed}
-        asked |= _budget_facts(condition)
-        same = [facts for facts in earlier if all(facts.get(key) == value for key, value in asked.items())]
-        verify = same[0].get("verify") if same else VERIFIED  # a command that is repeated repeats its result
-    if verify is not None and not len(cache):
-        raise ArgumentError(f"--verify: {cache.path} holds no distances to predict from; search a first device without")
-    return Plan(genetics, verify, not args.no_random)
+    return ArgumentError(
+        f"--verify: {path} holds fewer than {LEAST_KNOWN} distances to predict others from; search without it first"
+    )
 
 
-def _earlier(out: Path, distances: str) -> list[dict[str, Any]]:
-    """Results of complete searches with the same distances; files that cannot be read count as none."""
-    found = []
+def _searched(out: Path, distances: str) -> bool:
+    """Whether a search with the same distances was completed; files that cannot be read count as none."""
     for path in sorted(out.glob(f"*/{RESULT}")):
         try:
             facts = json.loads(path.read_text())
@@ -219,8 +291,8 @@ def _earlier(out: Path, distances: str) -> list[dict[str, Any]]:
             print(f"{path}: cannot be read and is left out", file=sys.stderr)
             continue
         if isinstance(facts, dict) and facts.get("distances") == distances:
-            found.append(facts)
-    return found
+            return True
+    return False
 
 
 def _proposals(supernet: TrainedSupernet, conditions: Conditions, condition: Condition, seed: int) -> list[Subnet]:
@@ -244,20 +316,17 @@ def _run(session: SearchSession, condition: Condition, plan: Plan, proposals: Se
     from training.search.session import KnownDistances
 
     space = session.supernet.space
-    most = plan.verify or plan.genetics.population * plan.genetics.generations
-    with tqdm(total=most * (2 if plan.random else 1), desc="distances", mininterval=1.0) as bar:
+    most = plan.genetics.population * plan.genetics.generations * (2 if plan.random else 1)
+    with tqdm(total=most if plan.known is None else plan.verify, desc="distances", mininterval=1.0) as bar:
         distances = KnownDistances(space, session.cache, session.measure, bar.update)
         return DeviceSearch(space, condition, distances).run(plan, proposals)
 
 
-def _ranked(args: argparse.Namespace, supernet: TrainedSupernet, outcome: Outcome, out: Path) -> list[dict[str, Any]]:
+def _ranked(top: int, seeds: range, supernet: TrainedSupernet, outcome: Outcome, out: Path) -> list[dict[str, Any]]:
     """The networks of the front nearest to the teacher, by closed-loop score; scores are kept like distances."""
-    if not args.top:
-        return []
     from training.search.session import closed_loop_scores
 
-    nearest = sorted(outcome.front, key=lambda point: point.distance)[: args.top]
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    nearest = sorted(outcome.front, key=lambda point: point.distance)[:top]
     scores = closed_loop_scores(supernet, [point.subnet for point in nearest], seeds, out)
     rows = [
         {"subnet": point.subnet, "score": sum(score) / len(score), "distance": point.distance}
@@ -266,24 +335,26 @@ def _ranked(args: argparse.Namespace, supernet: TrainedSupernet, outcome: Outcom
     return sorted(rows, key=lambda row: -row["score"])
 
 
-def _write(folder: Path, facts: dict[str, Any], outcome: Outcome, condition: Condition, modelled: bool) -> None:
-    """Result, picture and page; the result last, since it says that the search is complete."""
-    from training.lut import write_atomically
-    from training.search.cache import CacheError
+def _write(folder: Path, facts: dict[str, Any], outcome: Outcome, budgets: tuple[float | None, float | None]) -> None:
+    """Picture, page and result; the result last, since it says that the search is complete."""
     from training.search.plots import plot_html, plot_png
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"{folder}: cannot be made ({error}); give another --out") from error
-    title = f"{facts['run']}, step {facts['step']}, on {facts['device']}{' (modelled)' if modelled else ''}"
-    plot_png(outcome, title, (condition.latency_ms, condition.memory_bytes), folder / PICTURE)
+    modelled = " (modelled)" if facts["modelled"] else ""
+    title = f"{facts['run']}, step {facts['step']}, on {facts['device']}{modelled}"
+    plot_png(outcome, title, budgets, folder / PICTURE)
     plot_html(outcome, title, folder / PAGE)
+    _write_result(folder, facts)
+
+
+def _write_result(folder: Path, facts: dict[str, Any]) -> None:
+    from training.lut import write_atomically
+
     write_atomically(folder / RESULT, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def _print(facts: dict[str, Any]) -> None:
     """The front as a table, and what was compared."""
+    print(f"{facts['device']}, {'modelled' if facts['modelled'] else 'measured'} table {facts['table']}")
     print(f"{'subnet':<72} {'distance':>9} {'ms':>8} {'MB':>7} {'bits':>5}")
     for row in facts["front"]:
         print(
@@ -292,7 +363,7 @@ def _print(facts: dict[str, Any]) -> None:
         )
     volume = f"hypervolume {facts['hypervolume']:.3f}"
     if facts["random_hypervolume"] is not None:
-        volume += f", random search {facts['random_hypervolume']:.3f}"
+        volume += f", random search {facts['random_hypervolume']:.3f} with {facts['random_measured']} networks"
     predicted = ""
     if facts["rank_correlation"] is not None:
         predicted = f"; rank correlation of predictions {facts['rank_correlation']:.2f}"

@@ -96,8 +96,13 @@ def sampler_state(payload: dict[str, Any], fresh: dict[str, Any]) -> dict[str, A
     Args:
         payload: the checkpoint.
         fresh: state of a new sampler of the same space.
+
+    Raises:
+        CheckpointError: there is none.
     """
-    learned: dict[str, Any] = payload["sampler"]
+    learned: dict[str, Any] | None = payload.get("sampler")
+    if learned is None:
+        raise CheckpointError("the checkpoint holds no configuration sampler; it is of one network, not of a supernet")
     if COMPACT not in payload:
         return learned
     return fresh | learned | {"network": learned["averaged"]}  # averaged weights only

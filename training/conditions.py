@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 import torch
 from torch import Tensor
@@ -15,10 +16,16 @@ from training.space import SearchSpace
 from training.subnet import Precision, Subnet
 
 RESOURCES = 2  # latency, memory
+TOLERANCE = 1e-6  # relative, of float32 costs
 
 
 class BudgetError(UserError, ValueError):
     """A budget that no subnet can keep, or a device that is not there; the message names it and says what fits."""
+
+
+def within(cost: float, budget: float) -> bool:
+    """Whether a cost keeps a budget, to the rounding of float32 costs."""
+    return cost <= budget * (1.0 + TOLERANCE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +46,8 @@ class Condition:
 
     def fits(self, subnet: Subnet) -> bool:
         """Whether a subnet of integer precision keeps both budgets (to the rounding of float32 costs)."""
-        return self.excess(subnet) <= 1e-6
+        cost = self.costs.total(subnet)
+        return within(cost.latency_ms, self.latency_ms) and within(cost.memory_bytes, self.memory_bytes)
 
     def excess(self, subnet: Subnet) -> float:
         """Sum over both budgets of how far cost / budget is above 1; 0 where the subnet fits."""
@@ -139,10 +147,10 @@ class Conditions:
             ("latency", latency_ms, least.latency_ms, "ms"),
             ("memory", memory_bytes, least.memory_bytes, "bytes"),
         ):
-            if not value >= needed * (1.0 - 1e-6):
+            if not within(needed, value):
                 raise BudgetError(
-                    f"{name}: {label} budget {value:g} {unit} is below the {needed:g} {unit} of the smallest subnet "
-                    f"({self.space.name(smallest)}); give at least that much"
+                    f"{name}: {label} budget {value:g} {unit} is below the {rounded_up(needed)} {unit} of the smallest "
+                    f"subnet ({self.space.name(smallest)}); give at least that much"
                 )
         return Condition(name, costs, float(latency_ms), float(memory_bytes))
 
@@ -199,6 +207,11 @@ def condition_batch(space: SearchSpace, conditions: Sequence[Condition]) -> Cond
     budgets = torch.tensor([[c.latency_ms, c.memory_bytes] for c in conditions])
     least, greatest = _ends(space, added, fixed)
     return ConditionBatch(added / budgets[..., None, None], fixed / budgets, least / budgets, greatest / budgets)
+
+
+def rounded_up(value: float) -> str:
+    """A positive number with six digits that is not below it: what is told to be enough is enough."""
+    return f"{Context(prec=6, rounding=ROUND_CEILING).create_decimal(repr(value)).normalize():f}"
 
 
 def smallest_subnet(space: SearchSpace) -> Subnet:

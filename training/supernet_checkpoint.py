@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
-from training.compact import averaged_state, sampler_state
+from training.compact import COMPACT, averaged_state, sampler_state
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.sandwich import search_space
 from training.space import SearchSpace
@@ -72,5 +72,5 @@ def load_supernet(path: Path) -> TrainedSupernet:
         search_space(meaning.config),
         file,
         payload.get("teacher_sha256"),
-        partial(sampler_state, payload),
+        partial(sampler_state, {key: payload[key] for key in ("sampler", COMPACT) if key in payload}),
     )

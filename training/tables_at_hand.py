@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from dcqfa_ros.errors import UserError
@@ -30,19 +31,25 @@ def tables_at_hand(config: TrainConfig) -> tuple[list[Path], list[str]]:
 def device_table(device: str, config: TrainConfig) -> Path:
     """The table of a device: a file, the name of one of the configuration's tables, or the beginning of such a name.
 
-    Of several names with the same beginning the first counts, in the order of the configuration.
+    Of several names with the same beginning the first counts, in the order of the configuration; that is said on
+    standard error.
 
     Raises:
         DeviceError: neither; the message lists the names.
     """
     if Path(device).is_file():
         return Path(device)
-    found, _ = tables_at_hand(config)
-    for match in (str.__eq__, str.startswith):
-        for path in found:
-            if match(path.stem, device):
-                return path
+    found, missing = tables_at_hand(config)
+    exact = [path for path in found if path.stem == device]
+    alike = exact or [path for path in found if device and path.stem.startswith(device)]
+    if len(alike) > 1:
+        names = ", ".join(path.stem for path in alike)
+        print(f"--device {device}: begins {names}; taking {alike[0].stem}", file=sys.stderr)
+    if alike:
+        return alike[0]
     known = ", ".join(path.stem for path in found) or "none"
+    absent = f" (not found: {', '.join(missing)})" if missing else ""
     raise DeviceError(
-        f"--device {device}: no table of that device; at hand: {known}. Give a file, or make one with `dcqfa profile`"
+        f"--device {device}: no table of that device; at hand: {known}{absent}. Give a file, or make one with "
+        "`dcqfa profile`"
     )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,7 @@ from training.warm_start import policy_beside, read_policy_weights, state_sha256
 
 SAMPLE_SEED = 50_000_017  # fixed windows, noise and time steps: every subnet is measured on the same
 SAMPLES = 256
+VERSION = 1  # raised when the same weights would give other distances: those that are kept are then measured anew
 
 
 class DistanceError(UserError):
@@ -53,7 +58,7 @@ class DistanceSource:
 
 
 class TeacherDistance:
-    """Mean squared difference between the noise that a subnet and the teacher predict, over the executed tokens.
+    """Mean squared difference between the noise that a subnet and the teacher predict, over the executed actions.
 
     Both run in float32. Attention is causal, so tokens behind the executed ones change nothing and are left out.
 
@@ -94,15 +99,17 @@ class TeacherDistance:
         self._arguments = (noisy, batch.timesteps, batch.observation)
         teacher = DiffusionPolicyT(config.policy)
         teacher.load_state_dict(weights.state)
+        self._first = config.policy.observation_horizon - 1  # actions before it are of the past
         with torch.inference_mode():
-            self._target = teacher.eval()(*self._arguments)
+            self._target = teacher.eval()(*self._arguments)[:, self._first :]
         self.key: dict[str, Any] = {
+            "version": VERSION,
             "network": state_sha256(self.supernet.network.state_dict()),
             "teacher": teacher_sha256,
             "data": data.sha256,
             "samples": source.samples,
             "seed": SAMPLE_SEED,
-            "tokens": tokens,
+            "tokens": [self._first, tokens],
         }
 
     def distance(self, subnet: Subnet) -> float:
@@ -110,7 +117,8 @@ class TeacherDistance:
         network = self.supernet.network
         network.activate(subnet)
         with torch.inference_mode():
-            return float(torch.nn.functional.mse_loss(network(*self._arguments), self._target))
+            predicted = network(*self._arguments)[:, self._first :]
+            return float(torch.nn.functional.mse_loss(predicted, self._target))
 
     def __call__(self, subnets: Sequence[Subnet]) -> Iterator[float]:
         """Distances of ``subnets``, one after the other."""
@@ -119,27 +127,60 @@ class TeacherDistance:
 
 @contextmanager
 def spread(distance: TeacherDistance, source: DistanceSource, workers: int) -> Iterator[Measure]:
-    """A measure on ``workers`` processes of one thread each; with one worker, this process and its threads.
+    """A measure on ``workers`` processes of one thread each; this process alone where that is 1.
 
     Subnets are independent of each other, so the figures are those of one process.
+
+    Raises:
+        DistanceError: a process was killed, or found other weights in the checkpoint than this one.
     """
     if workers == 1:
         yield distance
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(source,)) as pool:
-        yield lambda subnets: pool.map(_distance, subnets)
+    arguments = (source, distance.key)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments) as pool:
+
+        def measure(subnets: Sequence[Subnet]) -> Iterator[float]:
+            try:
+                yield from pool.map(_distance, subnets)
+            except BrokenProcessPool as error:
+                raise DistanceError(
+                    "a process that measures distances ended early (killed, or out of memory); what was measured is "
+                    "kept: give the same command again, with fewer --workers if memory is short"
+                ) from error
+
+        yield measure
 
 
-_in_worker: TeacherDistance | None = None
+_in_worker: TeacherDistance | UserError | None = None
 
 
-def _start(source: DistanceSource) -> None:
+def _start(source: DistanceSource, key: dict[str, Any]) -> None:
     global _in_worker  # a process pool has no other place for what its processes keep
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _in_worker = TeacherDistance(source)
+    try:
+        found = TeacherDistance(source)
+        if found.key != key:
+            raise DistanceError(
+                f"{source.checkpoint}: changed while it was searched (a run goes on there?); search a copy"
+            )
+        _in_worker = found
+    except UserError as error:
+        _in_worker = error  # raised where it reaches the user: an initializer's errors only break the pool
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _distance(subnet: Subnet) -> float:
+    if isinstance(_in_worker, UserError):
+        raise _in_worker
     assert _in_worker is not None
     return _in_worker.distance(subnet)

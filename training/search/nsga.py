@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.config import Config
+from pymoo.core.crossover import Crossover
 from pymoo.core.evaluator import Evaluator
 from pymoo.core.mutation import Mutation
 from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
-from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.problems.static import StaticProblem
 
 from training.space import GENES_PER_BLOCK, SearchSpace
 from training.subnet import Precision, Subnet
+
+Config.warnings["not_compiled"] = False  # a hint on stdout, where results are printed
 
 OBJECTIVES = 3  # distance, latency, memory
 CROSSOVER = 0.9
@@ -64,20 +67,29 @@ class Genes:
         return [self.space.decode((self._integer, *row)) for row in rows.tolist()]
 
     def repaired(self, rows: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
-        """Rows of the nearest networks of the space: missing blocks are put back at random, idle genes are 0."""
+        """Rows of networks of the space: missing blocks are put back with random genes, idle genes are 0."""
         rows = rows.copy()
-        blocks = rows.reshape(len(rows), len(self.space.shape.blocks), GENES_PER_BLOCK)
-        for index in self.space.always_kept:
-            blocks[:, index, 0] = 1
-        for group, members in self.space.groups.items():
-            least = self.space.min_depth[group]
-            for block in blocks:
+        blocks, sizes = self.blocks(rows), self.blocks(self.sizes[None])[0]
+
+        def put_back(block: NDArray[np.int64], index: int) -> None:
+            block[index] = random.integers(0, sizes[index])
+            block[index, 0] = 1
+
+        for block in blocks:
+            for index in sorted(self.space.always_kept):
+                if not block[index, 0]:
+                    put_back(block, index)
+            for group, members in self.space.groups.items():
                 skipped = [index for index in members if not block[index, 0]]
-                missing = least - (len(members) - len(skipped))
-                if missing > 0:
-                    block[random.choice(skipped, missing, replace=False), 0] = 1
+                missing = self.space.min_depth[group] - (len(members) - len(skipped))
+                for index in random.choice(skipped, missing, replace=False) if missing > 0 else ():
+                    put_back(block, index)
         blocks *= blocks[..., :1]
         return rows
+
+    def blocks(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A view (N, blocks, genes of a block)."""
+        return rows.reshape(len(rows), len(self.space.shape.blocks), GENES_PER_BLOCK)
 
 
 class _Repair(Repair):
@@ -85,20 +97,47 @@ class _Repair(Repair):
         super().__init__()
         self._genes, self._random = genes, random
 
-    def _do(self, problem: Any, X: NDArray[np.int64], **kwargs: Any) -> NDArray[np.int64]:  # noqa: ARG002, N803  (pymoo's)
+    def _do(self, problem: Any, X: NDArray[np.int64], **kwargs: Any) -> NDArray[np.int64]:  # noqa: ARG002, N803
         return self._genes.repaired(X, self._random)
 
 
+class _Crossover(Crossover):
+    """Exchange genes evenly; a block that one parent skips is exchanged whole, since its other genes mean nothing."""
+
+    def __init__(self, genes: Genes, random: np.random.Generator) -> None:
+        super().__init__(2, 2, prob=CROSSOVER)
+        self._genes, self._random = genes, random
+
+    def _do(self, problem: Any, X: NDArray[np.int64], *args: Any, **kwargs: Any) -> NDArray[np.int64]:  # noqa: ARG002, N803
+        first, second = (self._genes.blocks(part) for part in X)
+        each = self._random.random(first.shape) < 0.5
+        both = (first[..., :1] == 1) & (second[..., :1] == 1)
+        swap = np.where(both, each, each[..., :1])
+        children = np.where(swap, second, first), np.where(swap, first, second)
+        return np.stack([child.reshape(X.shape[1:]) for child in children])
+
+
 class _Mutation(Mutation):
-    """Draw each gene anew with the probability that changes one on average."""
+    """Change each gene that has a choice with the probability that changes one on average.
+
+    A block that comes back by that gets genes of its own: those of a skipped block mean nothing.
+    """
 
     def __init__(self, genes: Genes, random: np.random.Generator) -> None:
         super().__init__()
-        self._sizes, self._random = genes.sizes, random
+        self._genes, self._random = genes, random
+        self._rate = 1.0 / max(1, int((genes.sizes > 1).sum()))
 
     def _do(self, problem: Any, X: NDArray[np.int64], *args: Any, **kwargs: Any) -> NDArray[np.int64]:  # noqa: ARG002, N803
-        anew = self._random.integers(0, self._sizes, size=X.shape)
-        return np.where(self._random.random(X.shape) < 1.0 / len(self._sizes), anew, X)
+        genes, random = self._genes, self._random
+        other = (X + random.integers(1, np.maximum(genes.sizes, 2), size=X.shape)) % genes.sizes
+        changed = np.where(random.random(X.shape) < self._rate, other, X)
+        before, after = genes.blocks(X), genes.blocks(changed)
+        back = (before[..., 0] == 0) & (after[..., 0] == 1)
+        fresh = random.integers(0, genes.blocks(genes.sizes[None])[0], size=after.shape)
+        fresh[..., 0] = 1
+        after[back] = fresh[back]
+        return changed
 
 
 def evolve(
@@ -119,7 +158,8 @@ def evolve(
         genetics: size and seed; equal ones repeat the search exactly.
         each: called after every generation with its number, from 1; None for nothing.
     """
-    genes, random = Genes(space), np.random.default_rng(genetics.seed)
+    own, pymoos = np.random.SeedSequence(genetics.seed).spawn(2)
+    genes, random = Genes(space), np.random.default_rng(own)
     problem = Problem(len(genes.sizes), OBJECTIVES, n_ieq_constr=len(budgets), xl=0, xu=genes.sizes - 1, vtype=int)
     repair = _Repair(genes, random)
     given = genes.encode(list(dict.fromkeys(start))[: genetics.population])
@@ -128,16 +168,18 @@ def evolve(
     algorithm = NSGA2(
         pop_size=genetics.population,
         sampling=first,
-        crossover=UniformCrossover(prob=CROSSOVER),
+        crossover=_Crossover(genes, random),
         mutation=_Mutation(genes, random),
         repair=repair,
         eliminate_duplicates=True,
     )
-    algorithm.setup(problem, termination=("n_gen", genetics.generations), seed=genetics.seed, verbose=False)
+    algorithm.setup(problem, termination=("n_gen", genetics.generations), seed=int(pymoos.generate_state(1)[0]))
     limits = np.array(budgets, dtype=np.float64)
     generation = 0
     while algorithm.has_next():
         offspring = algorithm.ask()
+        if offspring is None:  # every network within reach is in the population
+            break
         rows = objectives(genes.decode(np.array(offspring.get("X"), dtype=np.int64)))
         Evaluator().eval(StaticProblem(problem, F=rows, G=rows[:, 1:] / limits - 1.0 - 1e-6), offspring)
         algorithm.tell(infills=offspring)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcqfa_ros.errors import UserError
+from training.lut import write_atomically
 from training.search.front import Point
 from training.search.mixed import Allocation, MixedOutcome
 from training.search.run import Outcome
@@ -16,26 +19,27 @@ METHODS = {"searched": "tab:blue", "greedy": "tab:orange", "uniform": "tab:red"}
 
 
 class PlotError(UserError):
-    """A picture that cannot be made or written; the message says what is missing."""
+    """A picture that cannot be made; the message says what is missing."""
 
 
-def plot_png(outcome: Outcome, title: str, budgets: tuple[float, float], path: Path) -> None:
+def plot_png(outcome: Outcome, title: str, budgets: tuple[float | None, float | None], path: Path) -> None:
     """Draw distance against latency and against memory.
 
     Args:
         outcome: of the search.
         title: above the picture.
-        budgets: milliseconds and bytes.
+        budgets: milliseconds and bytes; None for any.
         path: the file; its suffix says the format.
 
     Raises:
-        PlotError: matplotlib is missing, or the file cannot be written.
+        PlotError: matplotlib is missing.
+        TableError: the file cannot be written.
     """
-    pyplot = _pyplot(path)
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.6), layout="constrained", sharey=True)
     for axis, label, column, budget in (
         (axes[0], "predicted latency of a chunk in ms", 0, budgets[0]),
-        (axes[1], "predicted memory in MB", 1, budgets[1] / MEGA),
+        (axes[1], "predicted memory in MB", 1, None if budgets[1] is None else budgets[1] / MEGA),
     ):
 
         def coordinates(points: Sequence[Point], column: int = column) -> tuple[list[float], list[float]]:
@@ -51,7 +55,8 @@ def plot_png(outcome: Outcome, title: str, budgets: tuple[float, float], path: P
             x, y = coordinates([point])
             axis.scatter(x, y, s=45, marker="D", facecolor="none", edgecolor="tab:red")
             axis.annotate(name, (x[0], y[0]), xytext=(4, 4), textcoords="offset points", fontsize=8, color="tab:red")
-        axis.axvline(budget, color="0.4", linestyle="--", linewidth=1.0)
+        if budget is not None:
+            axis.axvline(budget, color="0.4", linestyle="--", linewidth=1.0)
         axis.set_yscale("log")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3, which="both", linewidth=0.4)
@@ -65,9 +70,10 @@ def plot_mixed(outcome: MixedOutcome, title: str, path: Path) -> None:
     """Draw distance against average bits for searched, greedy and uniform allocations.
 
     Raises:
-        PlotError: matplotlib is missing, or the file cannot be written.
+        PlotError: matplotlib is missing.
+        TableError: the file cannot be written.
     """
-    pyplot = _pyplot(path)
+    pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for name, color in METHODS.items():
         points: list[Allocation] = getattr(outcome, name)
@@ -99,9 +105,10 @@ def plot_mixed_scores(scores: Mapping[str, Mapping[float, tuple[float, float]]],
         path: the file.
 
     Raises:
-        PlotError: matplotlib is missing, or the file cannot be written.
+        PlotError: matplotlib is missing.
+        TableError: the file cannot be written.
     """
-    pyplot = _pyplot(path)
+    pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for place, (name, rows) in enumerate(scores.items()):
         shift = 0.04 * (place - 1)  # intervals of equal bits side by side
@@ -123,11 +130,10 @@ def plot_mixed_scores(scores: Mapping[str, Mapping[float, tuple[float, float]]],
     _save(pyplot, figure, path)
 
 
-def _pyplot(path: Path) -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PlotError(f"{path.name}: needs matplotlib; install the requirements of training") from error
+def _pyplot() -> Any:
+    check_plotting()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -135,24 +141,33 @@ def _pyplot(path: Path) -> Any:
 
 
 def _save(pyplot: Any, figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise PlotError(f"{path}: the plot cannot be written ({error})") from error
-    finally:
-        pyplot.close(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:])
+    pyplot.close(figure)
+    write_atomically(path, picture.getvalue())
+
+
+def check_plotting() -> None:
+    """Find out before a long search whether its pictures can be drawn.
+
+    Raises:
+        PlotError: matplotlib or plotly is missing.
+    """
+    for name in ("matplotlib", "plotly"):
+        if importlib.util.find_spec(name) is None:
+            raise PlotError(f"pictures need {name}; install the requirements of training (requirements/train.txt)")
 
 
 def plot_html(outcome: Outcome, title: str, path: Path) -> None:
     """Write a page that needs no network: distance over latency, memory as colour, names under the pointer.
 
     Raises:
-        PlotError: plotly is missing, or the file cannot be written.
+        PlotError: plotly is missing.
+        TableError: the file cannot be written.
     """
-    try:
-        from plotly import graph_objects
-    except ImportError as error:
-        raise PlotError("front.html: needs plotly; install the requirements of training") from error
+    check_plotting()
+    from plotly import graph_objects
+
     figure = graph_objects.Figure()
     on_front = {point.subnet for point in outcome.front}
     for name, points, marker in (
@@ -175,12 +190,14 @@ def plot_html(outcome: Outcome, title: str, path: Path) -> None:
             graph_objects.Scatter(
                 x=[point.latency_ms for point in points],
                 y=[point.distance for point in points],
-                mode="markers",
+                mode="markers+text" if name == "uniform" else "markers",
+                textposition="top right",
                 name=name,
                 marker=marker,
-                text=[point.subnet for point in points],
-                customdata=[point.memory_bytes / MEGA for point in points],
-                hovertemplate="%{text}<br>%{x:.3f} ms, %{customdata:.2f} MB<br>distance %{y:.3g}<extra></extra>",
+                text=list(outcome.uniform) if name == "uniform" else None,
+                customdata=[(point.subnet, point.memory_bytes / MEGA) for point in points],
+                hovertemplate="%{customdata[0]}<br>%{x:.3f} ms, %{customdata[1]:.2f} MB<br>distance %{y:.3g}"
+                "<extra></extra>",
             )
         )
     figure.update_layout(
@@ -191,7 +208,4 @@ def plot_html(outcome: Outcome, title: str, path: Path) -> None:
         template="plotly_white",
         legend={"orientation": "h", "y": -0.15},
     )
-    try:
-        figure.write_html(path, include_plotlyjs=True)
-    except OSError as error:
-        raise PlotError(f"{path}: the page cannot be written ({error})") from error
+    write_atomically(path, figure.to_html(include_plotlyjs=True).encode())

@@ -34,6 +34,8 @@ class DistancePredictor:
 
     def predict(self, subnets: Sequence[Subnet]) -> list[float]:
         """Predicted distances."""
+        if not subnets:
+            return []
         logs: list[float] = (self._predictor.predict(subnets) + self._offset).tolist()
         return [math.exp(value) for value in logs]
 

@@ -22,6 +22,7 @@ from training.space import SearchSpace
 from training.space_counts import mean_bits
 from training.subnet import Precision, SpaceError, Subnet
 
+LEAST_KNOWN = 20  # fewer predict nothing
 VERIFIED = 50  # true distances that a further device may cost
 UNIFORM = ("w8a8", "w4a8", "w8a4", "w4a4", "smallest")  # whole networks at one pair of bits, and the least one
 TRIES = 100  # random draws per network that must fit
@@ -35,12 +36,14 @@ class Plan:
 
     Attributes:
         genetics: size and seed.
-        verify: true distances that may be measured after a search on predicted ones; None measures every network.
-        random: search at random too, for comparison: with as many true distances, and no more new ones.
+        known: networks whose distances the search predicts the others' from; None measures every network.
+        verify: how many of the predicted ones are measured.
+        random: search at random too, with as many distances; only beside a search that measures every network.
     """
 
     genetics: Genetics
-    verify: int | None = None
+    known: tuple[str, ...] | None = None
+    verify: int = VERIFIED
     random: bool = True
 
 
@@ -52,11 +55,11 @@ class Outcome:
         front: networks within both budgets that no other measured one beats in all objectives.
         random_front: the same of the random search.
         uniform: whole networks at one pair of bits, by name as asked for, within the budgets or not.
-        measured, random_measured: distances that were needed, from the cache or not.
+        measured, random_measured: networks within the budgets whose distances were used, from the cache or not.
         new: distances that were not in the cache.
         hypervolume, random_hypervolume: shares of the box around both sets that their fronts dominate.
-        correlation: Spearman's, of predictions with the distances measured afterwards; None where nothing was
-            predicted.
+        correlation: Spearman's, of predictions with the distances measured afterwards; None where fewer than three
+            were predicted, or all alike.
         points: every measured network within the budgets.
     """
 
@@ -120,18 +123,16 @@ class DeviceSearch:
         uniform = self._uniform()
         start = integers([*uniform.values(), *proposals])
         correlation = None
-        if plan.verify is None:
+        if plan.known is None:
             evolve(self.space, start, self._objectives, self._budgets, plan.genetics)
         else:
-            correlation = self._predicted_search(plan, plan.verify, start)
+            correlation = self._predicted_search(plan, plan.known, start)
         found = self._points(self._needed.values())
         searched, measured = front(found), len(self._needed)
         drawn: list[Point] = []
         random_measured = 0
-        if plan.random:
-            networks = self._random(
-                measured, measured if plan.verify is None else self.distances.new, plan.genetics.seed
-            )
+        if plan.random and plan.known is None:
+            networks = self._random(measured, plan.genetics.seed)
             self.distances(networks)
             drawn, random_measured = self._points(networks), len(networks)
         volumes = hypervolumes(found, drawn)
@@ -144,7 +145,7 @@ class DeviceSearch:
             random_measured=random_measured,
             new=self.distances.new,
             hypervolume=volumes[0],
-            random_hypervolume=volumes[1] if plan.random else None,
+            random_hypervolume=volumes[1] if drawn else None,
             correlation=correlation,
             points=found,
         )
@@ -179,27 +180,32 @@ class DeviceSearch:
         column = np.array([value if math.isfinite(value) else BEYOND for value in distances])
         return np.concatenate([column[:, None], costs], axis=1)
 
-    def _predicted_search(self, plan: Plan, verify: int, start: Sequence[Subnet]) -> float | None:
-        """Search on predicted distances, then measure the most promising networks; returns the rank correlation."""
-        known = {name: self.space.parse(name) for name, _ in self.cache.items()}
+    def _predicted_search(self, plan: Plan, names: Sequence[str], start: Sequence[Subnet]) -> float | None:
+        """Search on predicted distances, then measure the most promising networks; returns the rank correlation.
+
+        Nothing but the named networks is taken from the cache, so that an interrupted search repeats itself.
+        """
+        known = {name: self.space.parse(name) for name in names}
         known = {name: subnet for name, subnet in known.items() if subnet.precision is Precision.INT}
-        model = DistancePredictor(self.space, list(known.values()), [self.cache[name] for name in known])
+        values = dict(zip(known, self.distances(list(known.values())), strict=True))
+        model = DistancePredictor(self.space, list(known.values()), list(values.values()))
         seen: dict[str, Subnet] = {}
 
         def objectives(subnets: Sequence[Subnet]) -> NDArray[np.float64]:
-            names = [self.space.name(subnet) for subnet in subnets]
+            named = [self.space.name(subnet) for subnet in subnets]
             guessed = model.predict(subnets)
-            distances = [self.cache.get(name, guess) for name, guess in zip(names, guessed, strict=True)]
-            seen.update(zip(names, subnets, strict=True))
+            distances = [values.get(name, guess) for name, guess in zip(named, guessed, strict=True)]
+            seen.update(zip(named, subnets, strict=True))
             return np.concatenate([np.array(distances)[:, None], self._costs(subnets)], axis=1)
 
         fitting = {name: subnet for name, subnet in known.items() if self.condition.fits(subnet)}
-        best = {point.subnet for point in front(self._points(fitting.values()))}
-        begin = [*(fitting[name] for name in sorted(best)), *start]
+        points = self._points(fitting.values())
+        best = _thinned(front(points), plan.genetics.population // 2)
+        begin = [*start[: plan.genetics.population // 4], *(fitting[point.subnet] for point in best)]
         evolve(self.space, begin, objectives, self._budgets, plan.genetics)
-        new = {n: s for n, s in seen.items() if n not in self.cache and self.condition.fits(s)}
+        new = {name: s for name, s in seen.items() if name not in known and self.condition.fits(s)}
         guesses = dict(zip(new, model.predict(list(new.values())), strict=True))
-        chosen = _promising([*self._points(fitting.values())], self._guessed(new, guesses), verify)
+        chosen = _promising(points, self._guessed(new, guesses), plan.verify)
         measured = self.distances([new[name] for name in chosen])
         self._needed |= fitting | {name: new[name] for name in chosen}
         return rank_correlation([guesses[name] for name in chosen], measured)
@@ -216,24 +222,16 @@ class DeviceSearch:
         name, cost = self.space.name(subnet), self.condition.costs.total(subnet)
         return Point(name, self.cache[name], cost.latency_ms, cost.memory_bytes)
 
-    def _random(self, count: int, fresh: int, seed: int) -> list[Subnet]:
-        """Different networks within the budgets: ``count``, or fewer where ``fresh`` of them are not in the cache.
-
-        They are drawn with even depths, widths and bits.
-        """
+    def _random(self, count: int, seed: int) -> list[Subnet]:
+        """At most ``count`` different networks within the budgets, drawn with even depths, widths and bits."""
         generator = torch.Generator().manual_seed(step_seed(seed, 0) ^ RANDOM_STREAM)
         found: dict[Subnet, None] = {}
         for _ in range(TRIES * count):
             if len(found) == count:
                 break
             subnet = stratified_subnet(self.space, generator, whole_network=False)
-            if subnet in found or not self.condition.fits(subnet):
-                continue
-            if self.space.name(subnet) not in self.cache:
-                if fresh == 0:
-                    break
-                fresh -= 1
-            found[subnet] = None
+            if self.condition.fits(subnet):
+                found[subnet] = None
         return list(found)
 
 
@@ -246,10 +244,15 @@ def _promising(known: Sequence[Point], guessed: Sequence[Point], count: int) -> 
         layer = [point for point in front([*known, *left]) if point.subnet in names]
         if not layer:  # measured networks beat all that are left
             layer = front(left)
-        room = count - len(chosen)
-        if len(layer) > room:  # spread over the latencies, both ends included
-            layer = [layer[round(i * (len(layer) - 1) / max(1, room - 1))] for i in range(room)]
+        layer = _thinned(layer, count - len(chosen))
         chosen.extend(point.subnet for point in layer)
         taken = set(chosen)
         left = [point for point in left if point.subnet not in taken]
     return chosen
+
+
+def _thinned(points: Sequence[Point], count: int) -> list[Point]:
+    """At most ``count`` of the points, evenly spread in their order, both ends included."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / max(1, count - 1))] for i in range(count)]

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from training.config import TrainConfig
 from training.search.cache import DistanceCache
-from training.search.distance import DistanceSource, Measure, TeacherDistance, spread
+from training.search.distance import DistanceError, DistanceSource, Measure, TeacherDistance, spread
 from training.space import SearchSpace
 from training.subnet import Subnet
-from training.supernet_checkpoint import TrainedSupernet
+from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.warm_start import state_sha256
 
 
@@ -93,11 +95,26 @@ def search_session(
     Raises:
         UserError: a file is missing or damaged, does not belong to the run, or cannot be written.
     """
+    torch.set_num_threads(1)  # as in the processes that measure: figures do not depend on their number
     source = DistanceSource(supernet.path, config, samples)
     distance = TeacherDistance(source, supernet)
     count = workers or len(os.sched_getaffinity(0))
     with closing(DistanceCache(folder, distance.key)) as cache, spread(distance, source, count) as measure:
         yield SearchSession(supernet, config, cache, measure, count, folder)
+
+
+def check_closed_loop(supernet: TrainedSupernet, seeds: range) -> None:
+    """Find out before a long search whether its networks can be played.
+
+    Raises:
+        UserError: the policy is none of Push-T, or a seed is out of range.
+        ModuleNotFoundError: the simulator is not installed.
+    """
+    from training.evaluate import LAST_SEED, EvaluationError, find
+
+    if seeds[-1] > LAST_SEED:
+        raise EvaluationError(f"--first-seed: seeds {seeds[0]} to {seeds[-1]}: start seeds are 0 to {LAST_SEED}")
+    find(str(supernet.path), None)
 
 
 def closed_loop_scores(
@@ -110,6 +127,9 @@ def closed_loop_scores(
         names: of the subnets.
         seeds: start seeds.
         folder: where scores are kept.
+
+    Raises:
+        UserError: the simulator cannot play this policy, the checkpoint changed, or a score cannot be kept.
     """
     from training.evaluate import evaluate  # the simulator is not needed for distances
 
@@ -119,6 +139,10 @@ def closed_loop_scores(
             missing = [seed for seed in seeds if _episode(name, seed) not in known]
             if missing:
                 result = evaluate(str(supernet.path), name, missing)
+                if state_sha256(load_supernet(supernet.path).network.state_dict()) != key["network"]:
+                    raise DistanceError(
+                        f"{supernet.path}: changed while it was searched (a run goes on there?); search a copy"
+                    )
                 for seed, score in zip(result["seeds"], result["scores"], strict=True):
                     known.add(_episode(name, seed), score)
         return [[known[_episode(name, seed)] for seed in seeds] for name in names]

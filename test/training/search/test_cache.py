@@ -29,7 +29,11 @@ def test_distances_are_there_again_in_their_order(tmp_path: Path) -> None:
 
 
 def test_distances_of_other_networks_or_samples_are_kept_apart(tmp_path: Path) -> None:
-    filled(tmp_path)
+    path = filled(tmp_path)
+    other = DistanceCache(tmp_path, KEY | {"network": "b"})
+    assert len(other) == 0
+    other.close()
+    other.path.write_bytes(path.read_bytes())  # a file under a wrong name
     assert len(DistanceCache(tmp_path, KEY | {"network": "b"})) == 0
     assert len(DistanceCache(tmp_path, KEY, "scores")) == 0
     assert len(DistanceCache(tmp_path, KEY)) == 5
@@ -48,7 +52,7 @@ def test_damaged_lines_are_dropped_and_never_trusted(
     cache = DistanceCache(path.parent, KEY)
     good = {f"net{number}": 0.1 * number for number in range(5)}
     assert all(good[name] == value for name, value in cache.items())
-    assert len(cache) >= 3 or not len(cache)  # a byte spoils at most two lines, or the head
+    assert len(cache) >= 3  # a byte spoils at most two lines
     cache.add("later", 1.0)
     cache.close()
     again = DistanceCache(path.parent, KEY)
@@ -83,3 +87,23 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_the_file_says_what_it_belongs_to(tmp_path: Path) -> None:
     assert json.loads(filled(tmp_path).read_text().splitlines()[0])["key"] == KEY
+
+
+def test_two_searches_cannot_use_one_file_at_once(tmp_path: Path) -> None:
+    first = DistanceCache(tmp_path, KEY)
+    with pytest.raises(CacheError, match="another search is using it; wait for its end, or give another --out"):
+        DistanceCache(tmp_path, KEY)
+    first.add("net", 1)
+    first.close()
+    assert DistanceCache(tmp_path, KEY).items() == [("net", 1.0)]
+
+
+def test_a_full_disk_is_told_and_what_was_kept_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DistanceCache(tmp_path, KEY)
+    cache.add("net", 1.0)
+    monkeypatch.setattr(cache, "_file", Path("/dev/full").open("w"))
+    with pytest.raises(CacheError, match=r"cannot be kept .*make room"):
+        cache.add("other", 2.0)
+    with pytest.raises(CacheError, match=r"cannot be kept .*make room"):
+        cache.close()
+    assert DistanceCache(tmp_path, KEY).items() == [("net", 1.0)]

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.conditions import Conditions
 from training.draws import stratified_subnet
 from training.search.nsga import Genes, Genetics, evolve
+from training.search.nsga import _Mutation as Mutation
 from training.space import SearchSpace
 from training.subnet import Precision, Subnet
 
@@ -45,8 +47,6 @@ def test_a_search_repeats_with_its_seed_and_improves(space: SearchSpace, conditi
 
 
 def test_given_networks_are_in_the_first_generation(space: SearchSpace) -> None:
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     given_networks = [stratified_subnet(space, generator, whole_network=False) for _ in range(5)]
     seen: list[Subnet] = []
@@ -58,3 +58,30 @@ def test_given_networks_are_in_the_first_generation(space: SearchSpace) -> None:
 
     evolve(space, given_networks, objectives, (2.0, 2.0), Genetics(8, 2), generations.append)
     assert set(given_networks) <= set(seen[:8]) and generations == [1, 2]
+
+
+def test_one_gene_changes_on_average_and_blocks_that_come_back_are_of_any_width(space: SearchSpace) -> None:
+    genes, random = Genes(space), np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    rows = genes.encode([stratified_subnet(space, generator, whole_network=False) for _ in range(400)])
+    mutated = Mutation(genes, random)._do(None, rows)
+    before, after = genes.blocks(rows), genes.blocks(mutated)
+    back = (before[..., 0] == 0) & (after[..., 0] == 1)
+    changed = (before != after) & ~back[..., None]
+    assert 0.8 < changed.sum() / len(rows) + back.sum() / len(rows) < 1.25
+    assert after[back][:, 1].mean() > 1.0  # heads, 0 to 3
+
+
+def test_a_space_smaller_than_the_population_is_searched_to_its_end(space: SearchSpace) -> None:
+    config = space.config.model_copy(
+        update={"min_depth": {"decoder": 8}, "head_ratios": (1.0,), "mlp_ratios": (0.5, 1.0), "weight_bits": (8,)}
+    )
+    small = SearchSpace(space.shape, config.model_copy(update={"activation_bits": (8,)}))
+    seen: set[Subnet] = set()
+
+    def objectives(subnets: list[Subnet]) -> np.ndarray:
+        seen.update(subnets)
+        return np.array([(sum(layer.mlp for layer in s.layers if layer), 1.0, 1.0) for s in subnets], dtype=float)
+
+    evolve(small, [], objectives, (2.0, 2.0), Genetics(300, 30))
+    assert len(seen) > 0.9 * 2**8

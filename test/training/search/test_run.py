@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,21 +76,40 @@ def test_an_interrupted_search_goes_on_without_measuring_anything_twice(
     assert resumed.front == whole.front and resumed.hypervolume == whole.hypervolume
 
 
-def test_a_further_search_measures_no_more_than_it_may(
+def test_a_further_search_measures_no_more_than_it_may_and_repeats_itself(
     space: SearchSpace, conditions: Conditions, made_up, tmp_path: Path
 ) -> None:
-    first = searched(space, conditions, tmp_path, made_up)
+    first = searched(space, conditions, tmp_path / "first", made_up)
+    cache = DistanceCache(tmp_path / "first", {"test": 1})
+    names = tuple(name for name, _ in cache.items())
+    cache.close()
+    shutil.copytree(tmp_path / "first", tmp_path / "cut")
     made_up.asked = []
-    plan = Plan(SMALL, verify=20)
-    second = searched(space, conditions, tmp_path, made_up, plan, share=0.6)
-    assert 3 <= len(made_up.asked) <= 2 * 20 and second.new == len(made_up.asked)
+    plan = Plan(SMALL, known=names, verify=20)
+    second = searched(space, conditions, tmp_path / "first", made_up, plan, share=0.6)
+    assert 3 <= len(made_up.asked) <= 20 and second.new == len(made_up.asked)
     assert second.correlation is not None and second.correlation > 0.5
+    assert second.random_front == [] and second.random_hypervolume is None
     condition = conditions.between("orin", 0.6)
     assert all(condition.fits(space.parse(point.subnet)) for point in second.front)
     best = min(point.distance for point in first.front if condition.fits(space.parse(point.subnet)))
     assert min(point.distance for point in second.front) < best
-    again = searched(space, conditions, tmp_path, made_up, plan, share=0.6)
-    assert min(point.distance for point in again.front) <= min(point.distance for point in second.front)
+    again = searched(space, conditions, tmp_path / "first", made_up, plan, share=0.6)
+    assert again.new == 0 and again.front == second.front and again.correlation == second.correlation
+
+    expected, made_up.asked = list(made_up.asked), []
+
+    def stops(subnets):
+        for count, value in enumerate(made_up(subnets)):
+            if count == 7:
+                made_up.asked.pop()
+                raise StopError
+            yield value
+
+    with pytest.raises(StopError):
+        searched(space, conditions, tmp_path / "cut", stops, plan, share=0.6)
+    resumed = searched(space, conditions, tmp_path / "cut", made_up, plan, share=0.6)
+    assert made_up.asked == expected and resumed.front == second.front
 
 
 def test_the_random_search_can_be_left_out(space: SearchSpace, conditions: Conditions, made_up, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dcqfa_ros import cli
+from dcqfa_ros.errors import UserError
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.conditions import Conditions
 from training.config import load_config
@@ -55,30 +56,67 @@ def document(result: tuple[int, str, str]) -> dict[str, Any]:
     return json.loads(output)
 
 
-def test_a_device_is_searched_and_a_further_one_costs_few_distances(
-    search: Run, supernet_run: Path, supernet_files: Any, budget: float, tmp_path: Path
+TIMES = ("seconds", "new_distances")
+
+
+def test_a_device_is_searched_and_the_result_can_be_looked_at(
+    search: Run, supernet_run: Path, budget: float, tmp_path: Path
 ) -> None:
-    facts = document(search(supernet_run, "--device", "orin", "--latency-ms", budget, *SMALL, "--json"))
-    assert facts["front"] and all(row["latency_ms"] <= budget * 1.000001 for row in facts["front"])
-    assert facts["modelled"] and facts["verify"] is None and facts["rank_correlation"] is None
+    arguments = (supernet_run, "--device", "orin", "--latency-ms", budget, *SMALL, "--json")
+    facts = document(search(*arguments))
+    assert facts["front"] and all(row["latency_ms"] <= budget * 1.000002 for row in facts["front"])
+    assert facts["modelled"] and facts["predicted_from"] is None and facts["rank_correlation"] is None
+    assert facts["memory_budget_mb"] is None
     assert 0.0 < facts["hypervolume"] <= 1.0 and 0.0 < facts["random_hypervolume"] <= 1.0
-    folder = tmp_path / "searches" / load_config(supernet_files.config).name / "orin"
+    folder = (tmp_path / facts["result"]).parent
     assert json.loads((folder / "result.json").read_text()) == facts
     assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "front.html").read_text()
-    assert facts["front"][0]["subnet"] in page and "https://cdn" not in page[:2000]
-
-    again = document(search(supernet_run, "--device", "orin", "--latency-ms", budget, *SMALL, "--json"))
+    assert facts["front"][0]["subnet"] in page and "w4a4" in page and 'src="https://' not in page
+    again = document(search(*arguments))
     assert again["new_distances"] == 0
-    assert {k: v for k, v in again.items() if k not in ("seconds", "new_distances")} == {
-        k: v for k, v in facts.items() if k not in ("seconds", "new_distances")
-    }
+    assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in facts.items() if k not in TIMES}
 
-    other = document(search(supernet_run, "--device", supernet_files.tables[1], *SMALL, "--json"))
-    assert other["device"] == "slower" and other["verify"] == 50
-    assert other["new_distances"] <= 2 * 50 + 5
+
+def test_a_further_device_costs_few_distances_and_keeps_its_plan(
+    search: Run, supernet_run: Path, supernet_files: Any, budget: float
+) -> None:
+    first = document(search(supernet_run, "--device", "orin", "--latency-ms", budget, *SMALL, "--json"))
+    arguments = (supernet_run, "--device", supernet_files.tables[1], *SMALL, "--json")
+    further = document(search(*arguments))
+    assert further["device"] == "slower" and further["predicted_from"] >= first["measured"]
+    assert further["random_hypervolume"] is None
+    third = document(search(supernet_run, "--device", "orin", "--verify", 3, *SMALL, "--json"))
+    assert third["new_distances"] <= 3 and third["result"] != first["result"]
+    again = document(search(*arguments))  # more distances are known by now, the plan is the same
+    assert again["new_distances"] == 0
+    assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in further.items() if k not in TIMES}
     whole = document(search(supernet_run, "--device", "slower", *SMALL, "--full", "--no-random", "--json"))
-    assert whole["verify"] is None and whole["random_hypervolume"] is None
+    assert whole["predicted_from"] is None and whole["random_hypervolume"] is None
+
+
+def test_distances_that_were_lost_are_measured_again(search: Run, supernet_run: Path, tmp_path: Path) -> None:
+    facts = document(search(supernet_run, "--device", "orin", *SMALL, "--json"))
+    (path,) = tmp_path.glob("searches/*/distances-*.jsonl")
+    path.write_text("")
+    code, output, errors = search(supernet_run, "--device", "slower", *SMALL, "--json")
+    assert code == 0 and "too few distances to predict others" in errors
+    assert json.loads(output)["predicted_from"] is None
+    again = document(search(supernet_run, "--device", "orin", *SMALL, "--json"))
+    assert again["front"] == facts["front"]
+
+
+def test_a_checkpoint_that_changes_while_it_is_searched_is_noticed(supernet_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(supernet_run, folder)
+    supernet = load_supernet(folder)
+    source = DistanceSource(supernet.path, supernet.meaning.config, 8)
+    distance = TeacherDistance(source, supernet)
+    payload = load_checkpoint(folder / "checkpoint.pt")
+    payload["ema"]["head.weight"] += 1.0
+    save_checkpoint(folder / "checkpoint.pt", payload)
+    with pytest.raises(UserError, match="changed while it was searched"), spread(distance, source, 2) as measure:
+        list(measure([supernet.space.parse("w4a4")]))
 
 
 def test_the_best_networks_are_ranked_by_closed_loop_score(
@@ -103,27 +141,44 @@ def test_the_best_networks_are_ranked_by_closed_loop_score(
 def test_people_read_a_table(search: Run, supernet_run: Path) -> None:
     code, output, _ = search(supernet_run, "--device", "orin", *SMALL)
     assert code == 0 and "hypervolume" in output and "random search" in output
-    assert output.splitlines()[0].split() == ["subnet", "distance", "ms", "MB", "bits"]
+    assert output.startswith("orin, modelled table")
+    assert output.splitlines()[1].split() == ["subnet", "distance", "ms", "MB", "bits"]
+
+
+def test_the_budget_that_is_said_to_be_enough_is_enough(search: Run, supernet_run: Path) -> None:
+    for option in ("--latency-ms", "--memory-mb"):
+        _, _, errors = search(supernet_run, "--device", "orin", *SMALL, option, 1e-6)
+        enough = errors.split()[-1]
+        assert document(search(supernet_run, "--device", "orin", *SMALL, option, enough, "--json"))["front"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--device", "jetson"], "--device jetson: no table of that device; at hand: orin, slower"),
-        (["--device", "orin", "--latency-ms", 1e-6], "orin: latency budget 1e-06 ms is below the .* of the smallest"),
-        (["--device", "orin", "--memory-mb", 1e-6], "orin: memory budget 1 bytes is below the .* of the smallest"),
+        (["--device", ""], "--device : no table of that device; at hand: orin, slower"),
+        (
+            ["--device", "orin", "--latency-ms", 1e-6],
+            r"--latency-ms 1e-06: the smallest .* takes .* ms on orin",
+        ),
+        (
+            ["--device", "orin", "--memory-mb", 1e-6],
+            r"--memory-mb 1e-06: the smallest .* takes .* MB on orin",
+        ),
+        (["--device", "orin", "--seed", 2**33], "--seed: expected at most 4294967295"),
+        (["--device", "orin", "--top", 1, "--first-seed", 2**33], "--first-seed: .* start seeds are 0 to"),
         (["--device", "orin", "--latency-ms", "nan"], "--latency-ms: expected a number above 0, got nan"),
         (["--device", "orin", "--population", 3], "--population: expected at least 4, got 3"),
-        (["--device", "orin", "--verify", 5], "--verify: .* holds no distances to predict from"),
+        (["--device", "orin", "--verify", 5], "--verify: .* holds fewer than 20 distances to predict others from"),
         (["--device", "orin", "--data", "elsewhere.npz"], "elsewhere.npz"),
-        (["--device", "orin", "--out", "/dev/null"], "/dev/null/distances-.*give another --out"),
+        (["--device", "orin", "--out", "/dev/null"], "/dev/null/distances-.*make room, or give another --out"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_by_name(
-    search: Run, supernet_run: Path, options: list[Any], message: str
+    search: Run, supernet_run: Path, tmp_path: Path, options: list[Any], message: str
 ) -> None:
     code, output, errors = search(supernet_run, *SMALL, *options)
-    assert code == cli.EXIT_USER_ERROR and output == ""
+    assert code == cli.EXIT_USER_ERROR and output == "" and not list(tmp_path.glob("searches"))
     assert re.search(message, errors), errors
 
 
