@@ -355,10 +355,11 @@ def _write_result(folder: Path, facts: dict[str, Any]) -> None:
 def _print(facts: dict[str, Any]) -> None:
     """The front as a table, and what was compared."""
     print(f"{facts['device']}, {'modelled' if facts['modelled'] else 'measured'} table {facts['table']}")
-    print(f"{'subnet':<72} {'distance':>9} {'ms':>8} {'MB':>7} {'bits':>5}")
+    width = max(len(row["subnet"]) for row in [*facts["front"], {"subnet": "subnet"}])
+    print(f"{'subnet':<{width}} {'distance':>9} {'ms':>8} {'MB':>7} {'bits':>5}")
     for row in facts["front"]:
         print(
-            f"{row['subnet']:<72} {row['distance']:9.5f} {row['latency_ms']:8.3f} {row['memory_bytes'] / 1e6:7.2f} "
+            f"{row['subnet']:<{width}} {row['distance']:9.5f} {row['latency_ms']:8.3f} {row['memory_bytes'] / 1e6:7.2f} "
             f"{row['mean_bits']:5.2f}"
         )
     volume = f"hypervolume {facts['hypervolume']:.3f}"

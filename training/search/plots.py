@@ -54,7 +54,9 @@ def plot_png(outcome: Outcome, title: str, budgets: tuple[float | None, float | 
         for name, point in outcome.uniform.items():
             x, y = coordinates([point])
             axis.scatter(x, y, s=45, marker="D", facecolor="none", edgecolor="tab:red")
-            axis.annotate(name, (x[0], y[0]), xytext=(4, 4), textcoords="offset points", fontsize=8, color="tab:red")
+            axis.annotate(
+                name, (x[0], y[0]), xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=8, color="tab:red"
+            )
         if budget is not None:
             axis.axvline(budget, color="0.4", linestyle="--", linewidth=1.0)
         axis.set_yscale("log")

@@ -101,7 +101,7 @@ def test_two_searches_cannot_use_one_file_at_once(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_what_was_kept_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = DistanceCache(tmp_path, KEY)
     cache.add("net", 1.0)
-    monkeypatch.setattr(cache, "_file", Path("/dev/full").open("w"))
+    monkeypatch.setattr(cache, "_file", Path("/dev/full").open("w"))  # noqa: SIM115
     with pytest.raises(CacheError, match=r"cannot be kept .*make room"):
         cache.add("other", 2.0)
     with pytest.raises(CacheError, match=r"cannot be kept .*make room"):
