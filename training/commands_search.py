@@ -359,8 +359,8 @@ def _print(facts: dict[str, Any]) -> None:
     print(f"{'subnet':<{width}} {'distance':>9} {'ms':>8} {'MB':>7} {'bits':>5}")
     for row in facts["front"]:
         print(
-            f"{row['subnet']:<{width}} {row['distance']:9.5f} {row['latency_ms']:8.3f} {row['memory_bytes'] / 1e6:7.2f} "
-            f"{row['mean_bits']:5.2f}"
+            f"{row['subnet']:<{width}} {row['distance']:9.5f} {row['latency_ms']:8.3f} "
+            f"{row['memory_bytes'] / MEGA:7.2f} {row['mean_bits']:5.2f}"
         )
     volume = f"hypervolume {facts['hypervolume']:.3f}"
     if facts["random_hypervolume"] is not None:
