@@ -139,8 +139,11 @@ def test_groups_keep_their_least_depth_under_any_budget(small_space: SearchSpace
             small_space.check(sampler.draw(conditions.draw(generator), generator))
 
 
-def test_blocks_that_are_always_kept_are_kept_under_any_budget(small_space: SearchSpace) -> None:
-    config = small_space.config.model_copy(update={"always_kept": {"decoder": "first"}})
+@pytest.mark.parametrize(("which", "kept", "free"), [("first", (2,), (3, 4)), ("ends", (2, 4), (3,))])
+def test_blocks_that_are_always_kept_are_kept_under_any_budget(
+    small_space: SearchSpace, which: str, kept: tuple[int, ...], free: tuple[int, ...]
+) -> None:
+    config = small_space.config.model_copy(update={"always_kept": {"decoder": which}})
     space, generator = SearchSpace(small_space.shape, config), torch.Generator().manual_seed(0)
     conditions = Conditions(space, {}, synthetic_tensors(space, generator, 8))
     for kind in ("learned", "rejection", "uniform"):
@@ -148,8 +151,8 @@ def test_blocks_that_are_always_kept_are_kept_under_any_budget(small_space: Sear
         for _ in range(5):
             assert all(math.isfinite(value) for value in sampler.update(generator).values())
         drawn = [sampler.draw(conditions.draw(generator), generator) for _ in range(40)]
-        assert all(subnet.layers[2] is not None for subnet in drawn)
-        assert any(subnet.layers[index] is None for subnet in drawn for index in (3, 4))
+        assert all(subnet.layers[index] is not None for subnet in drawn for index in kept)
+        assert any(subnet.layers[index] is None for subnet in drawn for index in free)
 
 
 def test_the_penalty_on_cost_moves_the_sampler(space: SearchSpace, conditions: Conditions) -> None:
