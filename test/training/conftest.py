@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from dcqfa_ros import cli
 from dcqfa_ros.sim.tee import key_points
 from training.config import TrainConfig, load_config, override
 from training.lut import save_table
@@ -198,3 +200,24 @@ def published_data() -> Path:
     if not path.is_file():
         pytest.skip(f"not exercised: no Push-T demonstrations (set {DATA_VARIABLE} to pusht_human_demos_lowdim.npz)")
     return path
+
+
+@pytest.fixture
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[[str], Callable[..., tuple[int, str, str]]]:
+    """Return a factory of commands of ``dcqfa`` run in this process, in an empty folder: exit code, output, errors."""
+
+    def command(name: str) -> Callable[..., tuple[int, str, str]]:
+        entry = EntryPoint(name, f"training.commands_{name}:{name}", cli.ENTRY_POINT_GROUP)
+        monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+        monkeypatch.chdir(tmp_path)
+
+        def run(*arguments: Any) -> tuple[int, str, str]:
+            capsys.readouterr()
+            code = cli.main([name, *map(str, arguments)])
+            return code, *capsys.readouterr()
+
+        return run
+
+    return command

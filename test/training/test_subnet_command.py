@@ -3,14 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dcqfa_ros import cli
 from training import commands_subnet
 from training.config import load_config
 from training.cost import cost
@@ -25,18 +23,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def subnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """``dcqfa subnet`` in this process, in an empty folder: returns exit code, output and errors."""
-    entry = EntryPoint("subnet", "training.commands_subnet:subnet", cli.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main(["subnet", *map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
+def subnet(in_process: Callable[[str], Run]) -> Run:
+    """``dcqfa subnet`` in this process."""
+    return in_process("subnet")
 
 
 def document(result: tuple[int, str, str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,9 @@ SMALL = ("--population", 8, "--generations", 3, "--samples", 16, "--workers", 1)
 
 
 @pytest.fixture
-def mixed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """``dcqfa mixed`` in this process, in an empty folder: returns exit code, output and errors."""
-    entry = EntryPoint("mixed", "training.commands_mixed:mixed", cli.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main(["mixed", *map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
+def mixed(in_process: Callable[[str], Run]) -> Run:
+    """``dcqfa mixed`` in this process."""
+    return in_process("mixed")
 
 
 def test_both_figures_are_drawn_from_measurements(

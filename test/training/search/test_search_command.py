@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,9 @@ SMALL = ("--population", 8, "--generations", 3, "--samples", 16, "--workers", 1,
 
 
 @pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """``dcqfa search`` in this process, in an empty folder: returns exit code, output and errors."""
-    entry = EntryPoint("search", "training.commands_search:search", cli.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main(["search", *map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
+def search(in_process: Callable[[str], Run]) -> Run:
+    """``dcqfa search`` in this process."""
+    return in_process("search")
 
 
 @pytest.fixture
