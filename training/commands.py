@@ -27,6 +27,18 @@ class ArgumentError(UserError, ValueError):
     """A command-line value that cannot be used; the message names the option."""
 
 
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse options below their least value; those that were not given pass.
+
+    Raises:
+        ArgumentError: naming the option.
+    """
+    for option, bound in least.items():
+        value = getattr(args, option)
+        if value is not None and value < bound:
+            raise ArgumentError(f"--{option.replace('_', '-')}: expected at least {bound}, got {value}")
+
+
 def train(subparsers: Any) -> None:
     """Register ``dcqfa train``."""
     parser = subparsers.add_parser(

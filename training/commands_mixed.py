@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.commands_sampler import DEFAULT_RUN
-from training.commands_search import FIRST_SEED, LAST_SEED
+from training.search.options import add_search_options, check_search_options
 
 if TYPE_CHECKING:
     from training.search.mixed import MixedOutcome
@@ -31,32 +30,17 @@ def mixed(subparsers: Any) -> None:
         "Ctrl-C loses nothing: the same command goes on.",
         epilog="example: dcqfa mixed runs/pusht_keypoints_supernet --seeds 50",
     )
-    parser.add_argument(
-        "run", type=Path, nargs="?", default=DEFAULT_RUN, help="run folder or checkpoint (default: %(default)s)"
-    )
-    parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
-    parser.add_argument("--out", type=Path, help="folder of distances and results (default: searches/NAME)")
-    parser.add_argument("--population", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--generations", type=int, default=20, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=256, metavar="N", help="held-out windows (default: %(default)s)")
-    parser.add_argument(
-        "--seeds", type=int, default=50, metavar="N", help="episodes of each allocation; 0: none (default: %(default)s)"
-    )
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, metavar="S", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that measure (default: one per core)")
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_search_options(parser, population=32, generations=20, seeds=50)
     parser.set_defaults(func=_mixed)
 
 
 def _mixed(args: argparse.Namespace) -> int:
-    _check(args)
+    check_search_options(args, seeds=0)
     from tqdm import tqdm
 
-    from training.checkpoint_engine import refuse_images
     from training.commands import data_section
     from training.config import override
-    from training.search.mixed import search_bits
+    from training.search.mixed import METHODS, search_bits
     from training.search.nsga import Genetics
     from training.search.plots import check_plotting
     from training.search.session import KnownDistances, check_closed_loop, search_session
@@ -66,7 +50,6 @@ def _mixed(args: argparse.Namespace) -> int:
     check_plotting()
     supernet = load_supernet(args.run)
     if args.seeds:
-        refuse_images(supernet.meaning, supernet.path)
         check_closed_loop(supernet, range(args.first_seed, args.first_seed + args.seeds))
     config = override(supernet.meaning.config, data=data_section(args.data))
     out = args.out or Path("searches") / config.name
@@ -90,7 +73,7 @@ def _mixed(args: argparse.Namespace) -> int:
         "first_seed": args.first_seed,
         "seeds": args.seeds,
         "rows": rows,
-        **{m: [asdict(a) for a in getattr(outcome, m)] for m in ("searched", "greedy", "uniform")},
+        **{m: [asdict(a) for a in getattr(outcome, m)] for m in METHODS},
         "seconds": round(time.monotonic() - started, 1),
         "result": str(out / RESULT),
     }
@@ -102,47 +85,23 @@ def _mixed(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        ArgumentError: naming the option.
-    """
-    from training.commands import ArgumentError
-
-    for option, least in (
-        ("population", 4),
-        ("generations", 1),
-        ("samples", 1),
-        ("seeds", 0),
-        ("first_seed", 0),
-        ("workers", 1),
-        ("seed", 0),
-    ):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise ArgumentError(f"--{option.replace('_', '-')}: expected at least {least}, got {value}")
-    if args.seed > LAST_SEED:
-        raise ArgumentError(f"--seed: expected at most {LAST_SEED}, got {args.seed}")
-
-
 def _scored(
     args: argparse.Namespace, supernet: TrainedSupernet, outcome: MixedOutcome, out: Path
 ) -> tuple[list[dict[str, Any]], Scores]:
     """The comparison at equal bits with scores, and the scores by method and bits."""
     from dcqfa_ros.trials.statistics import mean_interval
+    from training.search.mixed import METHODS
     from training.search.session import closed_loop_scores
 
     rows = outcome.compared()
     if not args.seeds:
         return rows, {}
-    methods = [name for name in rows[0] if name != "bits"]
-    names = sorted({row[method]["subnet"] for row in rows for method in methods if row[method] is not None})
+    names = sorted({row[method]["subnet"] for row in rows for method in METHODS if row[method] is not None})
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     known = dict(zip(names, closed_loop_scores(supernet, names, seeds, out), strict=True))
-    scores: Scores = {method: {} for method in methods}
+    scores: Scores = {method: {} for method in METHODS}
     for row in rows:
-        for method in methods:
+        for method in METHODS:
             if row[method] is None:
                 continue
             interval = mean_interval(known[row[method]["subnet"]])
@@ -163,10 +122,12 @@ def _write(out: Path, facts: dict[str, Any], outcome: MixedOutcome, scores: Scor
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print("at most bits   " + "".join(f"{name:<34}" for name in ("searched", "greedy", "uniform")))
+    from training.search.mixed import METHODS
+
+    print("at most bits   " + "".join(f"{name:<34}" for name in METHODS))
     for row in facts["rows"]:
         cells = []
-        for method in ("searched", "greedy", "uniform"):
+        for method in METHODS:
             found = row[method]
             text = "-" if found is None else f"{found['distance']:.5f} at {found['bits']:.2f}"
             if found is not None and "score" in found:

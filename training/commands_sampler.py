@@ -63,12 +63,10 @@ def sampler(subparsers: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from training.commands import ArgumentError
+    from training.commands import ArgumentError, check_least
     from training.sampler_report import KINDS, plot_report, sampler_report, train_samplers
 
-    for option, least in (("seeds", 1), ("updates", 1), ("draws", 1), ("losses", 0)):
-        if getattr(args, option) < least:
-            raise ArgumentError(f"--{option}: expected at least {least}, got {getattr(args, option)}")
+    check_least(args, seeds=1, updates=1, draws=1, losses=0)
     budgets = _budgets(args.budgets)
     networks = _networks(args.network)
     run = _open(args.run, args.data)

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.commands_sampler import DEFAULT_RUN
+from training.search.options import add_search_options, check_search_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from training.conditions import Condition, Conditions
     from training.config import TrainConfig
+    from training.lut import LookUpTable
     from training.search.cache import DistanceCache
     from training.search.run import Outcome, Plan
     from training.search.session import SearchSession
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from training.supernet_checkpoint import TrainedSupernet
 
 PROPOSALS = 24  # networks of the configuration sampler in the first generation
-FIRST_SEED = 300_000  # neither the published seeds nor those of the tables: choosing must not spoil what is reported
 PLAN, RESULT, PICTURE, PAGE = "plan.json", "result.json", "front.png", "front.html"
-LAST_SEED = 2**32 - 1
 ASKED = ("population", "generations", "seed", "samples", "full", "verify")
 MEGA = 1e6
 
@@ -44,9 +43,7 @@ def search(subparsers: Any) -> None:
         "beside it.",
         epilog="example: dcqfa search --device cpu_1_thread --latency-ms 3 --json",
     )
-    parser.add_argument(
-        "run", type=Path, nargs="?", default=DEFAULT_RUN, help="run folder or checkpoint (default: %(default)s)"
-    )
+    add_search_options(parser, population=64, generations=50, seeds=20)
     parser.add_argument(
         "--device",
         required=True,
@@ -54,13 +51,6 @@ def search(subparsers: Any) -> None:
     )
     parser.add_argument("--latency-ms", type=float, metavar="MS", help="most milliseconds per chunk (default: any)")
     parser.add_argument("--memory-mb", type=float, metavar="MB", help="most megabytes (default: any)")
-    parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
-    parser.add_argument("--out", type=Path, help="folder of distances and results (default: searches/NAME)")
-    parser.add_argument(
-        "--population", type=int, default=64, metavar="N", help="of a generation (default: %(default)s)"
-    )
-    parser.add_argument("--generations", type=int, default=50, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=256, metavar="N", help="held-out windows (default: %(default)s)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--verify",
@@ -74,17 +64,11 @@ def search(subparsers: Any) -> None:
     parser.add_argument(
         "--top", type=int, default=3, metavar="N", help="networks ranked by closed-loop score (default: %(default)s)"
     )
-    parser.add_argument("--seeds", type=int, default=20, metavar="N", help="episodes of each (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, metavar="S", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that measure (default: one per core)")
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_search)
 
 
 def _search(args: argparse.Namespace) -> int:
     _check(args)
-    from training.checkpoint_engine import refuse_images
     from training.commands import data_section
     from training.config import override
     from training.lut import load_table
@@ -98,12 +82,11 @@ def _search(args: argparse.Namespace) -> int:
     supernet = load_supernet(args.run)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.top:
-        refuse_images(supernet.meaning, supernet.path)
         check_closed_loop(supernet, seeds)
     config = override(supernet.meaning.config, data=data_section(args.data))
     file = device_table(args.device, config)
     table = load_table(file)
-    conditions = _conditions(supernet, config, file)
+    conditions = _conditions(supernet, config, file.stem, table)
     condition = _condition(conditions, file.stem, args.latency_ms, args.memory_mb)
     out = args.out or Path("searches") / config.name
     if args.verify is not None and not any(out.glob("distances-*.jsonl")):
@@ -114,9 +97,7 @@ def _search(args: argparse.Namespace) -> int:
             "table_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             "latency_budget_ms": args.latency_ms,
             "memory_budget_mb": args.memory_mb,
-            **{
-                name: getattr(args, name) for name in ("population", "generations", "seed", "samples", "full", "verify")
-            },
+            **{name: getattr(args, name) for name in ASKED},
             "random": not args.no_random,
             "distances": session.cache.path.name,
         }
@@ -156,36 +137,19 @@ def _check(args: argparse.Namespace) -> None:
     """
     from training.commands import ArgumentError
 
-    for option, least in (
-        ("population", 4),
-        ("generations", 1),
-        ("samples", 1),
-        ("verify", 1),
-        ("top", 0),
-        ("seeds", 1),
-        ("first_seed", 0),
-        ("workers", 1),
-        ("seed", 0),
-    ):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise ArgumentError(f"--{option.replace('_', '-')}: expected at least {least}, got {value}")
-    if args.seed > LAST_SEED:
-        raise ArgumentError(f"--seed: expected at most {LAST_SEED}, got {args.seed}")
+    check_search_options(args, verify=1, top=0, seeds=1)
     for option in ("latency_ms", "memory_mb"):
         value = getattr(args, option)
         if value is not None and not (math.isfinite(value) and value > 0.0):
             raise ArgumentError(f"--{option.replace('_', '-')}: expected a number above 0, got {value}")
 
 
-def _conditions(supernet: TrainedSupernet, config: TrainConfig, file: Path) -> Conditions:
+def _conditions(supernet: TrainedSupernet, config: TrainConfig, device: str, table: LookUpTable) -> Conditions:
     """The one device, as the sampler's conditions."""
     from training.conditions import Conditions
     from training.cost import cost_tensors
-    from training.lut import load_table
 
-    costs = cost_tensors(load_table(file), supernet.space, config.diffusion.steps)
-    return Conditions(supernet.space, {file.stem: costs}, [])
+    return Conditions(supernet.space, {device: cost_tensors(table, supernet.space, config.diffusion.steps)}, [])
 
 
 def _condition(conditions: Conditions, device: str, latency_ms: float | None, memory_mb: float | None) -> Condition:
@@ -237,9 +201,11 @@ def _plan(args: argparse.Namespace, folder: Path, cache: DistanceCache) -> Plan:
     from training.search.nsga import Genetics
     from training.search.run import LEAST_KNOWN, VERIFIED, Plan
 
-    known = _kept_plan(folder / PLAN)
-    if known is UNDECIDED:
-        known = None
+    kept = _kept_plan(folder / PLAN)
+    known: list[str] | None = None
+    if kept is not None:
+        known = kept["known"]
+    else:
         if args.verify is not None or (not args.full and _searched(folder.parent, cache.path.name)):
             known = [name for name, _ in cache.items()]
         if known is not None and len(known) < LEAST_KNOWN:
@@ -256,21 +222,19 @@ def _plan(args: argparse.Namespace, folder: Path, cache: DistanceCache) -> Plan:
     )
 
 
-UNDECIDED: list[str] = []  # told apart by identity
-
-
-def _kept_plan(path: Path) -> list[str] | None:
-    """Names that a search began with, None for none, ``UNDECIDED`` where no search began."""
+def _kept_plan(path: Path) -> dict[str, list[str] | None] | None:
+    """What an earlier start of this search wrote down, None where there was none."""
     if not path.exists():
-        return UNDECIDED
+        return None
     try:
-        known = json.loads(path.read_text())["known"]
+        document = json.loads(path.read_text())
+        known = document["known"]
         if known is None or (isinstance(known, list) and all(isinstance(name, str) for name in known)):
-            return known
+            return {"known": known}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     print(f"{path}: cannot be read; the search is planned anew", file=sys.stderr)
-    return UNDECIDED
+    return None
 
 
 def _nothing_known(path: Path) -> Exception:

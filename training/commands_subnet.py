@@ -105,12 +105,9 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ArgumentError: naming the option.
     """
-    from training.commands import ArgumentError
+    from training.commands import ArgumentError, check_least
 
-    for option, least in (("steps", 1), ("seeds", 0), ("first_seed", 0), ("threads", 1)):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise ArgumentError(f"--{option.replace('_', '-')}: expected at least {least}, got {value}")
+    check_least(args, steps=1, seeds=0, first_seed=0, threads=1)
     if args.eval:
         if args.config is not None:
             raise ArgumentError("--eval: a configuration has no weights; give --run in place of --config")

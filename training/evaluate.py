@@ -177,13 +177,21 @@ def find(
         )
     else:
         contender = _in_bundle(target, variant, threads or len(os.sched_getaffinity(0)), option)
-    missing = set(contender.spec.observations) ^ OBSERVATIONS
-    if missing:
+    check_push_t(contender.spec)
+    return contender
+
+
+def check_push_t(spec: BundleSpec) -> None:
+    """Refuse a policy that does not observe what the Push-T cell offers.
+
+    Raises:
+        EvaluationError: it does not.
+    """
+    if set(spec.observations) != OBSERVATIONS:
         raise EvaluationError(
-            f"policy {contender.spec.name!r} observes {', '.join(contender.spec.observations)}; "
+            f"policy {spec.name!r} observes {', '.join(spec.observations)}; "
             f"the Push-T cell offers {', '.join(sorted(OBSERVATIONS))}"
         )
-    return contender
 
 
 def _in_bundle(target: str, variant: str | None, threads: int, option: str) -> Contender:

@@ -43,7 +43,7 @@ class DistanceCache:
         """
         self.key = dict(key)
         self._digest = _digest(self.key)
-        self.path = cache_path(folder, key, stem)
+        self.path = folder / f"{stem}-{self._digest[:16]}.jsonl"
         self.dropped = 0
         self._values: dict[str, float] = {}
         try:
@@ -75,10 +75,6 @@ class DistanceCache:
     def __getitem__(self, name: str) -> float:
         """The distance of a subnet."""
         return self._values[name]
-
-    def get(self, name: str, default: float) -> float:
-        """The distance of a subnet, or ``default`` where it is not known."""
-        return self._values.get(name, default)
 
     def items(self) -> list[tuple[str, float]]:
         """All names and distances, in the order in which they were measured."""
@@ -155,11 +151,6 @@ class DistanceCache:
         except (ValueError, TypeError):
             return None
         return (name, distance) if good else None
-
-
-def cache_path(folder: Path, key: Mapping[str, Any], stem: str = "distances") -> Path:
-    """The file of a key."""
-    return folder / f"{stem}-{_digest(key)[:16]}.jsonl"
 
 
 def _digest(key: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from training.subnet import Layer, Precision, Subnet
 Distances = Callable[[Sequence[Subnet]], list[float]]
 LEVELS = (4.0, 5.0, 6.0, 7.0, 8.0)  # average bits at which the methods are compared
 EVEN = 1e-9
+METHODS = ("searched", "greedy", "uniform")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class MixedOutcome:
         """For each level of :data:`LEVELS` what each method reaches with at most that many bits."""
         rows = []
         for bits in LEVELS:
-            found = {method: self.at(method, bits) for method in ("searched", "greedy", "uniform")}
+            found = {method: self.at(method, bits) for method in METHODS}
             rows.append({"bits": bits} | {m: None if a is None else asdict(a) for m, a in found.items()})
         return rows
 

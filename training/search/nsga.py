@@ -22,8 +22,9 @@ from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
 from pymoo.problems.static import StaticProblem
 
+from training.conditions import TOLERANCE
 from training.space import GENES_PER_BLOCK, SearchSpace
-from training.subnet import Precision, Subnet
+from training.subnet import Subnet
 
 Config.warnings["not_compiled"] = False  # a hint on stdout, where results are printed
 
@@ -146,9 +147,8 @@ def evolve(
     objectives: Objectives,
     budgets: Sequence[float],
     genetics: Genetics,
-    each: Callable[[int], None] | None = None,
-) -> list[Subnet]:
-    """Evolve networks of small distance, latency and memory; returns the last generation.
+) -> None:
+    """Evolve networks of small distance, latency and memory; what was seen on the way is ``objectives``' to keep.
 
     Args:
         space: the search space.
@@ -156,7 +156,6 @@ def evolve(
         objectives: from networks to rows (N, 3) of distance, latency and memory.
         budgets: most latency and memory; networks within both win against all others.
         genetics: size and seed; equal ones repeat the search exactly.
-        each: called after every generation with its number, from 1; None for nothing.
     """
     own, pymoos = np.random.SeedSequence(genetics.seed).spawn(2)
     genes, random = Genes(space), np.random.default_rng(own)
@@ -175,20 +174,10 @@ def evolve(
     )
     algorithm.setup(problem, termination=("n_gen", genetics.generations), seed=int(pymoos.generate_state(1)[0]))
     limits = np.array(budgets, dtype=np.float64)
-    generation = 0
     while algorithm.has_next():
         offspring = algorithm.ask()
         if offspring is None:  # every network within reach is in the population
             break
         rows = objectives(genes.decode(np.array(offspring.get("X"), dtype=np.int64)))
-        Evaluator().eval(StaticProblem(problem, F=rows, G=rows[:, 1:] / limits - 1.0 - 1e-6), offspring)
+        Evaluator().eval(StaticProblem(problem, F=rows, G=rows[:, 1:] / limits - 1.0 - TOLERANCE), offspring)
         algorithm.tell(infills=offspring)
-        generation += 1
-        if each is not None:
-            each(generation)
-    return genes.decode(np.array(algorithm.pop.get("X"), dtype=np.int64))
-
-
-def integers(subnets: Sequence[Subnet]) -> list[Subnet]:
-    """Those of integer precision."""
-    return [subnet for subnet in subnets if subnet.precision is Precision.INT]

@@ -11,11 +11,11 @@ from typing import Any
 from dcqfa_ros.errors import UserError
 from training.lut import write_atomically
 from training.search.front import Point
-from training.search.mixed import Allocation, MixedOutcome
+from training.search.mixed import METHODS, Allocation, MixedOutcome
 from training.search.run import Outcome
 
 MEGA = 1e6
-METHODS = {"searched": "tab:blue", "greedy": "tab:orange", "uniform": "tab:red"}
+COLORS = dict(zip(METHODS, ("tab:blue", "tab:orange", "tab:red"), strict=True))
 
 
 class PlotError(UserError):
@@ -77,7 +77,7 @@ def plot_mixed(outcome: MixedOutcome, title: str, path: Path) -> None:
     """
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for name, color in METHODS.items():
+    for name, color in COLORS.items():
         points: list[Allocation] = getattr(outcome, name)
         line = "" if name == "uniform" else "-"
         axis.plot(
@@ -122,7 +122,7 @@ def plot_mixed_scores(scores: Mapping[str, Mapping[float, tuple[float, float]]],
             markersize=4,
             capsize=2,
             label=name,
-            color=METHODS[name],
+            color=COLORS[name],
         )
     axis.set_xlabel("average bits of weights and activations, at most")
     axis.set_ylabel("mean score, 95 % interval")

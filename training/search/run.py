@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from training.conditions import Condition
 from training.draws import stratified_subnet
 from training.schedules import step_seed
 from training.search.front import Point, front, hypervolumes
-from training.search.nsga import Genetics, evolve, integers
+from training.search.nsga import Genetics, evolve
 from training.search.predicted import DistancePredictor, rank_correlation
 from training.search.session import KnownDistances
 from training.space import SearchSpace
@@ -72,7 +71,7 @@ class Outcome:
     hypervolume: float
     random_hypervolume: float | None
     correlation: float | None
-    points: list[Point] = field(default_factory=list)
+    points: list[Point]
 
     def document(self, space: SearchSpace) -> dict[str, Any]:
         """For JSON."""
@@ -121,7 +120,7 @@ class DeviceSearch:
             proposals: networks to begin with, of the configuration sampler for instance.
         """
         uniform = self._uniform()
-        start = integers([*uniform.values(), *proposals])
+        start = [*uniform.values(), *proposals]
         correlation = None
         if plan.known is None:
             evolve(self.space, start, self._objectives, self._budgets, plan.genetics)
@@ -175,9 +174,8 @@ class DeviceSearch:
         inside = [subnet for subnet, fit in zip(subnets, fits, strict=True) if fit]
         values = iter(self.distances(inside))
         self._needed |= {self.space.name(subnet): subnet for subnet in inside}
-        distances = [next(values) if fit else math.inf for fit in fits]
         # Constraints are compared first: what stands here for a network beyond the budgets only has to be finite.
-        column = np.array([value if math.isfinite(value) else BEYOND for value in distances])
+        column = np.array([next(values) if fit else BEYOND for fit in fits])
         return np.concatenate([column[:, None], costs], axis=1)
 
     def _predicted_search(self, plan: Plan, names: Sequence[str], start: Sequence[Subnet]) -> float | None:
@@ -214,7 +212,7 @@ class DeviceSearch:
         costs = self._costs(list(subnets.values()))
         return [Point(name, guesses[name], *row) for name, row in zip(subnets, costs.tolist(), strict=True)]
 
-    def _points(self, subnets: Iterator[Subnet] | Sequence[Subnet] | Any) -> list[Point]:
+    def _points(self, subnets: Iterable[Subnet]) -> list[Point]:
         """Measured networks within the budgets."""
         return [self._point(subnet) for subnet in subnets if self.condition.fits(subnet)]
 

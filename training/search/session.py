@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from dcqfa_ros.runtime.policy import PolicyRuntime
+from training.checkpoint_engine import CheckpointVariant, refuse_images
 from training.config import TrainConfig
 from training.search.cache import DistanceCache
-from training.search.distance import DistanceError, DistanceSource, Measure, TeacherDistance, spread
+from training.search.distance import DistanceSource, Measure, TeacherDistance, spread
 from training.space import SearchSpace
 from training.subnet import Subnet
-from training.supernet_checkpoint import TrainedSupernet, load_supernet
+from training.supernet_checkpoint import TrainedSupernet
 from training.warm_start import state_sha256
 
 
@@ -64,19 +66,15 @@ class SearchSession:
 
     Attributes:
         supernet: the networks.
-        config: the run's configuration, with the data's place on this machine.
         cache: known distances.
         measure: of distances.
         workers: processes that measure.
-        folder: where distances and results are kept.
     """
 
     supernet: TrainedSupernet
-    config: TrainConfig
     cache: DistanceCache
     measure: Measure
     workers: int
-    folder: Path
 
 
 @contextmanager
@@ -100,7 +98,7 @@ def search_session(
     distance = TeacherDistance(source, supernet)
     count = workers or len(os.sched_getaffinity(0))
     with closing(DistanceCache(folder, distance.key)) as cache, spread(distance, source, count) as measure:
-        yield SearchSession(supernet, config, cache, measure, count, folder)
+        yield SearchSession(supernet, cache, measure, count)
 
 
 def check_closed_loop(supernet: TrainedSupernet, seeds: range) -> None:
@@ -110,11 +108,12 @@ def check_closed_loop(supernet: TrainedSupernet, seeds: range) -> None:
         UserError: the policy is none of Push-T, or a seed is out of range.
         ModuleNotFoundError: the simulator is not installed.
     """
-    from training.evaluate import LAST_SEED, EvaluationError, find
+    from training.evaluate import LAST_SEED, EvaluationError, check_push_t
 
+    refuse_images(supernet.meaning, supernet.path)
     if seeds[-1] > LAST_SEED:
         raise EvaluationError(f"--first-seed: seeds {seeds[0]} to {seeds[-1]}: start seeds are 0 to {LAST_SEED}")
-    find(str(supernet.path), None)
+    check_push_t(supernet.meaning.specification())
 
 
 def closed_loop_scores(
@@ -129,21 +128,20 @@ def closed_loop_scores(
         folder: where scores are kept.
 
     Raises:
-        UserError: the simulator cannot play this policy, the checkpoint changed, or a score cannot be kept.
+        UserError: a score cannot be kept.
     """
-    from training.evaluate import evaluate  # the simulator is not needed for distances
+    from training.evaluate import roll_out  # the simulator is not needed for distances
 
+    spec = supernet.meaning.specification()
+    history = next(iter(spec.observations.values())).history
     key = {"network": state_sha256(supernet.network.state_dict())}
     with closing(DistanceCache(folder, key, "scores")) as known:
         for name in names:
             missing = [seed for seed in seeds if _episode(name, seed) not in known]
             if missing:
-                result = evaluate(str(supernet.path), name, missing)
-                if state_sha256(load_supernet(supernet.path).network.state_dict()) != key["network"]:
-                    raise DistanceError(
-                        f"{supernet.path}: changed while it was searched (a run goes on there?); search a copy"
-                    )
-                for seed, score in zip(result["seeds"], result["scores"], strict=True):
+                with closing(CheckpointVariant(supernet, name, name).engine(threads=1)) as engine:
+                    result = roll_out(PolicyRuntime(spec, engine), missing, history)
+                for seed, score in zip(result.seeds, result.scores, strict=True):
                     known.add(_episode(name, seed), score)
         return [[known[_episode(name, seed)] for seed in seeds] for name in names]
 

@@ -25,7 +25,7 @@ def test_distances_are_there_again_in_their_order(tmp_path: Path) -> None:
     cache = DistanceCache(tmp_path, KEY)
     assert cache.items() == [(f"net{number}", 0.1 * number) for number in range(5)]
     assert cache.dropped == 0 and "net3" in cache and cache["net3"] == pytest.approx(0.3)
-    assert cache.get("net9", 7.0) == 7.0 and len(cache) == 5
+    assert "net9" not in cache and len(cache) == 5
 
 
 def test_distances_of_other_networks_or_samples_are_kept_apart(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dcqfa_ros import cli
+from training.evaluate import Scores
 from training.supernet_checkpoint import load_supernet
 
 Run = Callable[..., tuple[int, str, str]]
@@ -23,13 +24,13 @@ def mixed(in_process: Callable[[str], Run]) -> Run:
 def test_both_figures_are_drawn_from_measurements(
     mixed: Run, supernet_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    played: list[str] = []
+    played: list[int] = []
 
-    def evaluate(target: str, name: str, seeds: list[int]) -> dict[str, Any]:
-        played.append(name)
-        return {"seeds": list(seeds), "scores": [0.1 * (index + 1) for index in range(len(seeds))]}
+    def roll_out(policy: object, seeds: list[int], history: int) -> Scores:
+        played.append(len(seeds))
+        return Scores(tuple(seeds), tuple(0.1 * (index + 1) for index in range(len(seeds))), (1,) * len(seeds))
 
-    monkeypatch.setattr("training.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("training.evaluate.roll_out", roll_out)
     arguments = (supernet_run, *SMALL, "--seeds", 4, "--out", tmp_path / "out", "--json")
     code, output, errors = mixed(*arguments)
     assert code == 0, errors
@@ -41,13 +42,14 @@ def test_both_figures_are_drawn_from_measurements(
             subnet = space.parse(row[method]["subnet"])
             assert subnet.depth == 2 and row[method]["bits"] <= row["bits"] + 1e-6
             assert row[method]["score"] == pytest.approx(0.25) and row[method]["ci95"] > 0.0
-    assert len(played) == len(set(played))
+    names = {row[method]["subnet"] for row in facts["rows"] for method in ("searched", "greedy", "uniform")}
+    assert played == [4] * len(names)
     assert len(facts["greedy"]) == 5 and len(facts["uniform"]) == 4
     for name in ("mixed_distance.png", "mixed_score.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "mixed.json").read_text()) == facts
     again = json.loads(mixed(*arguments)[1])
-    assert again["new_distances"] == 0 and again["rows"] == facts["rows"] and len(played) == len(set(played))
+    assert again["new_distances"] == 0 and again["rows"] == facts["rows"] and len(played) == len(names)
 
 
 def test_people_read_a_table(mixed: Run, supernet_run: Path) -> None:

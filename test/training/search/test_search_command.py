@@ -16,6 +16,7 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.conditions import Conditions
 from training.config import load_config
 from training.cost import cost_tensors
+from training.evaluate import Scores
 from training.lut import load_table
 from training.sandwich import search_space
 from training.search.distance import DistanceSource, TeacherDistance, spread
@@ -112,19 +113,19 @@ def test_a_checkpoint_that_changes_while_it_is_searched_is_noticed(supernet_run:
 def test_the_best_networks_are_ranked_by_closed_loop_score(
     search: Run, supernet_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played: list[tuple[str, list[int]]] = []
+    played: list[list[int]] = []
 
-    def evaluate(target: str, name: str, seeds: list[int]) -> dict[str, Any]:
-        played.append((name, seeds))
-        return {"seeds": list(seeds), "scores": [0.1 * len(played)] * len(seeds)}
+    def roll_out(policy: object, seeds: list[int], history: int) -> Scores:
+        played.append(list(seeds))
+        return Scores(tuple(seeds), (0.1 * len(played),) * len(seeds), (1,) * len(seeds))
 
-    monkeypatch.setattr("training.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("training.evaluate.roll_out", roll_out)
     arguments = (supernet_run, "--device", "orin", *SMALL[:-2], "--top", 2, "--seeds", 3, "--json")
     facts = document(search(*arguments))
     assert [row["score"] for row in facts["ranked"]] == [pytest.approx(0.2), pytest.approx(0.1)]
     nearest = sorted(facts["front"], key=lambda row: row["distance"])[:2]
     assert {row["subnet"] for row in facts["ranked"]} == {row["subnet"] for row in nearest}
-    assert [list(seeds) for _, seeds in played] == [list(range(300_000, 300_003))] * 2
+    assert played == [list(range(300_000, 300_003))] * 2
     assert document(search(*arguments))["ranked"] == facts["ranked"] and len(played) == 2
 
 
