@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from training.export.diffusion_policy_t import _block as decoder_block
-from training.export.graph import GraphBuilder, LinearWeights, concatenate
+from training.export.blocks import plain_block
+from training.export.diffusion_policy_t import add_block
+from training.export.graph import GraphBuilder
+from training.export.weights import LinearWeights, concatenate
 from training.nn.blocks import Attention, DecoderBlock
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.quant.linear import LinearBits, QuantizedLinear
@@ -105,8 +107,8 @@ class DiffusionPolicyTGraphs:
         position = g.node("Slice", [position, g.index(0), tokens, g.index(0)], "position")
         x = g.node("Add", [g.linear(noisy, embedding, "action_embedding", bias=False), position], "action_tokens")
         for i, block in enumerate(blocks):
-            module = self._module(block)
-            x = decoder_block(g, x, module, f"blocks.{i}", pairs[2 * i], pairs[2 * i + 1], self_mask, cross_mask)
+            weights, keys_values = plain_block(self._module(block)), (pairs[2 * i], pairs[2 * i + 1])
+            x = add_block(g, x, weights, f"blocks.{i}", keys_values, self_mask, cross_mask)
         x = g.linear(g.layer_norm(x, network.norm, "norm"), LinearWeights.of(network.head), "head", bias=False)
         bias = g.constant("head.bias", network.head.bias.detach().numpy())
         g.output(g.node("Add", [x, bias], "noise"), ("B", "T", config.action_dim))

@@ -25,12 +25,12 @@ class TorchEngine:
 
     @torch.inference_mode()
     def observation_kv(self, observation: Float) -> Float:
-        """Keys and values (B, L, 2, H, To, D) of normalised observations (B, To, Do)."""
+        """Keys and values (B, R, To, D) of normalised observations (B, To, Do)."""
         return self._network.observation_keys_values(torch.from_numpy(observation)).numpy()
 
     @torch.inference_mode()
     def timestep_kv(self, timesteps: NDArray[np.int64]) -> Float:
-        """Keys and values (S, L, 2, H, 1, D) of integer time steps (S,)."""
+        """Keys and values (S, R, 1, D) of integer time steps (S,)."""
         return self._network.timestep_keys_values(torch.from_numpy(timesteps)).numpy()
 
     @torch.inference_mode()

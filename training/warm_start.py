@@ -229,7 +229,7 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
 
 
 def _table_shape(config: DiffusionPolicyTConfig) -> tuple[int, ...]:
-    return config.depth, 2, config.heads, 1, config.dim // config.heads
+    return 2 * config.depth * config.heads, 1, config.dim // config.heads
 
 
 def _encoder_state(constants: _Constants, config: DiffusionPolicyTConfig) -> dict[str, Tensor]:
@@ -324,13 +324,14 @@ def solve_time_position(state: Mapping[str, Tensor], table: Tensor, frequencies:
 
     Args:
         state: ``memory_fc1``, ``memory_fc2`` and every block's ``cross_attn.k`` and ``cross_attn.v``.
-        table: (S, depth, 2, H, 1, D) of the time steps 0 to S - 1.
+        table: (S, R, 1, D) of the time steps 0 to S - 1.
         frequencies: (dim / 2,) of the time embedding.
 
     Returns:
         (dim,) float32; the nearest found where no position fits.
     """
-    kv = [f"blocks.{i}.cross_attn.{part}" for i in range(table.shape[1]) for part in "kv"]
+    depth = sum(name.endswith(".cross_attn.k.weight") for name in state)
+    kv = [f"blocks.{i}.cross_attn.{part}" for i in range(depth) for part in "kv"]
     weight, bias = (torch.cat([state[f"{name}.{kind}"] for name in kv]).double() for kind in ("weight", "bias"))
     steps = torch.linspace(0, len(table) - 1, min(len(table), _TIME_STEPS)).round().long()
     tokens = torch.linalg.lstsq(weight, (table[steps].double().flatten(1) - bias).t()).solution.t()  # (s, dim)

@@ -133,8 +133,8 @@ class DenoisingLoop:
         Args:
             engine: predicts the noise.
             initial_noise: standard normal, (batch, tokens, action_dim).
-            timestep_kv: ``engine.timestep_kv(self.timesteps)``, (steps, L, 2, H, 1, D).
-            observation_kv: ``engine.observation_kv(...)``, (batch, L, 2, H, To, D).
+            timestep_kv: ``engine.timestep_kv(self.timesteps)``, (steps, R, 1, D).
+            observation_kv: ``engine.observation_kv(...)``, (batch, R, To, D).
             step_noise: index of a denoising step -> z (batch, tokens, action_dim); DDPM needs it, DDIM ignores it.
 
         Returns:

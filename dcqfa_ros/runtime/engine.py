@@ -4,7 +4,8 @@ The parts run at different rates: the observation encoder once per chunk, the ti
 result is tabulated), the denoiser at every denoising step. Arrays are C-contiguous NumPy arrays; ``B`` is the batch,
 ``To`` the observation history, ``Do`` and ``Da`` the widths of observation and action vectors, ``T`` the number of
 action tokens computed (attention is causal, so the first T tokens of a chunk do not depend on the later ones), ``S``
-the number of noise levels, ``L`` layers, ``H`` heads, ``D`` the width of a head.
+the number of noise levels, ``D`` the width of a head and ``R`` the rows of cross-attention keys and values: for every block in order
+the keys of its heads, then the values (blocks of a searched variant keep different numbers of heads).
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class Engine(Protocol):
         ...
 
     def observation_kv(self, observation: Float32) -> Float32:
-        """Encode normalised observations (B, To, Do) to cross-attention keys and values (B, L, 2, H, To, D)."""
+        """Encode normalised observations (B, To, Do) to cross-attention keys and values (B, R, To, D)."""
         ...
 
     def timestep_kv(self, timesteps: Int64) -> Float32:
-        """Encode noise levels (S,) to cross-attention keys and values (S, L, 2, H, 1, D)."""
+        """Encode noise levels (S,) to cross-attention keys and values (S, R, 1, D)."""
         ...
 
     def denoise(
@@ -47,8 +48,8 @@ class Engine(Protocol):
 
         Args:
             noisy: (B, T, Da), T at most the horizon.
-            timestep_kv: (1, L, 2, H, 1, D), one row of :meth:`timestep_kv`.
-            observation_kv: (B, L, 2, H, To, D).
+            timestep_kv: (1, R, 1, D), one row of :meth:`timestep_kv`.
+            observation_kv: (B, R, To, D).
             out: where to write the result, (B, T, Da); must not overlap ``noisy``.
 
         Returns:

@@ -35,13 +35,13 @@ _INPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
     "timestep": {"timesteps": ("tensor(int64)", ("S",))},
     "denoiser": {
         "noisy": ("tensor(float)", ("B", "T", "Da")),
-        "timestep_kv": ("tensor(float)", (1, "L", 2, "H", 1, "D")),
-        "observation_kv": ("tensor(float)", ("B", "L", 2, "H", "To", "D")),
+        "timestep_kv": ("tensor(float)", (1, "R", 1, "D")),
+        "observation_kv": ("tensor(float)", ("B", "R", "To", "D")),
     },
 }
 _OUTPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
-    "encoder": {"observation_kv": ("tensor(float)", ("B", "L", 2, "H", "To", "D"))},
-    "timestep": {"timestep_kv": ("tensor(float)", ("S", "L", 2, "H", 1, "D"))},
+    "encoder": {"observation_kv": ("tensor(float)", ("B", "R", "To", "D"))},
+    "timestep": {"timestep_kv": ("tensor(float)", ("S", "R", 1, "D"))},
     "denoiser": {"noise": ("tensor(float)", ("B", "T", "Da"))},
 }
 _SYMBOLIC = frozenset({"B", "T", "S"})

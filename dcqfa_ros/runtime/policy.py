@@ -141,7 +141,7 @@ class PolicyRuntime:
         return self._loops[key]
 
     def _timestep_table(self, loop: DenoisingLoop) -> Float32:
-        """Keys and values of the time token at every step, (steps, L, 2, H, 1, D); computed once per step count."""
+        """Keys and values of the time token at every step, (steps, R, 1, D); computed once per step count."""
         table = self._timestep_kv.get(loop.steps)
         if table is None:
             table = self._timestep_kv[loop.steps] = np.array(self.engine.timestep_kv(loop.timesteps), np.float32)

@@ -15,8 +15,8 @@ from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.bundle.write import write_bundle
 from test.conftest import ROLES, make_spec
 
-LAYERS, HEADS, WIDTH, HISTORY, OBSERVED, ACTED, HIDDEN = 1, 1, 4, 2, 20, 2, 8
-KV = LAYERS * 2 * HEADS * WIDTH
+ROWS, WIDTH, HISTORY, OBSERVED, ACTED, HIDDEN = 2, 4, 2, 20, 2, 8
+KV = ROWS * WIDTH
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
@@ -68,13 +68,13 @@ def encoder_model() -> bytes:
     nodes = [
         helper.make_node("MatMul", ["observation", "weight"], ["flat"]),
         helper.make_node("Reshape", ["flat", "split"], ["parts"]),
-        helper.make_node("Transpose", ["parts"], ["observation_kv"], perm=[0, 2, 3, 4, 1, 5]),
+        helper.make_node("Transpose", ["parts"], ["observation_kv"], perm=[0, 2, 1, 3]),
     ]
     return serialize(
         nodes,
         {"observation": (FLOAT, ["B", HISTORY, OBSERVED])},
-        {"observation_kv": (FLOAT, ["B", LAYERS, 2, HEADS, HISTORY, WIDTH])},
-        {"weight": _random(1, OBSERVED, KV), "split": np.array([0, HISTORY, LAYERS, 2, HEADS, WIDTH])},
+        {"observation_kv": (FLOAT, ["B", ROWS, HISTORY, WIDTH])},
+        {"weight": _random(1, OBSERVED, KV), "split": np.array([0, HISTORY, ROWS, WIDTH])},
     )
 
 
@@ -90,11 +90,11 @@ def timestep_model() -> bytes:
     return serialize(
         nodes,
         {"timesteps": (INT64, ["S"])},
-        {"timestep_kv": (FLOAT, ["S", LAYERS, 2, HEADS, 1, WIDTH])},
+        {"timestep_kv": (FLOAT, ["S", ROWS, 1, WIDTH])},
         {
             "last": np.array([1]),
             "frequencies": _random(2, 1, KV),
-            "split": np.array([-1, LAYERS, 2, HEADS, 1, WIDTH]),
+            "split": np.array([-1, ROWS, 1, WIDTH]),
         },
     )
 
@@ -107,7 +107,7 @@ def denoiser_model(quantized: bool, poison: bool = False, **renamed: str) -> byt
     noisy, noise = renamed.get("noisy", "noisy"), renamed.get("noise", "noise")
     constants: dict[str, Any] = {
         "axis": np.array(1),
-        "axes": np.array([1, 2, 3, 4, 5]),
+        "axes": np.array([1, 2, 3]),
         "token": np.array([1, 2]),
         "bias": _random(3, HIDDEN) * np.float32(np.nan if poison else 1.0),
     }
@@ -140,8 +140,8 @@ def denoiser_model(quantized: bool, poison: bool = False, **renamed: str) -> byt
         nodes,
         {
             noisy: (FLOAT, ["B", "T", ACTED]),
-            "timestep_kv": (FLOAT, [1, LAYERS, 2, HEADS, 1, WIDTH]),
-            "observation_kv": (FLOAT, ["B", LAYERS, 2, HEADS, HISTORY, WIDTH]),
+            "timestep_kv": (FLOAT, [1, ROWS, 1, WIDTH]),
+            "observation_kv": (FLOAT, ["B", ROWS, HISTORY, WIDTH]),
         },
         {noise: (FLOAT, ["B", "T", ACTED])},
         constants,

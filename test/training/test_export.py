@@ -26,8 +26,8 @@ from training.export.bundle import ExportError, ExportOptions, export_bundle
 from training.export.calibration import quantize_policy, training_observations
 from training.export.diffusion_policy_t import export_graphs
 from training.export.executed import integer_weights
-from training.export.graph import LinearWeights, concatenate
 from training.export.records import RecordError, read_latency, read_quality
+from training.export.weights import LinearWeights, concatenate
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.quant.linear import LinearBits, QuantizedLinear
 from training.torch_engine import TorchEngine

@@ -62,8 +62,8 @@ def test_fused_graphs_give_the_same_result_bit_for_bit(graphs: dict[str, bytes],
     feeds = {
         "denoiser": {
             "noisy": draw(batch, tokens, 2),
-            "timestep_kv": draw(1, 2, 2, 4, 1, 16),
-            "observation_kv": draw(batch, 2, 2, 4, 2, 16),
+            "timestep_kv": draw(1, 16, 1, 16),
+            "observation_kv": draw(batch, 16, 2, 16),
         },
         "encoder": {"observation": draw(batch, 2, 20)},
     }

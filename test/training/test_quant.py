@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from training.export.graph import GraphBuilder, LinearWeights
+from training.export.graph import GraphBuilder
+from training.export.weights import LinearWeights
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.quant.calibrate import input_groups, observed_inputs, quantized_copy
 from training.quant.linear import LinearBits, QuantizedLinear

@@ -22,7 +22,7 @@ from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from training.config import override
 from training.data.episodes import read_demonstrations
 from training.export.calibration import Float, denoise_chunks, quantize_policy, training_observations
-from training.export.diffusion_policy_t import export_graphs
+from training.export.diffusion_policy_t import export_graphs, graph_weights
 from training.export.executed import RUNTIME, integer_weights
 from training.export.graph import OPSET
 from training.export.records import Result
@@ -239,19 +239,9 @@ def _layers(network: DiffusionPolicyT, exported: DiffusionPolicyT, graphs: Mappi
         if not isinstance(module, nn.Linear):
             continue
         written = _bits(exported.get_submodule(name))
-        executed = written if f"{graph_weight(name)}.weight" in integers else _bits(module)
+        executed = written if integers.intersection(graph_weights(name)) else _bits(module)
         rows.append({"layer": name, "searched": written, "exported": written, "executed": {RUNTIME: executed}})
     return rows
-
-
-def graph_weight(layer: str) -> str:
-    """Name in the ONNX graphs of the (possibly merged) linear that holds ``layer``."""
-    parent, _, child = layer.rpartition(".")
-    if parent.endswith("self_attn") and child in "qkv":
-        return f"{parent}.qkv"
-    if parent.endswith("cross_attn") and child in "kv":
-        return "cross_attn.kv"
-    return layer
 
 
 def _bits(module: nn.Module) -> dict[str, Any]:

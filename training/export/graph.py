@@ -7,75 +7,18 @@ Graphs are written node by node and not traced: what the robot runs is then lean
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
+from ml_dtypes import float8_e4m3fn
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from training.quant.linear import QuantizedLinear
+from training.export.weights import INT8_CODES, InputGrid, LinearWeights, Rounding
 
 OPSET = 21
 IR_VERSION = 10  # the lowest that carries opset 21
-
-
-@dataclass(frozen=True, slots=True)
-class LinearWeights:
-    """A linear layer as ONNX holds it: ``weight`` (in, out) float32, or integer codes with their scales."""
-
-    weight: NDArray[Any]  # float32, or int8 codes
-    bias: NDArray[np.float32]
-    weight_scale: NDArray[np.float32] | None = None  # (out,) where quantized
-    input_scale: NDArray[np.float32] | None = None  # scalar where quantized
-
-    @classmethod
-    def of(cls, module: nn.Module) -> LinearWeights:
-        """Read a full-precision or quantized linear layer.
-
-        Raises:
-            ValueError: another kind of module, or 4-bit codes, which the canonical W8A8 graph does not hold.
-        """
-        if isinstance(module, QuantizedLinear):
-            if (module.bits.weight, module.bits.activation) != (8, 8):
-                raise ValueError(f"export of {module.bits} is not defined; only 8-bit weights and activations are")
-            return cls(
-                np.ascontiguousarray(module.codes.t().numpy().astype(np.int8)),
-                module.bias.numpy(),
-                module.weight_scale.numpy(),
-                module.input_scale.numpy(),
-            )
-        if isinstance(module, nn.Linear):
-            weight = np.ascontiguousarray(module.weight.detach().t().numpy())
-            bias = np.zeros(weight.shape[1], np.float32) if module.bias is None else module.bias.detach().numpy()
-            return cls(weight, bias)
-        raise ValueError(f"expected a linear layer, got {type(module).__name__}")
-
-    def times(self, factor: float) -> LinearWeights:
-        """The layer with its output multiplied by ``factor``; integer codes stay as they are."""
-        bias = self.bias * np.float32(factor)
-        if self.weight_scale is None:
-            return LinearWeights(self.weight * np.float32(factor), bias)
-        return LinearWeights(self.weight, bias, self.weight_scale * np.float32(factor), self.input_scale)
-
-
-def concatenate(parts: Sequence[LinearWeights]) -> LinearWeights:
-    """One layer with the outputs of all ``parts`` side by side; lossless, because weight scales are per output channel.
-
-    Raises:
-        ValueError: the parts do not share one input quantizer.
-    """
-    weight = np.concatenate([part.weight for part in parts], axis=1)
-    bias = np.concatenate([part.bias for part in parts])
-    scales = [part.weight_scale for part in parts if part.weight_scale is not None]
-    inputs = [part.input_scale for part in parts if part.input_scale is not None]
-    if not scales:
-        return LinearWeights(weight, bias)
-    if len(scales) != len(parts) or len(inputs) != len(parts) or len({float(scale) for scale in inputs}) != 1:
-        raise ValueError("linears that are merged must share one input quantizer")
-    return LinearWeights(weight, bias, np.concatenate(scales), inputs[0])
 
 
 class GraphBuilder:
@@ -86,7 +29,7 @@ class GraphBuilder:
         self._name = name
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
-        self._quantized: dict[tuple[str, bytes], str] = {}
+        self._on_grid: dict[tuple[object, ...], str] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
@@ -126,29 +69,51 @@ class GraphBuilder:
         return list(outputs)
 
     def linear(self, x: str, layer: LinearWeights, name: str, bias: bool = True) -> str:
-        """``x @ W + b`` over the last dimension; quantized layers read ``x`` through QuantizeLinear / DequantizeLinear.
+        """``x @ W + b`` over the last dimension; a layer with a grid reads ``x`` rounded to it.
 
-        A tensor that several layers read with one scale is quantized once.
+        A tensor that several layers read with one grid is rounded once.
         """
-        if layer.weight_scale is None or layer.input_scale is None:
-            weight = self.constant(f"{name}.weight", layer.weight)
-        else:
-            codes = self.constant(f"{name}.weight", layer.weight)
-            scale = self.constant(f"{name}.weight_scale", layer.weight_scale)
-            zeros = self.constant(f"{name}.weight_zero", np.zeros(len(layer.weight_scale), np.int8))
-            weight = self.node("DequantizeLinear", [codes, scale, zeros], f"{name}.weight_real", axis=1)
-            x = self._quantized_input(x, layer.input_scale, name)
-        product = self.node("MatMul", [x, weight], f"{name}.product")
+        if layer.grid is not None:
+            x = self._rounded(x, layer.grid, name)
+        product = self.node("MatMul", [x, self._weight(layer, name)], f"{name}.product")
         return self.node("Add", [product, self.constant(f"{name}.bias", layer.bias)], name) if bias else product
 
-    def _quantized_input(self, x: str, input_scale: NDArray[np.float32], name: str) -> str:
-        key = (x, input_scale.tobytes())
-        if key not in self._quantized:
-            scale = self.constant(f"{name}.input_scale", input_scale)
+    def _weight(self, layer: LinearWeights, name: str) -> str:
+        """The weight in float32, from the type it is stored in."""
+        stored = self.constant(f"{name}.weight", layer.weight)
+        if layer.weight.dtype == np.float16:
+            return self.node("Cast", [stored], f"{name}.weight_real", to=TensorProto.FLOAT)
+        if layer.weight_scale is None:
+            return stored
+        inputs = [stored, self.constant(f"{name}.weight_scale", layer.weight_scale)]
+        if layer.weight.dtype == np.int8:
+            inputs.append(self.constant(f"{name}.weight_zero", np.zeros(len(layer.weight_scale), np.int8)))
+        return self.node("DequantizeLinear", inputs, f"{name}.weight_real", axis=1)
+
+    def _rounded(self, x: str, grid: InputGrid, name: str) -> str:
+        key = (x, *grid.key())
+        if key not in self._on_grid:
+            self._on_grid[key] = self._round(x, grid, name)
+        return self._on_grid[key]
+
+    def _round(self, x: str, grid: InputGrid, name: str) -> str:
+        if grid.scale is None:
+            half = self.node("Cast", [x], f"{name}.input_half", to=TensorProto.FLOAT16)
+            return self.node("Cast", [half], f"{name}.input_real", to=TensorProto.FLOAT)
+        scale = self.constant(f"{name}.input_scale", grid.scale)
+        if grid.rounding is Rounding.FP8:
+            zero = self.constant("zero_fp8", np.zeros((), float8_e4m3fn))
+        else:
             zero = self.constant("zero", np.array(0, np.int8))
-            codes = self.node("QuantizeLinear", [x, scale, zero], f"{name}.input_codes")
-            self._quantized[key] = self.node("DequantizeLinear", [codes, scale, zero], f"{name}.input_real")
-        return self._quantized[key]
+        if grid.rounding is Rounding.INTEGER and (grid.low, grid.high) != INT8_CODES:
+            # Codes of fewer bits lie in INT8 containers: clipped before they are rounded, which is the same.
+            limits = [
+                self.constant(f"{name}.input_{end}", np.float32(code) * grid.scale)
+                for end, code in (("low", grid.low), ("high", grid.high))
+            ]
+            x = self.node("Clip", [x, *limits], f"{name}.input_clipped")
+        codes = self.node("QuantizeLinear", [x, scale, zero], f"{name}.input_codes")
+        return self.node("DequantizeLinear", [codes, scale, zero], f"{name}.input_real")
 
     def layer_norm(self, x: str, module: nn.LayerNorm, name: str) -> str:
         """Layer normalisation over the last dimension."""

@@ -143,16 +143,19 @@ class DiffusionPolicyT(nn.Module):
         return torch.cat([observation[..., :low], features.to(observation.dtype)], dim=-1)
 
     def keys_values(self, memory: Tensor) -> Tensor:
-        """Cross-attention keys and values (B, depth, 2, H, S, D) of memory tokens (B, S, dim)."""
-        pairs = [torch.stack(block.cross_attn.keys_values(memory), dim=1) for block in self.decoder_blocks()]
-        return torch.stack(pairs, dim=1)
+        """Cross-attention keys and values (B, R, S, D) of memory tokens (B, S, dim).
+
+        The R rows are, for every block in order, the keys of its heads and then the values.
+        """
+        parts = [part for block in self.decoder_blocks() for part in block.cross_attn.keys_values(memory)]
+        return torch.cat(parts, dim=1)
 
     def timestep_keys_values(self, timesteps: Tensor) -> Tensor:
-        """Keys and values (S, depth, 2, H, 1, D) of the time token for every noise level in ``timesteps`` (S,)."""
+        """Keys and values (S, R, 1, D) of the time token for every noise level in ``timesteps`` (S,)."""
         return self.keys_values(self.time_tokens(timesteps))
 
     def observation_keys_values(self, observation: Tensor) -> Tensor:
-        """Keys and values (B, depth, 2, H, To, D) of the observations (B, To, input_dim)."""
+        """Keys and values (B, R, To, D) of the observations (B, To, input_dim)."""
         return self.keys_values(self.observation_tokens(observation))
 
     def denoise(self, noisy: Tensor, timestep_kv: Tensor, observation_kv: Tensor) -> Tensor:
@@ -161,8 +164,8 @@ class DiffusionPolicyT(nn.Module):
         Args:
             noisy: (B, T, action_dim), T at most the horizon. Attention is causal, so fewer tokens cost less and change
                 nothing in those computed.
-            timestep_kv: (1 or B, depth, 2, H, 1, D).
-            observation_kv: (B, depth, 2, H, To, D).
+            timestep_kv: (1 or B, R, 1, D).
+            observation_kv: (B, R, To, D).
 
         Returns:
             Predicted noise (B, T, action_dim).
@@ -172,8 +175,10 @@ class DiffusionPolicyT(nn.Module):
         shape = (noisy.shape[0], *timestep_kv.shape[1:])
         kv = torch.cat([timestep_kv.expand(shape), observation_kv], dim=-2)
         self_mask, cross_mask = self.self_mask[:tokens, :tokens], self.cross_mask[:tokens]
-        for index, block in enumerate(self.decoder_blocks()):
-            x = block(x, kv[:, index, 0], kv[:, index, 1], self_mask, cross_mask)
+        blocks = self.decoder_blocks()
+        parts = torch.split(kv, [block.cross_attn.heads for block in blocks for _ in range(2)], dim=1)
+        for index, block in enumerate(blocks):
+            x = block(x, parts[2 * index], parts[2 * index + 1], self_mask, cross_mask)
         return self.head(self.norm(x))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> Tensor:

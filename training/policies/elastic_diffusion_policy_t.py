@@ -104,6 +104,10 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
             plan.append((index, Width(layer.heads, layer.mlp, arithmetic), self._select(pair)))
         self.active, self._plan = subnet, plan
 
+    def plan(self) -> list[tuple[int, Width, Bits]]:
+        """What runs: index, width and bits of every kept block."""
+        return list(self._plan)
+
     def _select(self, pair: tuple[int, int]) -> Bits:
         if pair not in self._bits:
             if not set(pair) <= set(BITS):
@@ -133,9 +137,9 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
     # Parts that run at different rates -------------------------------------------------------------------------------
 
     def keys_values(self, memory: Tensor) -> Tensor:
-        """Cross-attention keys and values (B, P, S, D) of memory tokens (B, S, dim).
+        """Cross-attention keys and values (B, R, S, D) of memory tokens (B, S, dim).
 
-        P enumerates kept blocks, keys before values, and kept heads; blocks may keep different numbers of heads.
+        The R rows are, for every kept block in order, the keys of its kept heads and then the values.
         """
         blocks = self.elastic_blocks()
         parts = [part for i, width, bits in self._plan for part in blocks[i].keys_values(memory, width, bits)]
@@ -146,8 +150,8 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
 
         Args:
             noisy: (B, T, action_dim), T at most the horizon.
-            timestep_kv: (1 or B, P, 1, D).
-            observation_kv: (B, P, To, D).
+            timestep_kv: (1 or B, R, 1, D).
+            observation_kv: (B, R, To, D).
         """
         tokens = noisy.shape[1]
         x = self.action_embedding(noisy) + self.action_position[:, :tokens]
