@@ -104,9 +104,14 @@ class PolicySession:
             self._hooks.problem(reason)
 
     def figures(self) -> dict[str, str]:
-        """Chunks sent and latency percentiles (ms) of the present or last episode."""
+        """Engine, chunks sent and latency percentiles (ms) of the present or last episode."""
         p50, p99 = np.percentile(np.array(self._latencies or [0.0]), [50, 99])
-        return {"chunks": str(self.chunks), "inference_p50_ms": f"{p50:.2f}", "inference_p99_ms": f"{p99:.2f}"}
+        return {
+            "engine": self.host.engine,
+            "chunks": str(self.chunks),
+            "inference_p50_ms": f"{p50:.2f}",
+            "inference_p99_ms": f"{p99:.2f}",
+        }
 
     def run(self, halt: threading.Event) -> None:
         """Infer until ``halt`` is set."""

@@ -15,16 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.load import Bundle
+from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
+from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.policy import PolicyError
 from dcqfa_ros.runtime.worker import EngineWorker, WorkerDiedError
 
-START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class SwapResult:
-    """Outcome of one exchange: ``active`` is the variant that runs afterwards ("" when none does)."""
+    """Outcome of one exchange.
+
+    Attributes:
+        swap_id: number of the exchange, from 1.
+        requested: variant that was asked for.
+        active: variant that runs afterwards ("" when none does).
+        ok: whether the requested one runs.
+        reason: why not.
+        load_ms: time the exchange took, milliseconds.
+        runtime: runtime that was asked for.
+        engine: ``<runtime>/<variant>`` that runs afterwards ("" when none does).
+    """
 
     swap_id: int
     requested: str
@@ -32,6 +44,8 @@ class SwapResult:
     ok: bool
     reason: str
     load_ms: float
+    runtime: str = ONNXRUNTIME
+    engine: str = ""
 
 
 class VariantHost:
@@ -45,10 +59,10 @@ class VariantHost:
         self._use = threading.Lock()  # held while a worker computes or is exchanged
         self._worker: EngineWorker | None = None
         self._starting: EngineWorker | None = None
-        self._active = ""
+        self._active = self._engine = ""
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._queued: str | None = None
+        self._queued: tuple[str, str] | None = None  # variant and runtime
 
     @property
     def active(self) -> str:
@@ -56,32 +70,40 @@ class VariantHost:
         return self._active
 
     @property
+    def engine(self) -> str:
+        """``<runtime>/<variant>`` as the opened engine names itself, or "" while there is none."""
+        return self._engine
+
+    @property
     def busy(self) -> bool:
         """Whether an exchange is under way."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
-    def validate(self, variant: str) -> str | None:
-        """Cheap check of a requested name; returns why it is refused, or None."""
+    def validate(self, variant: str, runtime: str = ONNXRUNTIME) -> str | None:
+        """Cheap check of requested names; returns why they are refused, or None."""
         try:
             self.bundle.spec.variant(variant)
+            runtime_facts(runtime)
         except KeyError as error:
             return str(error.args[0])
+        except EngineError as error:
+            return str(error)
         return None
 
-    def request(self, variant: str) -> None:
-        """Begin to exchange the active variant for ``variant``; a newer request replaces one that waits.
+    def request(self, variant: str, runtime: str = ONNXRUNTIME) -> None:
+        """Begin to exchange the active variant for ``variant`` on ``runtime``; a newer request replaces one that waits.
 
         Raises:
-            PolicyError: the bundle has no such variant, or the host is closed.
+            PolicyError: the bundle has no such variant, there is no such runtime, or the host is closed.
         """
-        reason = self.validate(variant)
+        reason = self.validate(variant, runtime)
         if reason:
             raise PolicyError(reason)
         with self._lock:
             if self._closed:
                 raise PolicyError("the policy is shutting down")
-            self._queued = variant
+            self._queued = variant, runtime
             if not self.busy:
                 self._thread = threading.Thread(target=self._work, name="variant-swap", daemon=True)
                 self._thread.start()
@@ -89,38 +111,46 @@ class VariantHost:
     def _work(self) -> None:
         while True:
             with self._lock:
-                variant, self._queued = self._queued, None
-                if variant is None or self._closed:
+                queued, self._queued = self._queued, None
+                if queued is None or self._closed:
                     self._thread = None
                     return
                 self.swaps += 1
                 swap_id = self.swaps
-            self._on_swap(self._exchange(swap_id, variant))
+            self._on_swap(self._exchange(swap_id, *queued))
 
-    def _exchange(self, swap_id: int, variant: str) -> SwapResult:
+    def _exchange(self, swap_id: int, variant: str, runtime: str) -> SwapResult:
         begin = time.monotonic()
         worker: EngineWorker | None = None
         try:
-            worker = EngineWorker(self.bundle.folder, variant, threads=self.threads)
+            worker = EngineWorker(self.bundle.folder, variant, threads=self.threads, runtime=runtime)
             with self._lock:
                 self._starting = worker
                 if self._closed:
                     worker.abort()
-            worker.start(START_TIMEOUT_S)
+            engine = worker.start(runtime_facts(runtime).start_timeout_s).engine
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises while loading is a refused exchange
             if worker is not None:
                 worker.close()
-            return SwapResult(swap_id, variant, self._active, False, str(error), _ms(begin))
+            return self._result(swap_id, variant, runtime, str(error), begin)
         finally:
             self._starting = None
         with self._use, self._lock:  # the chunk boundary: no prediction is under way
             old: EngineWorker | None = worker
             reason = "the policy is shutting down"
             if not self._closed:
-                old, self._worker, self._active, reason = self._worker, worker, variant, ""
+                old, self._worker, reason = self._worker, worker, ""
+                self._active, self._engine = variant, engine
         if old is not None:
             old.close()
-        return SwapResult(swap_id, variant, self._active, not reason, reason, _ms(begin))
+        return self._result(swap_id, variant, runtime, reason, begin)
+
+    def _result(self, swap_id: int, variant: str, runtime: str, reason: str, begin: float) -> SwapResult:
+        load_ms = (time.monotonic() - begin) * 1e3
+        return SwapResult(swap_id, variant, self._active, not reason, reason, load_ms, runtime, self._engine)
+
+    def _forget(self) -> None:
+        self._worker, self._active, self._engine = None, "", ""
 
     def lost(self) -> str | None:
         """Look whether the active worker still runs; where it died on its own, forget it and return what happened."""
@@ -131,7 +161,7 @@ class VariantHost:
             if worker is None or worker.alive:
                 return None
             ended = worker.how_it_ended() or "ended"
-            self._worker, self._active = None, ""
+            self._forget()
             worker.close()
             return f"engine worker {variant!r} {ended}"
         finally:
@@ -152,7 +182,7 @@ class VariantHost:
             try:
                 return worker.predict(observation, seed=seed, chunk=chunk, steps=steps), variant
             except WorkerDiedError:
-                self._worker, self._active = None, ""
+                self._forget()
                 worker.close()
                 raise
 
@@ -171,10 +201,7 @@ class VariantHost:
         if thread is not None and thread is not threading.current_thread():
             thread.join(CLOSE_TIMEOUT_S)
         with self._use:
-            worker, self._worker, self._active = self._worker, None, ""
+            worker = self._worker
+            self._forget()
         if worker is not None:
             worker.close()
-
-
-def _ms(begin: float) -> float:
-    return (time.monotonic() - begin) * 1e3

@@ -26,6 +26,7 @@ from typing import Any
 import dcqfa_ros
 from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.runtime.engine import Float32
+from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
 from dcqfa_ros.runtime.observations import Observation, ObservationLayout
 from dcqfa_ros.runtime.worker_main import MAX_MESSAGE, resident_bytes
@@ -84,7 +85,14 @@ class EngineWorker:
     """
 
     def __init__(
-        self, folder: Path, variant: str, *, threads: int = 1, steps: int | None = None, python: str = sys.executable
+        self,
+        folder: Path,
+        variant: str,
+        *,
+        threads: int = 1,
+        steps: int | None = None,
+        runtime: str = ONNXRUNTIME,
+        python: str = sys.executable,
     ) -> None:
         """Read the bundle's description; nothing is started yet.
 
@@ -93,12 +101,15 @@ class EngineWorker:
             variant: name of a variant of it.
             threads: threads of the engine.
             steps: denoising steps used when none are given to :meth:`predict`; default: the bundle's.
+            runtime: what executes the variant, one of ``dcqfa_ros.runtime.engines.RUNTIMES``.
             python: interpreter of the worker.
 
         Raises:
             BundleError: the bundle cannot be read or has no such variant.
-            PolicyError: it has observations that this runtime cannot carry.
+            PolicyError: it has observations that the policy runtime cannot carry.
+            EngineError: there is no such runtime.
         """
+        self.runtime = runtime_facts(runtime).name
         self.bundle: Bundle = load_bundle(Path(folder).resolve(), verify=False)
         self.bundle.file(variant, "denoiser")  # refuses an unknown variant before a process is started
         self.spec = self.bundle.spec
@@ -149,8 +160,8 @@ class EngineWorker:
             timeout: seconds.
 
         Raises:
-            PolicyError: the worker reports why it cannot serve (damaged file, unsupported graph, ...), or was started
-                before.
+            PolicyError: the worker reports why it cannot serve (damaged file, missing runtime, unsupported graph, ...),
+                or was started before.
             WorkerDiedError: it ended or did not get ready in time.
         """
         with self._lock:
@@ -179,6 +190,7 @@ class EngineWorker:
             request = {
                 "folder": str(self.bundle.folder),
                 "variant": self.variant,
+                "runtime": self.runtime,
                 "threads": self.threads,
                 "steps": self.steps,
             }

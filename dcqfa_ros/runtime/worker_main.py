@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_MESSAGE = 65_536
+ENGINE_CACHE = "engines"  # below the user's cache folder: what runtimes build on this device
 _PARENT_POLL_MS = 1000
 
 
@@ -54,9 +55,10 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     begin = time.perf_counter()
     # Imported here, so that a missing or broken package is reported to the parent like any other failure.
     from dcqfa_ros.bundle.load import load_bundle
+    from dcqfa_ros.paths import cache_directory
     from dcqfa_ros.runtime.engine import ROLES
+    from dcqfa_ros.runtime.engines import open_engine
     from dcqfa_ros.runtime.errors import PolicyError
-    from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
     from dcqfa_ros.runtime.policy import PolicyRuntime
     from dcqfa_ros.runtime.worker_memory import ChunkMemory
 
@@ -64,7 +66,9 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     variant = request["variant"]
     files = {role: bundle.read(variant, role) for role in ROLES}
     memory = ChunkMemory(bundle.spec, memory_fd)
-    runtime = PolicyRuntime(bundle.spec, OnnxRuntimeEngine(files, request["threads"], variant))
+    cache = cache_directory() / ENGINE_CACHE
+    engine = open_engine(request["runtime"], files, threads=request["threads"], name=variant, cache=cache)
+    runtime = PolicyRuntime(bundle.spec, engine)
     del files
     loaded = time.perf_counter()
     runtime.warm_up(request["steps"])

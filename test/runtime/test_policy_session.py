@@ -23,6 +23,7 @@ class FakeHost:
     """Answers at once, or raises what it is told to."""
 
     active = "fp32"
+    engine = "onnxruntime/fp32"
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []

@@ -36,9 +36,9 @@ class Host:
             assert self._came.wait_for(lambda: len(self.results) >= number, 30)
         return self.results[number - 1]
 
-    def load(self, variant: str) -> SwapResult:
+    def load(self, variant: str, runtime: str = "onnxruntime") -> SwapResult:
         number = len(self.results) + 1
-        self.host.request(variant)
+        self.host.request(variant, runtime)
         return self.outcome(number)
 
 
@@ -74,6 +74,35 @@ def test_a_damaged_file_or_description_leaves_the_old_variant_running(hosted):
     (folder / "bundle.yaml").write_text("schema_version: 1\n")
     assert not host.load("w8a8").ok
     assert host.host.predict(observation(), 1, 0, None)[1] == "fp32"
+
+
+def test_the_engine_is_named_once_it_is_open_and_until_it_is_gone(hosted):
+    host, _ = hosted
+    assert host.host.engine == ""
+    result = host.load("w8a8")
+    assert (result.runtime, result.engine, host.host.engine) == ("onnxruntime", "onnxruntime/w8a8", "onnxruntime/w8a8")
+    host.host.close()
+    assert host.host.engine == ""
+
+
+def test_a_runtime_that_cannot_be_opened_leaves_the_old_variant_running(hosted, tmp_path, monkeypatch):
+    host, _ = hosted
+    host.load("fp32")
+    broken = tmp_path / "broken" / "openvino"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('openvino: made-up damage')\n")
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    failed = host.load("w8a8", "openvino")
+    assert not failed.ok and "openvino" in failed.reason
+    assert (failed.requested, failed.runtime, failed.engine) == ("w8a8", "openvino", "onnxruntime/fp32")
+    assert host.host.predict(observation(), 1, 0, None)[1] == "fp32"
+
+
+def test_an_unknown_runtime_is_refused_before_anything_is_started(hosted):
+    host, _ = hosted
+    with pytest.raises(PolicyError, match="runtime 'tensorflow' is unknown; there are onnxruntime"):
+        host.host.request("fp32", "tensorflow")
+    assert host.host.swaps == 0
 
 
 def test_an_unknown_variant_is_refused_before_anything_is_started(hosted):

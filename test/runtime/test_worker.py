@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dcqfa_ros.bundle.errors import BundleError
-from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
+from dcqfa_ros.runtime.errors import EngineError, PolicyError, WorkerDiedError
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from dcqfa_ros.runtime.policy import PolicyRuntime
 from dcqfa_ros.runtime.worker import EngineWorker, describe_exit, worker_environment
@@ -258,6 +258,25 @@ def test_network_that_gives_nan_is_refused_while_starting(policy_bundle: MakeBun
     worker = EngineWorker(policy_bundle(poison=True), "fp32")
     with pytest.raises(PolicyError, match="gave action 'x' = nan"):
         worker.start(DEADLINE_S)
+
+
+def test_unknown_runtime_is_refused_before_a_process_is_started(policy_bundle: MakeBundle) -> None:
+    with pytest.raises(EngineError, match="runtime 'auto' is unknown; there are onnxruntime"):
+        EngineWorker(policy_bundle(), "fp32", runtime="auto")
+
+
+def test_runtime_that_cannot_be_loaded_is_reported_by_the_worker(
+    policy_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken" / "openvino"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('openvino: made-up damage')\n")
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    worker = EngineWorker(policy_bundle(), "fp32", runtime="openvino")
+    with pytest.raises(PolicyError, match="openvino"):
+        worker.start(DEADLINE_S)
+    assert not worker.alive
+    worker.close()
 
 
 def test_interpreter_that_cannot_run_is_refused(policy_bundle: MakeBundle, tmp_path: Path) -> None:
