@@ -4,8 +4,8 @@ The parts run at different rates: the observation encoder once per chunk, the ti
 result is tabulated), the denoiser at every denoising step. Arrays are C-contiguous NumPy arrays; ``B`` is the batch,
 ``To`` the observation history, ``Do`` and ``Da`` the widths of observation and action vectors, ``T`` the number of
 action tokens computed (attention is causal, so the first T tokens of a chunk do not depend on the later ones), ``S``
-the number of noise levels, ``D`` the width of a head and ``R`` the rows of cross-attention keys and values: for every block in order
-the keys of its heads, then the values (blocks of a searched variant keep different numbers of heads).
+the number of noise levels, ``D`` the width of a head and ``R`` the rows of cross-attention keys and values: for every
+block in order the keys of its heads, then the values (blocks of a searched variant keep different numbers of heads).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from dcqfa_ros.runtime.errors import LoweringError
+from dcqfa_ros.runtime.lowering_weights import place_weights
 
 _ZERO_POINT = 128
 # Operators that only move elements: a code passes through them unchanged.
@@ -63,6 +64,8 @@ def is_quantized(model: ModelProto) -> bool:
 def lower_for_onnxruntime_cpu(model: ModelProto, label: str) -> int:
     """Turn int8 activations with zero point 0 into uint8 ones with zero point 128, in place and without loss.
 
+    Weights are brought into the form that is multiplied (:func:`dcqfa_ros.runtime.lowering_weights.place_weights`).
+
     Args:
         model: a canonical graph, opset 13 or newer.
         label: what to call the file in errors.
@@ -74,6 +77,7 @@ def lower_for_onnxruntime_cpu(model: ModelProto, label: str) -> int:
         LoweringError: an activation is int8 with a zero point other than 0, or its codes reach an operator other than
             DequantizeLinear and operators that only move elements, or leave the graph.
     """
+    place_weights(model, label)
     return _Lowering(model.graph, label).run()
 
 
