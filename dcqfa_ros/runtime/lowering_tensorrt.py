@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -256,7 +257,7 @@ def _executed(graph: Graph, product: NodeProto, weight: str, half: bool) -> Bits
     if (
         codes[1] is None
     ):  # activations that are quantized all the same are rounded to their codes and multiplied as floats
-        bits = 16 if half and graph.element_type(product.input[1]) == TensorProto.FLOAT16 else 32
+        bits: Literal[16, 32] = 16 if half and graph.element_type(product.input[1]) == TensorProto.FLOAT16 else 32
         return Bits(weight=bits, activation=bits, kind="float")
     if codes[0] is None:
         return Bits(weight=4 if codes[1] == TensorProto.INT4 else 8, activation=16 if half else 32, kind="int")

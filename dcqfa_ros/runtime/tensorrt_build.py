@@ -107,6 +107,25 @@ def dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
+def build_target(flavour: Flavour, module: Any, capability: tuple[int, int], label: str) -> Any:
+    """The member of ``ComputeCapability`` to build for; None where the builder takes the device present.
+
+    Raises:
+        EngineError: the runtime does not build for that capability; the message names those it builds for.
+    """
+    if not flavour.names_capability:
+        return None
+    members = module.ComputeCapability.__members__
+    name = f"SM{capability[0]}{capability[1]}"
+    if name not in members:
+        known = ", ".join(sorted((m[2:-1] + "." + m[-1] for m in members if m.startswith("SM")), key=float))
+        raise EngineError(
+            f"{label}: {flavour.runtime} {module.__version__} does not build for compute capability "
+            f"{dotted(capability)}; it builds for {known}"
+        )
+    return members[name]
+
+
 def build_engine(
     flavour: Flavour,
     module: Any,
@@ -133,7 +152,7 @@ def build_engine(
             message holds what they said.
     """
     require_capability(capability, needs, label)
-    target = _target(flavour, module, capability, label)
+    target = build_target(flavour, module, capability, label)
     with _building:
         logger = logger_of(module)
         logger.messages.clear()
@@ -219,21 +238,6 @@ def _network_flags(module: Any) -> int:
     """Strong typing: a flag up to TensorRT 10, where it may be missing afterwards because nothing else exists."""
     flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
-
-
-def _target(flavour: Flavour, module: Any, capability: tuple[int, int], label: str) -> Any:
-    """The member of ``ComputeCapability`` to build for; None where the builder takes the device present."""
-    if not flavour.names_capability:
-        return None
-    members = module.ComputeCapability.__members__
-    name = f"SM{capability[0]}{capability[1]}"
-    if name not in members:
-        known = ", ".join(sorted((m[2:-1] + "." + m[-1] for m in members if m.startswith("SM")), key=float))
-        raise EngineError(
-            f"{label}: {flavour.runtime} {module.__version__} does not build for compute capability "
-            f"{dotted(capability)}; it builds for {known}"
-        )
-    return members[name]
 
 
 def _parser_error(error: Any) -> str:
