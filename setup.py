@@ -46,10 +46,10 @@ def entry_points() -> dict[str, list[str]]:
     }
     if WITH_TRAINING:
         points["dcqfa.commands"] = [
-            *(f"{name} = training.commands:{name}" for name in ("train", "eval", "export")),
+            *(f"{name} = training.commands:{name}" for name in ("train", "eval")),
             *(
                 f"{name} = training.commands_{name}:{name}"
-                for name in ("mixed", "pack", "profile", "sampler", "search", "subnet")
+                for name in ("export", "mixed", "pack", "profile", "sampler", "search", "subnet")
             ),
         ]
         points["dcqfa.bench_commands"] = ["train = training.commands_bench:train"]

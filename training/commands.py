@@ -1,4 +1,4 @@
-"""Commands that training adds to ``dcqfa``: ``train``, ``eval``, ``export``.
+"""Commands that training adds to ``dcqfa``: ``train`` and ``eval``.
 
 Each function registers one command; what a command needs (PyTorch above all) is imported when it runs.
 """
@@ -229,80 +229,5 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(
             f"against {args.against} (mean score {paired['other_mean']:.3f}{otherwise}), in pairs: "
             f"{paired['mean']:+.3f}{half_width} (95 % interval)"
-        )
-    return 0
-
-
-def export(subparsers: Any) -> None:
-    """Register ``dcqfa export``."""
-    parser = subparsers.add_parser(
-        "export",
-        help="write a trained policy as a bundle of ONNX variants",
-        description="Export the EMA network of a run or checkpoint as a bundle: fp32 as it is, w8a8 by post-training "
-        "quantization calibrated on observations of the training episodes. Both are checked against the training-side "
-        "network on ONNX Runtime before the bundle is written.",
-        epilog="example: dcqfa export runs/pusht_keypoints --out models/pusht_keypoints",
-    )
-    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="run folder or checkpoint file")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the bundle; an older bundle there is replaced"
-    )
-    parser.add_argument(
-        "--variants", default="fp32,w8a8", help="comma-separated, the default one first (default: fp32,w8a8)"
-    )
-    parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
-    parser.add_argument(
-        "--calibration", type=int, default=256, metavar="N", help="calibration observations (default: 256)"
-    )
-    parser.add_argument(
-        "--quality",
-        action="append",
-        default=[],
-        metavar="VARIANT=FILE",
-        help="record an evaluation of these weights (output of `dcqfa eval BUNDLE --json`); may be repeated",
-    )
-    parser.add_argument(
-        "--latency",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="record latencies measured with these weights (output of `dcqfa bench engine --json`); may be repeated",
-    )
-    parser.add_argument("--json", action="store_true", help="print sizes and parity as JSON")
-    parser.set_defaults(func=_export)
-
-
-def _export(args: argparse.Namespace) -> int:
-    from training.export.bundle import ExportOptions, export_bundle
-    from training.export.records import read_latency, read_quality
-
-    options = ExportOptions(
-        variants=tuple(name.strip() for name in args.variants.split(",")),
-        calibration=args.calibration,
-        data=args.data,
-        quality=read_quality(args.quality),
-        latency=read_latency(args.latency),
-    )
-    spec = export_bundle(args.checkpoint, args.out, options)
-    rows: list[dict[str, Any]] = [
-        {
-            "variant": variant.name,
-            "disk_bytes": variant.size.disk_bytes,
-            "paper_bytes": variant.size.paper_bytes,
-            "parity_max_abs": variant.parity.max_abs,
-            "parity_rms": variant.parity.rms,
-            "export_rms": variant.parity.export_rms,
-        }
-        for variant in spec.variants
-    ]
-    if args.json:
-        print(json.dumps({"bundle": str(args.out), "variants": rows}))
-        return 0
-    print(f"{args.out}: {spec.name}, {len(rows)} variants")
-    for row in rows:
-        print(
-            f"  {row['variant']}: {row['disk_bytes'] / 1e6:.1f} MB on disk, {row['paper_bytes'] / 1e6:.1f} MB by bits, "
-            f"parity max {row['parity_max_abs']:.2g}, rms {row['parity_rms']:.2g}, export rms {row['export_rms']:.2g}"
         )
     return 0

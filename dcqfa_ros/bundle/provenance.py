@@ -38,9 +38,10 @@ class QualityRecord(StrictModel):
 class ParityRecord(StrictModel):
     """Error of whole chunks of the exported network on fixed inputs, normalised action units.
 
-    ``max_abs`` and ``rms`` are against the full-precision network, so they hold the cost of quantization;
-    ``export_rms`` is against the training-side network with the variant's own quantizers, so it holds that of the
-    export alone.
+    ``max_abs`` and ``rms`` are against the full-precision policy, so they hold the cost of quantization and of a
+    smaller network; ``export_rms`` is against the training-side network with the variant's own quantizers, so it holds
+    that of the export alone. ``block_rms`` is the largest root mean square error of a block's output that was computed
+    from the training-side network's own inputs, relative to that output: errors do not add up from block to block.
     """
 
     samples: Positive
@@ -49,6 +50,8 @@ class ParityRecord(StrictModel):
     tolerance_rms: Annotated[float, Field(gt=0.0)]
     export_rms: Annotated[float, Field(ge=0.0)]
     tolerance_export_rms: Annotated[float, Field(gt=0.0)]
+    block_rms: Annotated[float, Field(ge=0.0)] | None = None
+    tolerance_block_rms: Annotated[float, Field(gt=0.0)] | None = None
 
     @model_validator(mode="after")
     def _holds(self) -> ParityRecord:
@@ -56,6 +59,11 @@ class ParityRecord(StrictModel):
             raise ValueError(f"rms {self.rms} exceeds tolerance_rms {self.tolerance_rms}")
         if self.export_rms > self.tolerance_export_rms:
             raise ValueError(f"export_rms {self.export_rms} exceeds tolerance_export_rms {self.tolerance_export_rms}")
+        if (self.block_rms is None) != (self.tolerance_block_rms is None):
+            raise ValueError("block_rms and tolerance_block_rms belong together")
+        if self.block_rms is not None and self.tolerance_block_rms is not None:
+            if self.block_rms > self.tolerance_block_rms:
+                raise ValueError(f"block_rms {self.block_rms} exceeds tolerance_block_rms {self.tolerance_block_rms}")
         return self
 
 

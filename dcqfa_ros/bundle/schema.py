@@ -252,8 +252,22 @@ class VariantSize(StrictModel):
     disk_bytes: Positive
 
 
+class BlockSpec(StrictModel):
+    """One kept block of a searched variant: its place in the whole policy, and what is left of its width."""
+
+    index: Annotated[int, Field(ge=0)]
+    heads: Positive
+    ffn_dim: Positive
+
+
 class VariantSpec(StrictModel):
-    """One runnable variant of the policy."""
+    """One runnable variant of the policy.
+
+    Attributes:
+        subnet: lossless name in the search space of the supernet that the variant is of, None for the policy itself.
+        blocks: what a subnet keeps, None for the whole policy.
+        training: where a subnet's weights come from, None for those of the bundle's training record.
+    """
 
     name: Name
     description: Text
@@ -266,6 +280,18 @@ class VariantSpec(StrictModel):
     latency: tuple[LatencyRecord, ...] = ()
     quality: tuple[QualityRecord, ...] = ()
     parity: ParityRecord
+    subnet: Text | None = None
+    blocks: tuple[BlockSpec, ...] | None = Field(default=None, min_length=1)
+    training: TrainingRecord | None = None
+
+    @model_validator(mode="after")
+    def _whole_or_subnet(self) -> VariantSpec:
+        if (self.subnet is None) != (self.blocks is None):
+            raise ValueError("subnet and blocks belong together: a subnet has both, the whole policy neither")
+        indices = [block.index for block in self.blocks or ()]
+        if indices != sorted(set(indices)):
+            raise ValueError("blocks must be in the order of the policy, each once")
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> VariantSpec:
@@ -307,6 +333,10 @@ class BundleSpec(StrictModel):
         histories = {o.history for o in self.observations.values() if o.type == "low_dim"}
         if len(histories) > 1:
             raise ValueError("low_dim observations must share one history")
+        for variant in self.variants:
+            for block in variant.blocks or ():
+                if block.index >= self.architecture.depth or block.heads > self.architecture.heads:
+                    raise ValueError(f"variant {variant.name!r}: block {block.index} does not fit the architecture")
         if self.architecture.horizon != self.action.horizon:
             raise ValueError(
                 f"architecture.horizon {self.architecture.horizon} differs from action.horizon {self.action.horizon}"

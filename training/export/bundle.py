@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dcqfa_ros.bundle.schema import BundleSpec, DiffusionSpec, LatencyRecord, QualityRecord
-from dcqfa_ros.bundle.write import file_spec, write_bundle
-from dcqfa_ros.errors import UserError
-from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.bundle.schema import BundleSpec, LatencyRecord, QualityRecord
+from dcqfa_ros.bundle.write import write_bundle
 from training.config import override
 from training.data.episodes import read_demonstrations
-from training.export.calibration import Float, denoise_chunks, quantize_policy, training_observations
-from training.export.diffusion_policy_t import export_graphs, graph_weights
-from training.export.executed import RUNTIME, integer_weights
-from training.export.graph import OPSET
+from training.export.calibration import denoise_chunks, quantize_policy, training_observations
+from training.export.diffusion_policy_t import export_graphs
 from training.export.records import Result
+from training.export.variant import (
+    ExportError,
+    LayerRow,
+    Tolerance,
+    bits_of,
+    check_weights,
+    entry,
+    parity,
+    versions,
+)
+from training.export.weights import LinearWeights
 from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
+from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.quant.linear import QuantizedLinear
+from training.space_counts import paper_bytes
+from training.subnet import Layer, Precision, Subnet
 from training.torch_engine import TorchEngine
 from training.trained import load_trained
 
@@ -35,20 +41,14 @@ CALIBRATION_SEED = 256
 PARITY_SEED = 257
 PARITY_SAMPLES = 64
 FP32_MAX_ABS = 1e-4  # normalised action units, over whole denoised chunks
-TOLERANCE_RMS = {"fp32": 1e-5, "w8a8": 0.02}  # 0.02 is 5 px on the 512 px table
-# Against the network with the same quantizers. Rounding differences of 1e-7 move single activations by a whole
-# quantization step, and denoising carries that on: integer arithmetic agrees less closely than floating point.
-TOLERANCE_EXPORT_RMS = {"fp32": 1e-5, "w8a8": 0.005}
-PACKAGES = ("dcqfa_ros", "torch", "onnx", "onnxruntime", "numpy")
+# Of 0.02 is 5 px on the 512 px table. Against the network with the same quantizers: rounding differences of 1e-7 move
+# single activations by a whole quantization step, and denoising carries that on.
+TOLERANCE = {"fp32": Tolerance(1e-5, 1e-5, FP32_MAX_ABS), "w8a8": Tolerance(0.02, 0.005)}
 DESCRIPTIONS = {
     "fp32": "full precision",
     "w8a8": "post-training 8-bit weights and activations; embeddings, memory MLP, attention products, norms and action "
     "head stay in floating point",
 }
-
-
-class ExportError(UserError):
-    """A policy that cannot be exported, or an export that does not agree with the network it comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,132 +129,56 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
             engine = TorchEngine(exported, options.threads)
             export_reference = denoise_chunks(engine, diffusion, network.config, parity_inputs)
         graphs = export_graphs(exported, diffusion.train_timesteps)
-        files = {role: (f"variants/{name}/{role}.onnx", data) for role, data in graphs.items()}
-        contents.update(dict(files.values()))
-        described = {role: file_spec(path, data).model_dump(mode="json") for role, (path, data) in files.items()}
-        _check_weights(name, described["denoiser"]["sha256"], options)
-        layers = _layers(network, exported, graphs)
+        document, files = entry(name, DESCRIPTIONS[name], name, graphs, _rows(exported))
+        contents.update(files)
+        check_weights(name, document["files"]["denoiser"]["sha256"], options.quality, options.latency)
         variants.append(
             {
-                "name": name,
-                "description": DESCRIPTIONS[name],
-                "precision": name,
-                "opset": OPSET,
-                "files": described,
-                "layers": layers,
+                **document,
                 "size": {
                     "parameters": parameter_count(network),
-                    "paper_bytes": _paper_bytes(network, layers),
+                    "paper_bytes": paper_bytes(diffusion_policy_t_shape(network.config), _whole(network, name)),
                     "disk_bytes": sum(len(data) for data in graphs.values()),
                 },
                 "calibration": calibration,
                 "latency": [result.record.model_dump(mode="json") for result in options.latency.get(name, ())],
                 "quality": [result.record.model_dump(mode="json") for result in options.quality.get(name, ())],
-                "parity": _parity(name, graphs, diffusion, network, parity_inputs, reference, export_reference),
+                "parity": parity(
+                    name,
+                    graphs,
+                    diffusion,
+                    network.config,
+                    parity_inputs,
+                    reference,
+                    export_reference,
+                    TOLERANCE[name],
+                ),
             }
         )
-    document = {
+    whole = {
         **meaning.fields(),
-        "created_by": _versions(),
+        "created_by": versions(),
         "default_variant": options.variants[0],
         "variants": variants,
     }
-    spec = BundleSpec.model_validate_json(json.dumps(document), strict=True)
+    spec = BundleSpec.model_validate_json(json.dumps(whole), strict=True)
     write_bundle(folder, spec, contents)
     return spec
 
 
-def _parity(
-    name: str,
-    graphs: Mapping[str, bytes],
-    diffusion: DiffusionSpec,
-    network: DiffusionPolicyT,
-    inputs: Float,
-    reference: Float,
-    export_reference: Float,
-) -> dict[str, Any]:
-    """Error of whole denoised chunks on ONNX Runtime.
-
-    ``reference`` holds the chunks of the full-precision network, ``export_reference`` those of the network that was
-    exported, quantized where it is.
-    """
-    engine = OnnxRuntimeEngine(graphs, name=name)
-    try:
-        chunks = denoise_chunks(engine, diffusion, network.config, inputs)
-    finally:
-        engine.close()
-    maximum, rms = float(np.abs(chunks - reference).max()), _rms(chunks, reference)
-    export_rms = _rms(chunks, export_reference)
-    if not export_rms <= TOLERANCE_EXPORT_RMS[name]:
-        raise ExportError(
-            f"variant {name}: denoised chunks on ONNX Runtime differ from the network with the same quantizers by rms "
-            f"{export_rms:.3g} (normalised units); allowed is {TOLERANCE_EXPORT_RMS[name]:g}. Nothing was written"
-        )
-    if not rms <= TOLERANCE_RMS[name] or (name == "fp32" and maximum > FP32_MAX_ABS):
-        raise ExportError(
-            f"variant {name}: denoised chunks on ONNX Runtime differ from the network by rms {rms:.3g}, maximum "
-            f"{maximum:.3g} (normalised units); allowed is rms {TOLERANCE_RMS[name]:g}. Nothing was written"
-        )
-    return {
-        "samples": len(inputs),
-        "max_abs": maximum,
-        "rms": rms,
-        "tolerance_rms": TOLERANCE_RMS[name],
-        "export_rms": export_rms,
-        "tolerance_export_rms": TOLERANCE_EXPORT_RMS[name],
-    }
-
-
-def _rms(chunks: Float, reference: Float) -> float:
-    return float(np.sqrt(np.square((chunks - reference).astype(np.float64)).mean()))
-
-
-def _check_weights(name: str, weights: str, options: ExportOptions) -> None:
-    """Refuse results that were obtained with other weights than those about to be written."""
-    for option, results in (("--quality", options.quality), ("--latency", options.latency)):
-        for result in results.get(name, ()):
-            if result.weights != weights:
-                raise ExportError(
-                    f"{option} {result.file}: was obtained with other weights of variant {name} (denoiser "
-                    f"{result.weights[:12]}..., now {weights[:12]}...); repeat it with this export. Nothing was written"
-                )
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what makes a bundle, by package; one that is not installed as a package is left out."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def _layers(network: DiffusionPolicyT, exported: DiffusionPolicyT, graphs: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Bits of every linear as asked for, as written, and as ONNX Runtime executes them (from its optimized graphs)."""
-    integers = integer_weights(graphs["encoder"], "encoder.onnx") | integer_weights(graphs["denoiser"], "denoiser.onnx")
+def _rows(exported: DiffusionPolicyT) -> list[LayerRow]:
+    """Bits of every linear of a plain policy, quantized after training or not: written as asked for."""
     rows = []
-    for name, module in network.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        written = _bits(exported.get_submodule(name))
-        executed = written if integers.intersection(graph_weights(name)) else _bits(module)
-        rows.append({"layer": name, "searched": written, "exported": written, "executed": {RUNTIME: executed}})
+    for name, module in exported.named_modules():
+        if isinstance(module, nn.Linear | QuantizedLinear):
+            bits = bits_of(LinearWeights.of(module))
+            rows.append(LayerRow(name, bits, bits))
     return rows
 
 
-def _bits(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, QuantizedLinear):
-        return {"weight": module.bits.weight, "activation": module.bits.activation, "kind": "int"}
-    return {"weight": 32, "activation": 32, "kind": "float"}
-
-
-def _paper_bytes(network: DiffusionPolicyT, layers: list[dict[str, Any]]) -> int:
-    """Parameters x bits / 8 without scales: weights by their layer's bits, everything else at 32 bits."""
-    bits = {row["layer"]: row["exported"]["weight"] for row in layers}
-    total = 0
-    for name, parameter in network.named_parameters():
-        layer, _, kind = name.rpartition(".")
-        total += parameter.numel() * (bits.get(layer, 32) if kind == "weight" else 32)
-    return total // 8
+def _whole(network: DiffusionPolicyT, precision: str) -> Subnet:
+    """The whole policy as the counts know it."""
+    config = network.config
+    bits = 8 if precision == "w8a8" else 32
+    layer = Layer(config.heads, config.ffn_ratio * config.dim, bits, bits)
+    return Subnet((layer,) * config.depth, Precision.INT if precision == "w8a8" else Precision.FP32)

@@ -127,7 +127,7 @@ def elastic_weights(
         grid = InputGrid(Rounding.FP8, quantizer.fp8_scale.numpy())
         return LinearWeights(np.ascontiguousarray(codes), bias, steps.numpy(), grid)
     log_step = (bits.weight[:, None] * module.log_step.detach()).sum(0)
-    codes = lsq_codes(module.weight.detach(), log_step[:, None], bits.weight_low, bits.weight_high).t()
+    levels = lsq_codes(module.weight.detach(), log_step[:, None], bits.weight_low, bits.weight_high).t()
     dtype = int4 if bits.weight_high <= code_range(4)[1] else np.int8
     chosen = bits.activation
     scale, low, high = (
@@ -136,7 +136,7 @@ def elastic_weights(
     grid = InputGrid(Rounding.INTEGER, scale.exp().numpy(), int(low), int(high))
     if grid.low < INT8_CODES[0] or grid.high > INT8_CODES[1]:
         raise ValueError(f"codes from {grid.low} to {grid.high} with zero point 0 do not fit INT8")
-    weight = np.ascontiguousarray(codes.numpy().astype(np.int8)).astype(dtype)
+    weight = np.ascontiguousarray(levels.numpy().astype(np.int8)).astype(dtype)
     return LinearWeights(weight, bias, log_step.exp().numpy(), grid)
 
 

@@ -1,0 +1,285 @@
+"""From a supernet's checkpoint to variants of a bundle: any number of its subnets, each in the bits it was trained in.
+
+A subnet's variant stands beside the full-precision policy that the supernet was trained from, in the same bundle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dcqfa_ros.bundle.load import BUNDLE_YAML, Bundle, load_bundle
+from dcqfa_ros.bundle.schema import Bits, BundleSpec, DiffusionSpec, LatencyRecord, QualityRecord
+from dcqfa_ros.bundle.write import write_bundle
+from training.checkpoint_engine import refuse_images
+from training.config import override
+from training.data.episodes import read_demonstrations
+from training.export.block_parity import block_errors
+from training.export.blocks import blocks_of
+from training.export.bundle import PARITY_SAMPLES, PARITY_SEED
+from training.export.calibration import Float, denoise_chunks, training_observations
+from training.export.diffusion_policy_t import Rest, export_graphs
+from training.export.records import Result
+from training.export.variant import ExportError, LayerRow, Tolerance, bits_of, check_weights, entry, parity, versions
+from training.export.weights import LinearWeights
+from training.policies.diffusion_policy_t import DiffusionPolicyT
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
+from training.space_counts import paper_bytes, parameters
+from training.subnet import FLOAT_BITS, Precision, Subnet
+from training.supernet_checkpoint import TrainedSupernet, load_supernet
+from training.torch_engine import TorchEngine
+from training.warm_start import policy_beside, read_policy_weights
+
+BLOCK_SAMPLES = 16
+BLOCK_TIMESTEP = 48
+TOLERANCE_BLOCK_RMS = 0.01  # of a block's output
+# A subnet is a network of its own: from the whole policy it differs by what a smaller network costs, which its score
+# tells. Whole chunks of integers differ from the same network's in PyTorch by single steps that denoising carries on.
+REST = {
+    Precision.FP32: Rest.FLOAT32,
+    Precision.FP16: Rest.FLOAT16,
+    Precision.FP8: Rest.FLOAT16,
+    Precision.INT: Rest.INT8,
+}
+TOLERANCE = {
+    Precision.FP32: Tolerance(0.25, 1e-5),
+    Precision.FP16: Tolerance(0.25, 0.005),
+    Precision.FP8: Tolerance(0.25, 0.05),
+    Precision.INT: Tolerance(0.25, 0.05),
+}
+OUTSIDE = "embeddings, memory MLP, attention products, norms and action head in floating point"
+
+
+@dataclass(frozen=True, slots=True)
+class SubnetOptions:
+    """What to export of a supernet.
+
+    Attributes:
+        subnets: variant's name -> subnet's name.
+        default: the bundle's default variant; None for the one it has, or the first of a new bundle.
+        data: path of the demonstrations; None for the one the run used.
+        quality: evaluations to record per variant; they must be of the weights that are written.
+        latency: measured latencies to record per variant, likewise.
+        threads: PyTorch threads.
+    """
+
+    subnets: Mapping[str, str]
+    default: str | None = None
+    data: str | None = None
+    quality: Mapping[str, tuple[Result[QualityRecord], ...]] = field(default_factory=dict)
+    latency: Mapping[str, tuple[Result[LatencyRecord], ...]] = field(default_factory=dict)
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.subnets:
+            raise ExportError("--subnet: no subnet is named; name one, as in --subnet w8a8 or --subnet fast=NAME")
+        if "fp32" in self.subnets:
+            raise ExportError("--subnet fp32: that name is of the full-precision policy; write NAME=fp32")
+
+
+def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> BundleSpec:
+    """Add subnets of a supernet to the bundle in ``folder``, or make one of them, and return its specification.
+
+    Variants of the same names are replaced, others stay as they are; one whose files come out the same keeps its
+    recorded latencies and evaluations. The bundle is exchanged in one step.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the demonstrations cannot be read.
+        SpaceError: a subnet is not in the search space.
+        WarmStartError: the full-precision policy that the supernet was trained from cannot be read.
+        ExportError: a variant fails its parity check, a result is of other weights, the policy reads images, or the
+            bundle in ``folder`` is of another policy; nothing is written.
+        BundleError: ``folder`` holds a damaged bundle, or cannot be replaced by one.
+    """
+    supernet = load_supernet(checkpoint)
+    refuse_images(supernet.meaning, supernet.path)
+    there = load_bundle(folder) if (folder / BUNDLE_YAML).exists() else None
+    meaning = supernet.meaning
+    specification = meaning.specification()
+    if there is not None:
+        _check_same_policy(folder, there.spec, specification, supernet.path)
+    for name in options.subnets.values():
+        supernet.space.parse(name)  # all of them before the first is exported
+    source = {} if options.data is None else {"path": options.data, "format": "auto"}
+    demonstrations = read_demonstrations(override(meaning.config, data=source).data)
+    inputs = training_observations(meaning, demonstrations, PARITY_SAMPLES, PARITY_SEED)
+    torch.set_num_threads(options.threads)
+    policy = _policy(supernet)
+    reference = denoise_chunks(TorchEngine(policy, options.threads), specification.diffusion, policy.config, inputs)
+
+    fields = meaning.fields()
+    training = None if there is None else fields["training"]
+    documents, contents = [], {}
+    for name, subnet in tqdm(options.subnets.items(), desc="export", unit="variant"):
+        work = _Export(supernet, specification.diffusion, inputs, reference, options)
+        document, files = work.variant(name, subnet)
+        document["training"] = training
+        documents.append(_with_records(document, there, options))
+        contents.update(files)
+    whole = fields | {"created_by": versions(), "default_variant": options.default or documents[0]["name"]}
+    if there is not None:
+        kept = there.spec.model_dump(mode="json")
+        whole = kept | {"created_by": versions(), "default_variant": options.default or kept["default_variant"]}
+        documents, files = _merged(kept["variants"], documents, there)
+        contents = files | contents
+    spec = BundleSpec.model_validate_json(json.dumps(whole | {"variants": documents}), strict=True)
+    write_bundle(folder, spec, contents)
+    return spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """What the export of one subnet after the other shares."""
+
+    supernet: TrainedSupernet
+    diffusion: DiffusionSpec
+    inputs: Float
+    reference: Float
+    options: SubnetOptions
+
+    def variant(self, name: str, asked: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """A variant's document without records, and its files by path."""
+        space, threads = self.supernet.space, self.options.threads
+        subnet, network = self.supernet.subnet(asked)
+        rest = REST[subnet.precision]
+        graphs = export_graphs(network, self.diffusion.train_timesteps, rest)
+        network.freeze()
+        chunks = denoise_chunks(TorchEngine(network, threads), self.diffusion, network.config, self.inputs)
+        document, files = entry(name, _described(subnet), _precision(subnet), graphs, _rows(network, subnet, rest))
+        agreement = parity(
+            name,
+            graphs,
+            self.diffusion,
+            network.config,
+            self.inputs,
+            self.reference,
+            chunks,
+            TOLERANCE[subnet.precision],
+        )
+        shape = space.shape
+        document |= {
+            "subnet": space.name(subnet),
+            "blocks": [
+                {"index": index, "heads": layer.heads, "ffn_dim": layer.mlp}
+                for index, layer in enumerate(subnet.layers)
+                if layer is not None
+            ],
+            "size": {
+                "parameters": parameters(shape, subnet),
+                "paper_bytes": paper_bytes(shape, subnet),
+                "disk_bytes": sum(len(data) for data in graphs.values()),
+            },
+            "parity": agreement | self._blocks(name, network),
+        }
+        return document, files
+
+    def _blocks(self, name: str, network: ElasticDiffusionPolicyT) -> dict[str, float]:
+        count = min(BLOCK_SAMPLES, len(self.inputs))
+        noisy = np.random.default_rng(PARITY_SEED).standard_normal(self.reference[:count].shape).astype(np.float32)
+        worst = max(block_errors(network, blocks_of(network), noisy, np.array([BLOCK_TIMESTEP]), self.inputs[:count]))
+        if not worst <= TOLERANCE_BLOCK_RMS:
+            raise ExportError(
+                f"variant {name}: a block on ONNX Runtime differs from the training-side one by {worst:.3g} of its "
+                f"output; allowed is {TOLERANCE_BLOCK_RMS:g}. Nothing was written"
+            )
+        return {"block_rms": worst, "tolerance_block_rms": TOLERANCE_BLOCK_RMS}
+
+
+def _policy(supernet: TrainedSupernet) -> DiffusionPolicyT:
+    """The full-precision policy that the supernet was trained from and taught by."""
+    config = supernet.meaning.config
+    assert config.supernet is not None
+    weights = read_policy_weights(policy_beside(supernet.path, config.supernet.warm_start), config.policy)
+    policy = DiffusionPolicyT(config.policy)
+    policy.load_state_dict(weights.state)
+    return policy.eval()
+
+
+def _rows(network: ElasticDiffusionPolicyT, subnet: Subnet, rest: Rest) -> list[LayerRow]:
+    """Bits of every linear of an extracted subnet."""
+    rows = []
+    for index, (block, layer) in enumerate(
+        zip(blocks_of(network), (layer for layer in subnet.layers if layer is not None), strict=True)
+    ):
+        if subnet.precision is Precision.INT:
+            searched = Bits.model_validate({"weight": layer.w, "activation": layer.a, "kind": "int"})
+        else:
+            bits = FLOAT_BITS[subnet.precision]
+            searched = Bits.model_validate({"weight": bits, "activation": bits, "kind": "float"})
+        linears = {f"self_attn.{part}": getattr(block.self_attention, part) for part in "qkvo"}
+        linears |= {f"cross_attn.{part}": getattr(block.cross, part) for part in "qkvo"}
+        linears |= {"fc1": block.fc1, "fc2": block.fc2}
+        rows += [LayerRow(f"blocks.{index}.{name}", searched, bits_of(weights)) for name, weights in linears.items()]
+    for name in ("action_embedding", "observation_embedding", "memory_fc1", "memory_fc2", "head"):
+        module = network.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        plain = LinearWeights.of(module)
+        written = rest.stored(plain) if name.startswith("memory") else plain
+        rows.append(LayerRow(name, bits_of(plain), bits_of(written)))
+    return rows
+
+
+def _described(subnet: Subnet) -> str:
+    bits = sorted({(layer.w, layer.a) for layer in subnet.layers if layer is not None})
+    how = "/".join(f"W{w}A{a}" for w, a in bits) if subnet.precision is Precision.INT else subnet.precision.value
+    return f"subnet of {subnet.depth} blocks, {how} with learned steps; {OUTSIDE}"
+
+
+def _precision(subnet: Subnet) -> str:
+    """The bundle's word for the bits of a subnet."""
+    if subnet.precision is not Precision.INT:
+        return subnet.precision.value
+    bits = {(layer.w, layer.a) for layer in subnet.layers if layer is not None}
+    return {frozenset({(8, 8)}): "w8a8", frozenset({(4, 4)}): "w4a4"}.get(frozenset(bits), "mixed")
+
+
+def _check_same_policy(folder: Path, there: BundleSpec, ours: BundleSpec, path: Path) -> None:
+    """Refuse a bundle whose observations, actions or sampler are not those of the supernet."""
+    for name in ("backbone", "architecture", "observations", "action", "diffusion"):
+        if getattr(there, name) != getattr(ours, name):
+            raise ExportError(
+                f"{folder}: its {name} is not that of {path}: the bundle is of another policy; give another --out. "
+                "Nothing was written"
+            )
+
+
+def _with_records(document: dict[str, Any], there: Bundle | None, options: SubnetOptions) -> dict[str, Any]:
+    """Add latencies and evaluations: those given, and those that were taken with exactly these files."""
+    name = document["name"]
+    check_weights(name, document["files"]["denoiser"]["sha256"], options.quality, options.latency)
+    old = None if there is None else next((v for v in there.spec.variants if v.name == name), None)
+    same = old is not None and all(
+        entry["sha256"] == old.files[role].sha256 for role, entry in document["files"].items()
+    )
+    records: dict[str, Any] = {}
+    for key, given in (("latency", options.latency), ("quality", options.quality)):
+        new = [result.record.model_dump(mode="json") for result in given.get(name, ())]
+        kept = [record.model_dump(mode="json") for record in getattr(old, key)] if same and old is not None else []
+        commands = {record["command"] for record in new}
+        records[key] = [record for record in kept if record["command"] not in commands] + new
+    return document | records
+
+
+def _merged(
+    kept: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]], there: Bundle
+) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """All variants in their order, those made in the place of their namesakes, and the files of those that stay."""
+    by_name = {document["name"]: document for document in made}
+    documents = [by_name.pop(document["name"], document) for document in kept] + list(by_name.values())
+    names = {document["name"] for document in made}
+    files = {
+        spec.path: there.read(variant.name, role)
+        for variant in there.spec.variants
+        if variant.name not in names
+        for role, spec in variant.files.items()
+    }
+    return documents, files
