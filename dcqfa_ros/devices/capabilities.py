@@ -1,43 +1,42 @@
-"""Which precisions a device's runtimes execute. A precision that is not listed as executed is refused, never replaced.
+"""Which runtimes run on a device now, and how each executes a precision there.
 
-Sources: NVIDIA's hardware support matrix by compute capability (INT8 from 7.5, INT4 weights from 8.0, FP8 from 8.9, FP4
-from 10.0); onnxruntime pull request 12088 for 8-bit products on x86 without VNNI: they saturate unless the session asks
-for exact ones, as the engine does; those take AVX2 and more time. Relative times are medians measured with ONNX Runtime
-on one thread: 8 layers of width 256 (2.4, 0.81 and 1.4 ms) and 12 of width 512 (15.5, 5.1 and 6.6 ms) in FP32, INT8 and
-INT4 weights; that of INT8 without dot product instructions is an estimate.
+A precision is executed as it is or in other bits, and the latter is said (:mod:`dcqfa_ros.devices.precisions`); one
+that is not executed is refused by name. Nothing here imports a runtime: versions come from package metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from dcqfa_ros.bundle.schema import Bits
-from dcqfa_ros.devices.detect import Device, Processor
+from dcqfa_ros.devices import modelled
+from dcqfa_ros.devices.detect import Device, Gpu
+from dcqfa_ros.devices.precisions import (
+    GPU_CAPABILITY,
+    PRECISIONS,
+    Execution,
+    dotted,
+    on_onnxruntime,
+    on_openvino,
+    on_tensorrt,
+    on_torch_cuda,
+    rtx_refusal,
+)
+from dcqfa_ros.runtime.engines import (
+    ONNXRUNTIME,
+    OPENVINO,
+    RUNTIMES,
+    TENSORRT,
+    TENSORRT_RTX,
+    TORCH_CUDA,
+    RuntimeFacts,
+    installed_version,
+)
 
-ONNXRUNTIME = "onnxruntime"
-TENSORRT = "tensorrt"
-
-PRECISIONS: Mapping[str, Bits] = {
-    "fp32": Bits(weight=32, activation=32, kind="float"),
-    "fp16": Bits(weight=16, activation=16, kind="float"),
-    "fp8": Bits(weight=8, activation=8, kind="float"),
-    "fp4": Bits(weight=4, activation=4, kind="float"),
-    "w8a8": Bits(weight=8, activation=8, kind="int"),
-    "w4a16": Bits(weight=4, activation=16, kind="int"),
-    "w4a4": Bits(weight=4, activation=4, kind="int"),
-}
-"""Named precisions for reports."""
-
-_MINIMUM_CAPABILITY: Mapping[str, tuple[int, int]] = {
-    "fp32": (5, 0), "fp16": (5, 3), "w8a8": (7, 5), "w4a16": (8, 0), "fp8": (8, 9), "fp4": (10, 0),
-}  # fmt: skip
-_INT8_TIME = 0.33
-_INT8_TIME_WITHOUT_DOT_PRODUCT = 0.6
-_INT4_WEIGHT_TIME = 0.5
-_FLOAT_TIME = 1.0
+_CPU_ONLY_BUILD = "+cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,117 +48,123 @@ class Runtime:
         version: of the installed package, None where it is not installed.
         runs_on: ``cpu`` or ``gpu``.
         unavailable: why no variant can run on it now, or None.
-        refuses: bits -> why this runtime does not execute them here, or None.
-        relative_time: bits -> modelled time of one layer, FP32 = 1.
+        caveat: what was never checked about it, or empty.
+        time_source: where the modelled times come from.
+        executes: bits -> how they are executed here.
+        relative_time: executed bits -> modelled time of one layer, FP32 on ONNX Runtime = 1.
     """
 
     name: str
     version: str | None
     runs_on: Literal["cpu", "gpu"]
     unavailable: str | None
-    refuses: Callable[[Bits], str | None]
+    caveat: str
+    time_source: str
+    executes: Callable[[Bits], Execution]
     relative_time: Callable[[Bits], float]
 
+    @property
+    def title(self) -> str:
+        """Name and version, as latency records write them."""
+        return f"{self.name} {self.version or '(not installed)'}"
+
+    def refuses(self, bits: Bits) -> str | None:
+        """Return why some bits are not executed here, or None."""
+        execution = self.executes(bits)
+        return execution.note if execution.bits is None else None
+
     def precisions(self) -> dict[str, str]:
-        """Return precision name -> ``yes``, or why not."""
-        return {name: self.refuses(bits) or "yes" for name, bits in PRECISIONS.items()}
+        """Return precision name -> ``yes``, ``as <precision>: <why>``, or why it is refused."""
+        return {name: self._answer(bits) for name, bits in PRECISIONS.items()}
+
+    def executed_precisions(self) -> tuple[str, ...]:
+        """Return the names of the precisions that run here, in whatever bits."""
+        return tuple(name for name, bits in PRECISIONS.items() if self.executes(bits).bits is not None)
+
+    def _answer(self, bits: Bits) -> str:
+        execution = self.executes(bits)
+        if execution.bits is None:
+            return execution.note
+        if execution.bits == bits:
+            return "yes"
+        name = next(known for known, other in PRECISIONS.items() if other == execution.bits)
+        return f"as {name}: {execution.note}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "runs_on": self.runs_on,
+            "unavailable": self.unavailable,
+            "caveat": self.caveat,
+            "executes": list(self.executed_precisions()),
+            "precisions": self.precisions(),
+            "modelled_time": {
+                name: self.relative_time(execution.bits)
+                for name, bits in PRECISIONS.items()
+                if (execution := self.executes(bits)).bits is not None
+            },
+            "time_source": self.time_source,
+        }
 
 
 def runtimes(device: Device, version: Callable[[str], str | None] | None = None) -> tuple[Runtime, ...]:
-    """Return the runtimes that concern ``device``, those that can run now first.
+    """Return every runtime of this software as it is on ``device``, in the order in which equal ones are preferred.
 
     Args:
         device: what was detected.
-        version: package name -> installed version or None; for tests.
+        version: distribution -> installed version or None; for tests.
     """
-    version = version or installed_version
-    found = version(ONNXRUNTIME)
-    missing = None if found else "the Python package onnxruntime is not installed"
-    processor = device.processor
-    int8_time = _INT8_TIME if processor.features else _INT8_TIME_WITHOUT_DOT_PRODUCT
-    cpu = Runtime(
-        ONNXRUNTIME,
-        found,
-        "cpu",
-        missing,
-        lambda bits: _refused_by_cpu(bits, processor),
-        lambda bits: _relative_time(bits, int8_time),
+    return tuple(_runtime(facts, device, installed_version(facts, version)) for facts in RUNTIMES.values())
+
+
+def _runtime(facts: RuntimeFacts, device: Device, version: str | None) -> Runtime:
+    return Runtime(
+        facts.name,
+        version,
+        facts.runs_on,
+        _unavailable(facts, device, version),
+        facts.caveat,
+        modelled.MODELS[facts.name].source,
+        _executes(facts.name, device),
+        partial(modelled.relative_time, facts.name, processor=device.processor),
     )
+
+
+def _executes(name: str, device: Device) -> Callable[[Bits], Execution]:
+    if name == ONNXRUNTIME:
+        return partial(on_onnxruntime, processor=device.processor)
+    if name == OPENVINO:
+        return partial(on_openvino, processor=device.processor)
     if device.gpu is None:
-        return (cpu,)
+        return lambda _: Execution(None, "needs a CUDA device")
     capability = device.gpu.compute_capability
-    gpu = Runtime(
-        TENSORRT,
-        version(TENSORRT),
-        "gpu",
-        "this version has no TensorRT engine: the policy runs on the processor",
-        lambda bits: _refused_by_tensorrt(bits, capability),
-        _relative_time,
-    )
-    return cpu, gpu
+    if name == TORCH_CUDA:
+        return partial(on_torch_cuda, capability=capability)
+    return partial(on_tensorrt, capability=capability, rtx=name == TENSORRT_RTX)
 
 
-def installed_version(package: str) -> str | None:
-    """Return the version of an installed Python package without importing it, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _label(bits: Bits) -> str:
-    if bits.kind == "float":
-        return f"FP{bits.weight}" if bits.weight == bits.activation else f"FP{bits.weight}/FP{bits.activation}"
-    return f"W{bits.weight}A{bits.activation}"
-
-
-def _is_weight_only(bits: Bits) -> bool:
-    return bits.kind == "int" and bits.activation >= 16
-
-
-def _refused_by_cpu(bits: Bits, processor: Processor) -> str | None:
-    if bits.kind == "float":
-        if bits.weight == bits.activation == 32:
-            return None
-        return f"{_label(bits)}: ONNX Runtime has no {_label(bits)} kernels for processors"
-    if _is_weight_only(bits):
-        return None
-    if bits.weight == bits.activation == 8:
-        return _refused_int8(processor)
-    return f"{_label(bits)}: no runtime executes 4-bit activations on a processor; export them in INT8 containers"
-
-
-def _refused_int8(processor: Processor) -> str | None:
-    if processor.features:
-        return None
-    if processor.architecture == "x86_64":
-        if processor.avx2:  # products in 16 bits without saturation: exact, but slower
-            return None
-        return "W8A8: this processor has neither VNNI nor AVX2, which ONNX Runtime's exact 8-bit products need"
-    return f"W8A8: {processor.model} has no 8-bit dot product (asimddp, i8mm) that this software knows"
-
-
-def _refused_by_tensorrt(bits: Bits, capability: tuple[int, int]) -> str | None:
-    name = "w4a16" if _is_weight_only(bits) and bits.weight == 4 else _name(bits)
-    needed = _MINIMUM_CAPABILITY.get(name)
-    if needed is None:
-        return f"{_label(bits)}: stock TensorRT does not execute it"
-    if capability < needed:
-        return f"{_label(bits)}: needs compute capability {_dotted(needed)}, this GPU has {_dotted(capability)}"
+def _unavailable(facts: RuntimeFacts, device: Device, version: str | None) -> str | None:
+    if facts.runs_on == "gpu":
+        if device.gpu is None:
+            return "needs a CUDA device, and none was found"
+        refusal = _gpu_refusal(facts.name, device.gpu)
+        if refusal:
+            return refusal
+    if version is None:
+        return f"the Python package {facts.distributions[0]} is not installed: {facts.install}"
+    if facts.name == TORCH_CUDA and version.endswith(_CPU_ONLY_BUILD):
+        return f"torch {version} is a build without CUDA: {facts.install}"
     return None
 
 
-def _name(bits: Bits) -> str:
-    return next((name for name, known in PRECISIONS.items() if known == bits), "")
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
-
-
-def _relative_time(bits: Bits, int8_time: float = _INT8_TIME) -> float:
-    if bits.kind == "int" and bits.activation == 8:
-        return int8_time
-    if bits.kind == "int" and bits.weight == 4:
-        return _INT4_WEIGHT_TIME
-    return _FLOAT_TIME
+def _gpu_refusal(name: str, gpu: Gpu) -> str | None:
+    if name == TENSORRT_RTX:
+        return rtx_refusal(gpu.compute_capability)
+    if gpu.compute_capability < GPU_CAPABILITY:
+        title = "TensorRT" if name == TENSORRT else "the torch engine"
+        return (
+            f"{title} needs compute capability {dotted(GPU_CAPABILITY)}, this GPU has {dotted(gpu.compute_capability)}"
+        )
+    return None

@@ -29,8 +29,17 @@ DOT_PRODUCT_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp"
 """Processor features that multiply 8-bit integers into 32 bits exactly, most capable first."""
 
 _ORIN_COMPUTE_CAPABILITY = (8, 7)
-_ARM_PARTS = {"0xd42": "Cortex-A78AE", "0xd0b": "Cortex-A76", "0xd08": "Cortex-A72", "0xd03": "Cortex-A53"}
+_ARM_PARTS = {
+    "0xd03": "Cortex-A53",
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse-N1",
+    "0xd40": "Neoverse-V1",
+    "0xd42": "Cortex-A78AE",
+    "0xd4f": "Neoverse-V2",
+}
 _KIB = 1024
+_NOT_RECORDED = "the recorded device has an NVIDIA driver, whose GPU no file describes: only NVML does, on the device"
 _NO_NVML = "an NVIDIA driver is loaded but the Python package nvidia-ml-py is not installed: the GPU is not described"
 
 
@@ -50,12 +59,13 @@ class Processor:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A CUDA device; ``memory_bytes`` is None where it shares the system's memory (Jetson)."""
+    """A CUDA device; memory is None where it shares the system's (Jetson), what is available of it where unknown."""
 
     name: str
     compute_capability: tuple[int, int]
     memory_bytes: int | None
     driver: str | None
+    memory_available_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +104,8 @@ def detect(root: Path = Path("/"), gpus: GpuProbe | None = None) -> Device:
 
     Args:
         root: ``/``, or a folder with recorded ``proc`` and ``etc``.
-        gpus: returns CUDA devices and notes; by default NVML for ``/`` and nothing for a recorded tree.
+        gpus: returns CUDA devices and notes; by default NVML for ``/``, and for a recorded tree nothing but a note
+            where it holds a driver.
     """
     notes: list[str] = []
     processor = _processor(_read(root, "proc/cpuinfo"))
@@ -111,7 +122,7 @@ def detect(root: Path = Path("/"), gpus: GpuProbe | None = None) -> Device:
     if re.search(r"\bOrin\b", model) or any(c == "nvidia,tegra234" for c in compatible):
         return _jetson(root, model, compatible, processor, memory, available, notes)
     if gpus is None:
-        gpus = nvml_gpus if root == Path("/") else lambda: ((), ())
+        gpus = nvml_gpus if root == Path("/") else lambda: ((), _recorded_driver(root))
     found, gpu_notes = gpus()
     notes.extend(gpu_notes)
     int8 = processor.features[0] if processor.features else "no 8-bit dot product"
@@ -157,6 +168,10 @@ def _jetson(
     return Device("jetson", name, fingerprint, processor, gpu, l4t, memory, available, tuple(notes))
 
 
+def _recorded_driver(root: Path) -> tuple[str, ...]:
+    return (_NOT_RECORDED,) if _read(root, "proc/driver/nvidia/version") else ()
+
+
 def nvml_gpus() -> tuple[Sequence[Gpu], Sequence[str]]:
     """Return the CUDA devices NVML knows, and notes. A driver without nvidia-ml-py is noted, never an error."""
     try:
@@ -182,10 +197,11 @@ def _nvml_gpu(nvml, index: int, driver: str) -> Gpu:  # type: ignore[no-untyped-
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     try:
-        memory: int | None = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+        figures = nvml.nvmlDeviceGetMemoryInfo(handle)
     except nvml.NVMLError:
-        memory = None  # shared with the system
-    return Gpu(_decoded(nvml.nvmlDeviceGetName(handle)), (int(major), int(minor)), memory, driver)
+        figures = None  # shared with the system
+    memory, free = (None, None) if figures is None else (int(figures.total), int(figures.free))
+    return Gpu(_decoded(nvml.nvmlDeviceGetName(handle)), (int(major), int(minor)), memory, driver, free)
 
 
 def _decoded(text: str | bytes) -> str:

@@ -18,6 +18,7 @@ from dcqfa_ros.bundle.schema import LatencyRecord, Name, Sha256, VariantSpec
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import cache_directory
+from dcqfa_ros.runtime.engines import RUNTIMES, RuntimeFacts
 
 FILE_NAME = "latency.json"
 
@@ -98,20 +99,23 @@ def records_of(variant: VariantSpec, local: LocalRecords) -> tuple[LatencyRecord
 
 
 def bench_records(document: Mapping[str, Any]) -> tuple[LocalRecord, ...]:
-    """Return the ONNX Runtime rows of what ``dcqfa bench engine --json`` prints, each with the weights it measured.
+    """Return the rows of this software's runtimes in what ``dcqfa bench engine --json`` prints.
+
+    Each belongs to the weights it measured. Rows of other engines are for comparison only.
 
     Raises:
         KeyError: a field is missing.
         ValueError: a field's value is not of its kind.
         TypeError: a field is not of its structure.
     """
+    versions = document["versions"]
     return tuple(
         LocalRecord(
             variant=row["variant"],
             weights=row["weights"],
             record=LatencyRecord(
                 device=document["fingerprint"],
-                runtime=f"onnxruntime {document['versions']['onnxruntime']}",
+                runtime=f"{row['engine']} {_version(RUNTIMES[row['engine']], versions)}",
                 kind="measured",
                 threads=row["threads"],
                 steps=row["steps"],
@@ -122,8 +126,20 @@ def bench_records(document: Mapping[str, Any]) -> tuple[LocalRecord, ...]:
             ),
         )
         for row in document["rows"]
-        if row["engine"] == "onnxruntime"
+        if row["engine"] in RUNTIMES
     )
+
+
+def _version(facts: RuntimeFacts, versions: Mapping[str, str]) -> str:
+    """Return the version of a runtime among those of packages.
+
+    Raises:
+        KeyError: none of its packages is among them.
+    """
+    for name in facts.distributions:
+        if name in versions:
+            return versions[name]
+    raise KeyError(f"versions.{facts.distributions[0]}")
 
 
 def _key(local: LocalRecord) -> tuple[str, str, str, int, int]:
@@ -135,8 +151,20 @@ def _runtime_name(text: str) -> str:
     return text.split()[0].split("/")[0]
 
 
-def matches(record: LatencyRecord, device: str, runtime: str, threads: int, steps: int) -> bool:
-    """Whether a record says something about this device, runtime (any version), thread and step count."""
-    return (record.device, _runtime_name(record.runtime), record.threads, record.steps) == (
-        device, runtime, threads, steps,
+def matches(record: LatencyRecord, device: str, runtime: str, threads: int | None, steps: int) -> bool:
+    """Whether a record says something about this device, runtime (any version), step count and thread count.
+
+    ``threads`` None: of any thread count, as on a GPU.
+    """
+    return (
+        (record.device, _runtime_name(record.runtime), record.steps) == (device, runtime, steps)
+        and threads in (None, record.threads)
     )  # fmt: skip
+
+
+def is_of_version(record: LatencyRecord, version: str | None) -> bool:
+    """Whether a record was taken with this version of its runtime; a prediction may leave the version open."""
+    _, _, recorded = record.runtime.partition(" ")
+    if not recorded:
+        return record.kind == "predicted"
+    return recorded == version

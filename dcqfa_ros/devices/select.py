@@ -1,125 +1,75 @@
-"""Choose the variant of a bundle for a device: the fastest that this device executes within the budgets, and why.
+"""Choose variant and runtime for a device: the fastest that this device executes within the budgets, and why.
 
-Latencies measured on this device decide where every variant that fits has one. Otherwise what is missing is modelled:
-parameters x relative time of the layers' precision, scaled by a latency that is known. A modelled time is not held
-against a budget in milliseconds; the choice then says ``modelled``, which variant is not measured, and how to measure.
+In this order: recorded quality (:mod:`dcqfa_ros.devices.quality`), runtimes with a measurement before runtimes that
+nothing is known of here, latency. Latencies measured on this device decide where every variant that fits has one.
+Otherwise what is missing is modelled: parameters x relative time of the layers as executed, scaled by a latency that is
+known. A modelled time is not held against a budget in milliseconds; the choice then says ``modelled``, which variant is
+not measured, and how to measure. Equal ones are ordered by what is known of them, size, the bundle's default, and their
+order in bundle and runtimes, so that the same facts always give the same choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from dcqfa_ros.bundle.schema import BundleSpec, LatencyRecord, VariantSpec
+from dcqfa_ros.bundle.schema import BundleSpec
+from dcqfa_ros.devices.advice import measure_command, profile_command
+from dcqfa_ros.devices.budget import Budget, BudgetError, budget_for
+from dcqfa_ros.devices.candidates import BASIS_ORDER, Basis, Candidate, Conditions, candidate, scaled
 from dcqfa_ros.devices.capabilities import Runtime, runtimes
 from dcqfa_ros.devices.detect import Device
-from dcqfa_ros.devices.records import LocalRecords, matches, records_of
-from dcqfa_ros.errors import UserError
+from dcqfa_ros.devices.quality import LOWER, MARGIN, judge
+from dcqfa_ros.devices.records import LocalRecords
+from dcqfa_ros.runtime.engines import AUTO, runtime_facts
 
-Basis = Literal["measured", "predicted", "modelled"]
-_ORDER: dict[Basis, int] = {"measured": 0, "predicted": 1, "modelled": 2}
+__all__ = ["MARGIN", "Budget", "BudgetError", "Candidate", "Choice", "budget_for", "choose"]
 
-WORKER_BYTES = 90 * 2**20
-"""Resident memory of an engine's worker process without weights: Python, NumPy and ONNX Runtime."""
-WEIGHT_COPIES = 5
-"""Copies of the weights at the peak of loading: the file's bytes, the graph as parsed and as lowered, the session's own
-and its packed form (169 MiB measured for 32 MiB of FP32 weights)."""
-_FREE_SHARE = 0.5
-"""Of the free memory a variant may take half, so that a swap can hold the old and the new one."""
-
-
-class BudgetError(UserError, ValueError):
-    """A budget, rate or step count that makes no sense; names the value and what is expected."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Upper limits for one variant; ``memory_bytes`` None means that the free memory is unknown."""
-
-    latency_ms: float
-    memory_bytes: int | None
-    latency_reason: str
-    memory_reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One variant as ranked.
-
-    Attributes:
-        variant: its name.
-        accepted: whether this device executes it within the budgets.
-        basis: what is known of its own latency.
-        latency_ms: p99 (p50 where the record has no p99) of one chunk; when modelled, scaled from another variant's, or
-            None where no latency is known.
-        relative_time: modelled time, the bundle's FP32 network = 1.
-        memory_bytes: estimated resident memory of its worker.
-        reason: why it has its rank or was rejected.
-    """
-
-    variant: str
-    accepted: bool
-    basis: Basis
-    latency_ms: float | None
-    relative_time: float
-    memory_bytes: int
-    reason: str
+_SAME_MS = 4  # digits: latencies that agree to 0.1 microseconds are equal
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The result: ``variant`` is None when no variant fits; ``ranking`` is best first, rejected variants last.
+    """The result of :func:`choose`.
 
-    ``basis`` is the weakest among the accepted variants: a choice is measured when all it compares is.
+    Attributes:
+        variant: what to run; None when nothing fits.
+        runtime: what to run it on; None when nothing fits.
+        runtime_version: version of that runtime.
+        reason: why.
+        basis: the weakest among those that were compared by latency: a choice is measured when all it compares is.
+        device: fingerprint.
+        known_device: whether any record is of this device.
+        budget: the limits.
+        steps: denoising steps.
+        threads: threads of the engine.
+        quality_margin: see :mod:`dcqfa_ros.devices.quality`.
+        ranking: best first, rejected ones last.
+        left_out: runtime -> why nothing can run on it now.
     """
 
     variant: str | None
+    runtime: str | None
+    runtime_version: str | None
     reason: str
     basis: Basis | None
-    ranking: tuple[Candidate, ...]
     device: str
-    runtime: str
+    known_device: bool
     budget: Budget
     steps: int
     threads: int
+    quality_margin: float
+    ranking: tuple[Candidate, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
 
-
-def budget_for(
-    spec: BundleSpec, device: Device, control_rate: float = 0.0, latency_ms: float = 0.0, memory_mb: float = 0.0
-) -> Budget:
-    """Return the limits; 0 derives one.
-
-    Args:
-        spec: the bundle.
-        device: where it runs.
-        control_rate: actions per second; 0: the bundle's.
-        latency_ms: time one chunk may take; 0: one control period, because a chunk is computed when the last action
-            of the one before has been executed, and its first action is due one period later.
-        memory_mb: MiB its worker may take; 0: half of the free memory.
-
-    Raises:
-        BudgetError: a value is negative or not finite.
-    """
-    for name, value in (("control_rate", control_rate), ("latency_ms", latency_ms), ("memory_mb", memory_mb)):
-        if not 0.0 <= value < float("inf"):
-            raise BudgetError(f"{name}: expected 0 (derive it) or more, got {value}")
-    rate = control_rate or spec.action.rate_hz
-    if latency_ms:
-        latency, latency_reason = latency_ms, "given"
-    else:
-        latency = 1e3 / rate
-        latency_reason = f"one control period at {rate:g} Hz"
-    if memory_mb:
-        return Budget(latency, int(memory_mb * 2**20), latency_reason, "given")
-    if not device.memory_available_bytes:
-        return Budget(latency, None, latency_reason, "the free memory is unknown")
-    memory = int(device.memory_available_bytes * _FREE_SHARE)
-    return Budget(latency, memory, latency_reason, "half of the free memory")
+    def runtime_of(self, variant: str) -> str | None:
+        """Return the best runtime of a variant on this device, None where it fits on none."""
+        return next((c.runtime for c in self.ranking if c.accepted and c.variant == variant), None)
 
 
 def choose(
@@ -130,9 +80,11 @@ def choose(
     *,
     steps: int = 0,
     threads: int = 1,
+    runtime: str = AUTO,
+    quality_margin: float = MARGIN,
     available: Sequence[Runtime] | None = None,
 ) -> Choice:
-    """Rank the variants of ``spec`` on ``device`` and choose one.
+    """Rank the variants of ``spec`` on the runtimes of ``device`` and choose one.
 
     Args:
         spec: the bundle.
@@ -141,134 +93,125 @@ def choose(
         local: measurements of this computer.
         steps: denoising steps; 0: the bundle's. Records of other step counts are not used.
         threads: threads of the engine.
+        runtime: the only runtime to consider, or ``auto``.
+        quality_margin: by how much a recorded score may be lower than the bundle's best.
         available: the device's runtimes; for tests.
 
     Raises:
-        BudgetError: steps or threads are out of range.
+        BudgetError: steps, threads or quality_margin are out of range.
+        EngineError: there is no such runtime.
     """
     if not 0 <= steps <= spec.diffusion.train_timesteps:
         raise BudgetError(f"steps: expected 0 (the bundle's) to {spec.diffusion.train_timesteps}, got {steps}")
     if threads < 1:
         raise BudgetError(f"threads: expected at least 1, got {threads}")
-    steps = steps or spec.diffusion.steps
-    runtime = next(iter(runtimes(device) if available is None else available))
-    local = local or LocalRecords()
-    candidates = [_candidate(v, spec, device, runtime, budget, local, steps, threads) for v in spec.variants]
-    accepted = sorted(_scaled([c for c in candidates if c.accepted]), key=lambda c: _rank(c, spec))
-    rejected = [c for c in candidates if not c.accepted]
+    if runtime != AUTO:
+        runtime_facts(runtime)
+    conditions = Conditions(device, steps or spec.diffusion.steps, threads, local or LocalRecords())
+    quality = judge(spec, conditions.steps, quality_margin)
+    considered = [r for r in (runtimes(device) if available is None else available) if runtime in (AUTO, r.name)]
+    usable = [r for r in considered if r.unavailable is None]
+    found = [candidate(v, spec, r, budget, conditions, quality[v.name]) for r in usable for v in spec.variants]
+    fitting = [c for c in found if c.accepted]
+    unmeasured = _unmeasured(fitting)
+    accepted = sorted(scaled(fitting, budget), key=lambda c: _rank(c, spec, usable, unmeasured))
+    rejected = [c for c in found if not c.accepted]
+    left_out = {r.name: r.unavailable for r in considered if r.unavailable is not None}
+    known = _is_known(spec, conditions)
     best = accepted[0] if accepted else None
-    basis = max(accepted, key=lambda c: _ORDER[c.basis]).basis if accepted else None
-    if best is None:
-        reason = "no variant fits this device: " + "; ".join(f"{c.variant}: {c.reason}" for c in rejected)
-    else:
-        reason = f"{best.variant}: {best.reason}"
-        if basis != "measured":
-            options = f"--bundle {spec.name} --steps {steps} --threads {threads} --save"
-            missing = ", ".join(c.variant for c in accepted if c.basis != "measured")
-            reason += f"; {basis}, {missing} not measured on this device: profile it by 'dcqfa bench engine {options}'"
+    basis, reason = None, _why_none(rejected, left_out)
+    if best is not None:
+        basis, reason = _explain(best, accepted, unmeasured, spec, conditions, known)
     return Choice(
         best.variant if best else None,
+        best.runtime if best else None,
+        next((r.version for r in usable if best and r.name == best.runtime), None),
         reason,
         basis,
-        (*accepted, *rejected),
         device.fingerprint,
-        f"{runtime.name} {runtime.version or '(not installed)'}",
+        known,
         budget,
-        steps,
+        conditions.steps,
         threads,
+        quality_margin,
+        (*accepted, *rejected),
+        left_out,
     )
 
 
-def memory_estimate(variant: VariantSpec) -> int:
-    """Return the estimated peak of resident bytes of the variant's worker process."""
-    return WORKER_BYTES + WEIGHT_COPIES * variant.size.disk_bytes
+def _rank(one: Candidate, spec: BundleSpec, usable: Sequence[Runtime], unmeasured: frozenset[str]) -> tuple[Any, ...]:
+    """Sort key. Either all candidates have a latency or none has."""
+    time = one.relative_time if one.latency_ms is None else one.latency_ms
+    variant = spec.variant(one.variant)
+    return (
+        one.quality_tier,
+        -one.score if one.quality_tier == LOWER and one.score is not None else 0.0,
+        one.runtime in unmeasured,
+        round(time, _SAME_MS),
+        BASIS_ORDER[one.basis],
+        variant.size.disk_bytes,
+        one.variant != spec.default_variant,
+        spec.variants.index(variant),
+        [r.name for r in usable].index(one.runtime),
+    )
 
 
-def _scaled(accepted: list[Candidate]) -> list[Candidate]:
-    """Give variants of unknown latency that of the best known one times the ratio of modelled times.
+def _unmeasured(fitting: Sequence[Candidate]) -> frozenset[str]:
+    """Return the runtimes of which nothing is known here while another one is measured.
 
-    Being known does not make a variant fast: it must not win against one that nobody has measured yet.
+    A model that scales between layers of one runtime says little about another runtime.
     """
-    known = [c for c in accepted if c.latency_ms is not None]
-    if not known:
-        return accepted
-    base = min(known, key=lambda c: (_ORDER[c.basis], c.latency_ms))
-    assert base.latency_ms is not None
-    result = []
-    for candidate in accepted:
-        if candidate.latency_ms is None:
-            latency = base.latency_ms * candidate.relative_time / base.relative_time
-            reason = (
-                f"modelled {latency:.1f} ms per chunk, scaled from {base.variant} ({base.basis}); not measured here"
-            )
-            candidate = replace(candidate, latency_ms=latency, reason=reason)
-        result.append(candidate)
-    return result
+    if not any(c.basis == "measured" for c in fitting):
+        return frozenset()
+    return frozenset(c.runtime for c in fitting) - {c.runtime for c in fitting if c.basis != "modelled"}
 
 
-def _rank(candidate: Candidate, spec: BundleSpec) -> tuple[float, int, bool]:
-    """Fastest; then smallest; then the bundle's default. Either all candidates have a latency or none has."""
-    time = candidate.relative_time if candidate.latency_ms is None else candidate.latency_ms
-    size = spec.variant(candidate.variant).size.disk_bytes
-    return time, size, candidate.variant != spec.default_variant
+def _is_known(spec: BundleSpec, conditions: Conditions) -> bool:
+    records = [r for v in spec.variants for r in v.latency] + [r.record for r in conditions.local.records]
+    return any(r.device == conditions.device.fingerprint for r in records)
 
 
-def _candidate(
-    variant: VariantSpec,
+def _explain(
+    best: Candidate,
+    accepted: Sequence[Candidate],
+    unmeasured: frozenset[str],
     spec: BundleSpec,
-    device: Device,
-    runtime: Runtime,
-    budget: Budget,
-    local: LocalRecords,
-    steps: int,
-    threads: int,
-) -> Candidate:
-    relative = _relative_time(variant, spec, runtime)
-    memory = memory_estimate(variant)
-    record = _record(variant, local, device, runtime, steps, threads)
-    latency = None if record is None else record.p99_ms or record.p50_ms
-    basis: Basis = "modelled" if record is None else record.kind
-
-    def result(accepted: bool, reason: str) -> Candidate:
-        return Candidate(variant.name, accepted, basis, latency, relative, memory, reason)
-
-    if runtime.unavailable:
-        return result(False, runtime.unavailable)
-    refusal = _refusal(variant, runtime)
-    if refusal:
-        return result(False, refusal)
-    if budget.memory_bytes is not None and memory > budget.memory_bytes:
-        return result(
-            False,
-            f"needs about {memory >> 20} MiB, the budget is {budget.memory_bytes >> 20} MiB ({budget.memory_reason})",
+    conditions: Conditions,
+    known: bool,
+) -> tuple[Basis, str]:
+    """Return the basis of a choice and why it was made."""
+    last = best.runtime in unmeasured
+    compared = [c for c in accepted if c.quality_tier == best.quality_tier and (c.runtime in unmeasured) == last]
+    basis = max(compared, key=lambda c: BASIS_ORDER[c.basis]).basis
+    parts = [f"{best.variant} on {best.runtime}: {best.reason}"]
+    faster = [c for c in accepted if c.quality_tier > best.quality_tier and _time(c) < _time(best)]
+    if faster:
+        parts.append(f"not chosen for latency alone: {', '.join(c.engine for c in faster)} (see there)")
+    if unmeasured:
+        parts.append(f"nothing is measured here on {', '.join(sorted(unmeasured))}, which therefore rank last")
+    measure = measure_command(spec, conditions.steps, conditions.threads)
+    if basis == "modelled" and not known:
+        profile = profile_command(spec, conditions.device, conditions.threads)
+        parts.append(
+            f"modelled, because there is no record of this device: profile it by '{profile}' and measure the variants "
+            f"by '{measure}'"
         )
-    if latency is None:
-        return result(True, f"modelled time {relative:.2f} of FP32 on {runtime.name}")
-    figure = f"{basis} {'p99' if record is not None and record.p99_ms else 'p50'} {latency:.1f} ms per chunk"
-    limit = f"{budget.latency_ms:.1f} ms ({budget.latency_reason})"
-    if latency > budget.latency_ms:
-        return result(False, f"{figure} on this device exceeds the budget of {limit}")
-    return result(True, f"{figure} on this device, the budget is {limit}")
+    elif basis != "measured":
+        missing = ", ".join(c.engine for c in compared if c.basis != "measured")
+        parts.append(f"{basis}, {missing} not measured on this device: measure by '{measure}'")
+    return basis, "; ".join(parts)
 
 
-def _refusal(variant: VariantSpec, runtime: Runtime) -> str | None:
-    """Return why the runtime does not execute some layer, or None."""
-    for layer in variant.layers:
-        reason = runtime.refuses(layer.executed.get(runtime.name, layer.exported))
-        if reason:
-            return f"layer {layer.layer}: {reason}"
-    return None
+def _time(one: Candidate) -> float:
+    return one.relative_time if one.latency_ms is None else one.latency_ms
 
 
-def _relative_time(variant: VariantSpec, spec: BundleSpec, runtime: Runtime) -> float:
-    times = [runtime.relative_time(layer.executed.get(runtime.name, layer.exported)) for layer in variant.layers]
-    largest = max(v.size.parameters for v in spec.variants)
-    return sum(times) / len(times) * variant.size.parameters / largest
-
-
-def _record(
-    variant: VariantSpec, local: LocalRecords, device: Device, runtime: Runtime, steps: int, threads: int
-) -> LatencyRecord | None:
-    """Return the record that counts: measured before predicted, this computer's own before the bundle's."""
-    found = [r for r in records_of(variant, local) if matches(r, device.fingerprint, runtime.name, threads, steps)]
-    return min(found, key=lambda r: _ORDER[r.kind], default=None)
+def _why_none(rejected: Sequence[Candidate], left_out: dict[str, str]) -> str:
+    """Say why nothing fits: the closest one and by how much it misses, or every refusal."""
+    over = [c for c in rejected if c.excess is not None]
+    if over:
+        closest = min(over, key=lambda c: c.excess or 0.0)
+        return f"no variant fits this device; the closest is {closest.variant} on {closest.runtime}: {closest.reason}"
+    if rejected:
+        return "no variant fits this device: " + "; ".join(f"{c.engine}: {c.reason}" for c in rejected)
+    return "no variant fits this device: " + "; ".join(f"{name}: {why}" for name, why in left_out.items())

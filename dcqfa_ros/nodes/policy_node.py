@@ -25,6 +25,7 @@ from dcqfa_ros.ros.conversions import MessageError, from_time, observation_array
 from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
 from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
@@ -43,6 +44,7 @@ class PolicyNode(ManagedNode):
         add = self.add_parameter
         add("bundle", "pusht_keypoints", "bundle: a name or a folder", read_only=True)
         add("variant", AUTO, "variant to run, or auto: the selector's choice")
+        add("runtime", AUTO, f"runtime: {', '.join(RUNTIMES)}, or {AUTO}: the selector's choice", read_only=True)
         add("denoising_steps", 0, "denoising steps per chunk; 0: the bundle's own", minimum=0)
         add(
             "control_rate",
@@ -77,7 +79,8 @@ class PolicyNode(ManagedNode):
         self._halt = threading.Event()  # one per activation, so that an old thread can never come back to life
         self._choice = ""
         self._nothing_fits = False  # the selector's verdict: then a default would break a budget
-        self._wanted = ""
+        self._runtimes: dict[str, str] = {}  # variant -> the runtime that the selector ranks best for it
+        self._wanted = ""  # <runtime>/<variant> that was asked for last
 
     # parameters
 
@@ -116,6 +119,8 @@ class PolicyNode(ManagedNode):
         names = [v.name for v in bundle.spec.variants]
         if wanted not in (AUTO, *names):
             raise PolicyError(f"parameter variant is {wanted!r}; the bundle has {', '.join(names)}, and {AUTO}")
+        if self.parameter("runtime") != AUTO:
+            runtime_facts(str(self.parameter("runtime")))
         rate = float(self.parameter("control_rate")) or action.rate_hz
         if abs(rate - action.rate_hz) > 1e-6:
             raise PolicyError(
@@ -209,27 +214,34 @@ class PolicyNode(ManagedNode):
         host, self._host = self._host, None
         if host is not None:
             host.close()
-        self._bundle, self._session, self._wanted, self._choice = None, None, "", ""
+        self._bundle, self._session, self._wanted, self._choice, self._runtimes = None, None, "", "", {}
 
     # variant
 
     def _want(self, variant: str) -> None:
-        if self._host is None or variant == self._wanted:
+        runtime = str(self.parameter("runtime"))
+        if runtime == AUTO:
+            runtime = self._runtimes.get(variant, ONNXRUNTIME)
+        engine = f"{runtime}/{variant}"
+        if self._host is None or engine == self._wanted:
             return
-        self._wanted = variant
-        self._host.request(variant)
+        self._wanted = engine
+        self._host.request(variant, runtime)
 
     def _on_swap(self, result: SwapResult) -> None:
         self.post(functools.partial(self._settle_swap, result))
 
     def _settle_swap(self, result: SwapResult) -> None:
         values = {"swap_id": result.swap_id, "requested": result.requested, "active": result.active}
+        values |= {"runtime": result.runtime, "engine": result.engine}
         if result.ok:
-            self.event(0, f"variant {result.active!r} is active", **values, load_ms=round(result.load_ms, 1))
+            text = f"variant {result.active!r} is active on {result.runtime}"
+            self.event(0, text, **values, load_ms=round(result.load_ms, 1))
         else:
-            self.event(2, f"variant {result.requested!r} refused: {result.reason}", **values, reason=result.reason)
-            if self._wanted == result.requested:  # else a newer request is under way: its outcome counts
-                self._wanted = result.active
+            text = f"variant {result.requested!r} on {result.runtime} refused: {result.reason}"
+            self.event(2, text, **values, reason=result.reason)
+            if self._wanted == f"{result.runtime}/{result.requested}":  # else a newer request's outcome counts
+                self._wanted = result.engine
             if result.active and self.parameter("variant") == result.requested:
                 self.restore_parameter("variant", result.active)
         self._publish_active()
@@ -241,22 +253,26 @@ class PolicyNode(ManagedNode):
         if self._host is None:
             return
         try:
-            choice = status_values(message).get("variant", "")
+            values = status_values(message)
         except MessageError as error:
             self.event(1, f"message on the selector's topic ignored: {error}")
             return
+        choice = values.get("variant", "")
+        self._runtimes = {k.partition(".")[2]: v for k, v in values.items() if k.startswith("runtime.")}
         self._nothing_fits = not choice
         if not choice:
             if self.parameter("variant") == AUTO:
                 self.event(2, f"the selector found no variant for this device: {message.status[0].message}")
             return
-        reason = self._host.validate(choice)
+        pinned = str(self.parameter("variant"))
+        target = choice if pinned == AUTO else pinned  # a pinned variant may have a better runtime
+        reasons = [self._host.validate(name, self._runtimes.get(name, ONNXRUNTIME)) for name in (choice, target)]
+        reason = next(filter(None, reasons), None)
         if reason:
             self.event(2, f"choice of the selector refused: {reason}")
             return
         self._choice = choice
-        if self.parameter("variant") == AUTO:
-            self._want(choice)
+        self._want(target)
 
     # observations and episodes
 
@@ -329,7 +345,7 @@ class PolicyNode(ManagedNode):
         }
         if session.problem:
             return [Status(2, "policy", session.problem, values)]
-        text = f"variant {host.active!r} active" if host.active else "no variant loaded yet"
+        text = f"{host.engine} active" if host.active else "no variant loaded yet"
         return [Status(0 if host.active else 1, "policy", text, values)]
 
 

@@ -1,4 +1,4 @@
-"""selector_node: detects its device, ranks a bundle's variants against budgets, publishes the choice and why.
+"""selector_node: detects its device, ranks a bundle's variants and runtimes against budgets, publishes choice and why.
 
 It runs on the policy's host. ``choice`` is latched: who joins late gets it. It is decided again when the node is
 activated and whenever one of the budget parameters is set, also to the value it has.
@@ -13,15 +13,24 @@ from typing import ClassVar
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.devices.quality import MARGIN
 from dcqfa_ros.devices.records import LocalRecords, RecordsError, load_records
 from dcqfa_ros.devices.select import Choice, budget_for, choose
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.ros.diagnostics import Level, Status, to_message
 from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.runtime.engines import AUTO, RUNTIMES, runtime_facts
 
 STATUS_NAME = "selector"
-BUDGETS = ("control_rate", "denoising_steps", "engine_threads", "budget_latency_ms", "budget_memory_mb")
+BUDGETS = (
+    "control_rate",
+    "denoising_steps",
+    "engine_threads",
+    "budget_latency_ms",
+    "budget_memory_mb",
+    "quality_margin",
+)
 """Parameters that decide again when they are set."""
 
 
@@ -41,8 +50,10 @@ class SelectorNode(ManagedNode):
         add("control_rate", 0.0, "actions per second; 0: the bundle's own", minimum=0.0, maximum=10_000.0)
         add("denoising_steps", 0, "denoising steps per chunk; 0: the bundle's own", minimum=0, maximum=10_000)
         add("engine_threads", 1, "threads of the engine", minimum=1, maximum=64)
-        add("budget_latency_ms", 0.0, "time a chunk may take, ms; 0: one control period", minimum=0.0)
+        add("runtime", AUTO, f"runtime to consider: {', '.join(RUNTIMES)}, or {AUTO}: all", read_only=True)
+        add("budget_latency_ms", 0.0, "time a chunk may take, ms; 0: that of its executed actions", minimum=0.0)
         add("budget_memory_mb", 0.0, "memory a variant may take, MiB; 0: half of the free memory", minimum=0.0)
+        add("quality_margin", MARGIN, "a score may be lower than the best by this much", minimum=0.0, maximum=1e6)
         for name in BUDGETS:
             self.on_parameter(name, None, lambda _: self.post(self._decide))  # after the new value is stored
         self._spec: BundleSpec | None = None
@@ -55,7 +66,10 @@ class SelectorNode(ManagedNode):
         Raises:
             SelectorError: no bundle is named.
             BundleError: the bundle is missing, damaged or not of this version.
+            EngineError: parameter runtime names none.
         """
+        if self.parameter("runtime") != AUTO:
+            runtime_facts(self.parameter("runtime"))
         name = self.parameter("bundle")
         if not name:
             raise SelectorError("parameter bundle is empty, expected the name or the folder of a bundle")
@@ -96,6 +110,8 @@ class SelectorNode(ManagedNode):
                 local,
                 steps=self.parameter("denoising_steps"),
                 threads=self.parameter("engine_threads"),
+                runtime=self.parameter("runtime"),
+                quality_margin=self.parameter("quality_margin"),
             )
         except UserError as error:
             self.event(Level.ERROR, f"no new choice: {error}", bundle=self._spec.name)
@@ -116,23 +132,29 @@ class SelectorNode(ManagedNode):
 def choice_status(choice: Choice, notes: Sequence[str] = ()) -> Status:
     """Return the status published in ``choice``.
 
-    Values: ``variant`` (empty when none fits), ``basis`` (measured, predicted, modelled), ``device``, ``runtime``,
-    ``budget_ms``, ``budget_mb``, ``steps``, ``threads``, ``ranking`` (accepted variants, best first), ``rejected``,
-    ``candidate.<variant>`` (why it has its rank or was rejected) and ``notes``.
+    Values: ``variant`` and ``runtime`` (both empty when nothing fits), ``runtime_version``, ``basis`` (measured,
+    predicted, modelled), ``device``, ``budget_ms``, ``budget_mb``, ``steps``, ``threads``, ``quality_margin``,
+    ``ranking`` (accepted ``<runtime>/<variant>``, best first), ``rejected``, ``candidate.<runtime>/<variant>`` (why it
+    has its rank or was rejected), ``runtime.<variant>`` (the best runtime of a variant that fits),
+    ``unavailable.<runtime>`` (why nothing runs on it) and ``notes``.
     """
     memory = choice.budget.memory_bytes
     values = {
         "variant": choice.variant or "",
         "basis": choice.basis or "",
         "device": choice.device,
-        "runtime": choice.runtime,
+        "runtime": choice.runtime or "",
+        "runtime_version": choice.runtime_version or "",
         "budget_ms": f"{choice.budget.latency_ms:.1f}",
         "budget_mb": "" if memory is None else str(memory >> 20),
         "steps": str(choice.steps),
         "threads": str(choice.threads),
-        "ranking": ",".join(c.variant for c in choice.ranking if c.accepted),
-        "rejected": ",".join(c.variant for c in choice.ranking if not c.accepted),
-        **{f"candidate.{c.variant}": c.reason for c in choice.ranking},
+        "quality_margin": f"{choice.quality_margin:g}",
+        "ranking": ",".join(c.engine for c in choice.ranking if c.accepted),
+        "rejected": ",".join(c.engine for c in choice.ranking if not c.accepted),
+        **{f"candidate.{c.engine}": c.reason for c in choice.ranking},
+        **{f"runtime.{c.variant}": choice.runtime_of(c.variant) or "" for c in choice.ranking if c.accepted},
+        **{f"unavailable.{name}": why for name, why in choice.left_out.items()},
         "notes": "; ".join(notes),
     }
     return Status(Level.OK if choice.variant else Level.ERROR, STATUS_NAME, choice.reason, values)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from dcqfa_ros.devices.detect import Device, detect
+from dcqfa_ros.devices.detect import Device, Gpu, detect
 
 GIB_IN_KB = 2**20
 
 ORIN_FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 VNNI_FLAGS = "fpu sse4_1 avx2 avx512f avx512_vnni avx_vnni amx_int8"
 AVX2_FLAGS = "fpu sse4_1 avx2 fma"
+SSE_FLAGS = "fpu sse4_1 sse4_2 ssse3"
+ZEN_4_FLAGS = "fpu sse4_1 avx2 avx512f avx512_bf16 avx512_vnni"
 
 
 def arm_cpuinfo(cores: int, features: str = ORIN_FEATURES, part: str = "0xd42") -> str:
@@ -71,8 +73,32 @@ TREES: dict[str, dict[str, bytes]] = {
         "proc/meminfo": meminfo(31.3, 24).encode(),
     },
     "cpu_arm": {"proc/cpuinfo": arm_cpuinfo(4, "fp asimd", "0xd08").encode(), "proc/meminfo": meminfo(4, 3).encode()},
+    "cpu_sse": {
+        "proc/cpuinfo": x86_cpuinfo(2, SSE_FLAGS, "Intel(R) Atom(TM) CPU C2558 @ 2.40GHz").encode(),
+        "proc/meminfo": meminfo(7.7, 6).encode(),
+    },
+    "cpu_arm_dot_product": {
+        "proc/cpuinfo": arm_cpuinfo(64, ORIN_FEATURES, "0xd0c").encode(),
+        "proc/meminfo": meminfo(125, 120).encode(),
+    },
+    "rtx_4090": {
+        "proc/cpuinfo": x86_cpuinfo(32, ZEN_4_FLAGS, "AMD Ryzen 9 7950X 16-Core Processor").encode(),
+        "proc/meminfo": meminfo(62.6, 55).encode(),
+        "proc/driver/nvidia/version": b"NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14\n",
+    },
+    "h200": {
+        "proc/cpuinfo": x86_cpuinfo(192, VNNI_FLAGS, "Intel(R) Xeon(R) Platinum 8468").encode(),
+        "proc/meminfo": meminfo(2015, 1900).encode(),
+        "proc/driver/nvidia/version": b"NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15\n",
+    },
     "unknown": {},
 }
+
+GPUS: dict[str, Gpu] = {
+    "rtx_4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24564 * 2**20, "550.54.14", 24100 * 2**20),
+    "h200": Gpu("NVIDIA H200", (9, 0), 143771 * 2**20, "550.54.15", 143000 * 2**20),
+}
+"""What NVML says on these devices (names, capabilities and MiB in total are published; what is free is made up)."""
 
 
 @pytest.fixture
@@ -92,5 +118,10 @@ def tree(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def recorded(tree: Callable[[str], Path]) -> Callable[[str], Device]:
-    """Return a factory that detects a named device from its tree."""
-    return lambda name: detect(tree(name))
+    """Return a factory that detects a named device from its tree, and its GPU from what NVML says there."""
+
+    def find(name: str) -> Device:
+        gpus = (lambda: ((GPUS[name],), ())) if name in GPUS else None
+        return detect(tree(name), gpus)
+
+    return find

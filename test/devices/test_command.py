@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,20 +19,89 @@ def test_a_recorded_device_is_described(tree, capsys: pytest.CaptureFixture[str]
     assert "FP8: needs compute capability 8.9, this GPU has 8.7" in text
 
 
-def test_this_computer_is_described_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the user's cache and the models folders empty; returns a models folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    models = tmp_path / "models"
+    models.mkdir()
+    monkeypatch.setenv("DCQFA_MODELS", str(models))
+    monkeypatch.setattr("dcqfa_ros.commands.devices.share_directory", lambda: tmp_path / "no_share")
+    return models
+
+
+def test_this_computer_is_described_as_json(no_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["device"]["fingerprint"]
-    assert document["choice"] is None
-    assert document["runtimes"][0]["name"] == "onnxruntime"
+    assert (document["choice"], document["bundles"]) == (None, [])
+    names = [runtime["name"] for runtime in document["runtimes"]]
+    assert names == ["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch_cuda"]
+    assert document["runtimes"][0]["precisions"]["w4a4"]
+
+
+def test_what_was_never_executed_is_marked(no_models: Path, tree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "--root", str(tree("orin_nx_16"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    marked = [
+        lines[i - 1].split()[0] for i, line in enumerate(lines) if "compiled, never executed by its authors" in line
+    ]
+    assert marked == ["tensorrt", "tensorrt_rtx", "torch_cuda"]
+    assert any("of this computer" in line and "note" in line for line in lines)
+
+
+def test_every_bundle_of_the_models_folder_gets_a_choice(
+    no_models: Path, tiny_bundle, tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("models/first", "models/second"):
+        tiny_bundle(name)
+    (no_models / "not_a_bundle").mkdir()
+    arguments = ["devices", "--root", str(tree("cpu_arm")), "--runtime", "onnxruntime"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.count("choice: fp32 on onnxruntime (modelled)") == 2
+    assert "dcqfa profile --config " in text
+    assert main([*arguments, "--json"]) == 0
+    bundles = json.loads(capsys.readouterr().out)["bundles"]
+    assert [Path(bundle["folder"]).name for bundle in bundles] == ["first", "second"]
+    for bundle in bundles:
+        assert (bundle["choice"]["variant"], bundle["choice"]["runtime"]) == ("fp32", "onnxruntime")
+        assert [c["accepted"] for c in bundle["choice"]["ranking"]] == [True, False]
+        assert all(c["reason"] for c in bundle["choice"]["ranking"])
+
+
+def test_a_damaged_bundle_is_named_and_the_others_are_still_described(
+    no_models: Path, tiny_bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_bundle("models/good")
+    (tiny_bundle("models/bad", salt="other") / "bundle.yaml").write_text("schema_version: 1\n")
+    assert main(["devices", "--json"]) == 1
+    bad, good = json.loads(capsys.readouterr().out)["bundles"]
+    assert (bad["bundle"], bad["choice"]) == ("bad", None)
+    assert "bundle.yaml" in bad["error"]
+    assert good["error"] is None and good["choice"]["ranking"]
+    assert main(["devices"]) == 1
+    assert "error" in capsys.readouterr().out
+
+
+def test_budgets_and_margin_are_options(no_models: Path, tiny_bundle, tree, capsys) -> None:
+    arguments = ["devices", "--root", str(tree("cpu_vnni")), "--bundle", str(tiny_bundle()), "--json"]
+    options = ["--latency-ms", "20", "--memory-mb", "300", "--quality-margin", "0.1"]
+    assert main([*arguments, *options]) == 0
+    choice = json.loads(capsys.readouterr().out)["choice"]
+    assert (choice["budget"]["latency_ms"], choice["budget"]["memory_bytes"]) == (20, 300 * 2**20)
+    assert choice["quality_margin"] == 0.1
+    assert main([*arguments, "--control-rate", "20"]) == 0
+    assert json.loads(capsys.readouterr().out)["choice"]["budget"]["latency_ms"] == 400
 
 
 def test_the_choice_is_explained_with_every_variant(tree, tiny_bundle, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    arguments = ["devices", "--root", str(tree("cpu_arm")), "--bundle", str(tiny_bundle())]
+    root = str(tree("cpu_arm"))
+    arguments = ["devices", "--root", root, "--bundle", str(tiny_bundle()), "--runtime", "onnxruntime"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "choice: fp32" in text
+    assert "choice: fp32 on onnxruntime" in text
     assert "rejected: layer blocks.0.mlp: W8A8" in text
     assert main([*arguments, "--memory-mb", "10", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["choice"]["variant"] is None
@@ -42,6 +112,8 @@ def test_the_choice_is_explained_with_every_variant(tree, tiny_bundle, tmp_path,
     [
         (["--root", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--bundle", "no_such_bundle"], "no_such_bundle"),
+        (["--runtime", "tensorflow"], "runtime 'tensorflow' is unknown; there are onnxruntime, openvino"),
+        (["--bundle", "pusht_keypoints", "--quality-margin", "-1"], "quality_margin: expected 0 or more"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ def test_jetson_modules_are_told_apart_by_their_number(recorded, tree_name: str,
 
 def test_every_recorded_device_has_its_own_fingerprint(recorded) -> None:
     names = ["orin_nx_16", "orin_nx_8", "orin_nx_8_jetpack_5", "orin_nano_8", "agx_orin_64", "cpu_vnni", "cpu_avx2"]
+    names += ["rtx_4090", "h200", "cpu_sse", "cpu_arm", "cpu_arm_dot_product"]
     assert len({recorded(name).fingerprint for name in names}) == len(names)
 
 
@@ -73,6 +74,45 @@ def test_a_processor_without_vnni_says_so(recorded) -> None:
     assert device.processor.avx2
     assert "no 8-bit dot product" in device.fingerprint
     assert device.name == "Intel(R) Core(TM) i7-7700K CPU @ 4.20GHz"
+
+
+@pytest.mark.parametrize(
+    ("tree_name", "name", "capability", "gib"),
+    [
+        ("rtx_4090", "NVIDIA GeForce RTX 4090 with AMD Ryzen 9 7950X 16-Core Processor", (8, 9), 24.0),
+        ("h200", "NVIDIA H200 with Intel(R) Xeon(R) Platinum 8468", (9, 0), 140.4),
+    ],
+)
+def test_gpus_are_described_by_nvml(recorded, tree_name: str, name: str, capability: tuple, gib: float) -> None:
+    device = recorded(tree_name)
+    assert (device.kind, device.name, device.notes) == ("gpu", name, ())
+    assert device.gpu.compute_capability == capability
+    assert device.gpu.memory_bytes / 2**30 == pytest.approx(gib, abs=0.1)
+    assert device.fingerprint.startswith(f"{device.gpu.name} | x86_64")
+
+
+def test_free_memory_of_the_gpu_does_not_change_the_fingerprint(tree) -> None:
+    gpu = Gpu("NVIDIA H200", (9, 0), 140 * 2**30, "550", 130 * 2**30)
+    busy = dataclasses.replace(gpu, memory_available_bytes=2**30)
+    root = tree("h200")
+    assert detect(root, lambda: ((gpu,), ())).fingerprint == detect(root, lambda: ((busy,), ())).fingerprint
+
+
+def test_a_recorded_driver_without_its_gpu_is_noted(tree) -> None:
+    device = detect(tree("rtx_4090"))
+    assert device.gpu is None
+    assert any("only NVML does" in note for note in device.notes)
+
+
+def test_arm_servers_are_told_from_boards_without_dot_product(recorded) -> None:
+    server, board = recorded("cpu_arm_dot_product").processor, recorded("cpu_arm").processor
+    assert (server.model, server.features) == ("Neoverse-N1", ("asimddp",))
+    assert (board.model, board.features) == ("Cortex-A72", ())
+
+
+def test_an_old_x86_processor_has_neither_vnni_nor_avx2(recorded) -> None:
+    processor = recorded("cpu_sse").processor
+    assert (processor.architecture, processor.features, processor.avx2) == ("x86_64", (), False)
 
 
 def test_memory_is_that_of_meminfo_in_bytes(recorded) -> None:

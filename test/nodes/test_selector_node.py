@@ -70,7 +70,7 @@ def graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Graph]:
 
 
 def test_a_late_subscriber_gets_the_choice_and_every_reason(graph: Graph, tiny_bundle) -> None:
-    node = graph.selector(bundle=str(tiny_bundle()))
+    node = graph.selector(bundle=str(tiny_bundle()), runtime="onnxruntime")
     assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
     assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
     graph.listen()
@@ -81,10 +81,13 @@ def test_a_late_subscriber_gets_the_choice_and_every_reason(graph: Graph, tiny_b
     assert values["variant"] in status.message
     assert values["basis"] == "modelled"
     assert "profile it" in status.message
-    assert values["budget_ms"] == "100.0"
-    assert values["runtime"].startswith("onnxruntime ")
-    assert set(f"{values['ranking']},{values['rejected']}".strip(",").split(",")) == {"fp32", "w8a8"}
-    assert all(values[f"candidate.{name}"] for name in ("fp32", "w8a8"))
+    assert values["budget_ms"] == "800.0"
+    assert (values["runtime"], values["quality_margin"]) == ("onnxruntime", "0.03")
+    assert values["runtime_version"]
+    names = {"onnxruntime/fp32", "onnxruntime/w8a8"}
+    assert set(f"{values['ranking']},{values['rejected']}".strip(",").split(",")) == names
+    assert all(values[f"candidate.{name}"] for name in names)
+    assert values[f"runtime.{values['variant']}"] == "onnxruntime"
 
 
 def test_setting_a_budget_decides_again(graph: Graph, tiny_bundle) -> None:
@@ -110,6 +113,19 @@ def test_steps_beyond_the_schedule_leave_the_last_choice_standing(graph: Graph, 
     assert node.set_parameters([Parameter("denoising_steps", value=8)])[0].successful
     assert graph.wait_for(lambda: bool(node.status()))
     assert node.status()[0].values["steps"] == "8"
+
+
+def test_an_unknown_runtime_is_refused_while_configuring(graph: Graph, tiny_bundle) -> None:
+    node = graph.selector(bundle=str(tiny_bundle()), runtime="tensorflow")
+    assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+
+
+def test_setting_the_margin_decides_again(graph: Graph, tiny_bundle) -> None:
+    node = graph.selector(bundle=str(tiny_bundle()))
+    node.trigger_configure()
+    node.trigger_activate()
+    assert node.set_parameters([Parameter("quality_margin", value=0.5)])[0].successful
+    assert graph.wait_for(lambda: node.status()[0].values["quality_margin"] == "0.5")
 
 
 @pytest.mark.parametrize("bundle", ["", "no_such_bundle"])
