@@ -11,16 +11,19 @@ from typing import Protocol
 import numpy as np
 
 from dcqfa_ros.bench.conditions import Conditions, no_garbage_collection, versions, watch_conditions
+from dcqfa_ros.bench.sizes import SizeRow, is_searched, sizes
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engine import ROLES
-from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, open_engine, runtime_facts
+from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.policy import PolicyRuntime
 
 ENTRY_POINT_GROUP = "dcqfa.bench_engines"
+EAGER = "torch_eager"
 _WARM_UP_RUNS = 3
-_PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
+_PACKAGES = (*(name for facts in RUNTIMES.values() for name in facts.distributions), "numpy", "diffusers")
 
 
 class BenchError(UserError, ValueError):
@@ -69,10 +72,23 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """Result of :func:`compare_engines`; ``ratios`` say how many times faster, None where a row is missing."""
+    """Result of :func:`compare_engines`.
+
+    Attributes:
+        rows: latencies.
+        ratios: how many times faster, within the first runtime and against PyTorch eager; None where a row is missing.
+            Those of a further runtime are prefixed with its name. ``searched`` is the fastest subnet that is smaller
+            than the policy or has mixed bits.
+        sizes: bytes per variant.
+        notes: what could not be compared, and why.
+        conditions: load of the computer meanwhile.
+        versions: of packages.
+        batch: chunks computed at a time.
+    """
 
     rows: tuple[Row, ...]
     ratios: dict[str, float | None]
+    sizes: tuple[SizeRow, ...]
     notes: tuple[str, ...]
     conditions: Conditions
     versions: dict[str, str]
@@ -80,21 +96,29 @@ class EngineReport:
 
 
 def compare_engines(
-    bundle: Bundle, *, variants: Sequence[str] = (), steps: int | None = None, threads: int = 1, rounds: int = 60
+    bundle: Bundle,
+    *,
+    variants: Sequence[str] = (),
+    runtimes: Sequence[str] = (ONNXRUNTIME,),
+    steps: int | None = None,
+    threads: int = 1,
+    rounds: int = 60,
 ) -> EngineReport:
-    """Measure every variant on ONNX Runtime and every registered reference, one chunk each per round.
+    """Measure every variant on every runtime and every registered reference, one chunk each per round.
 
     Args:
         bundle: the policy.
         variants: names; all where empty.
+        runtimes: names, the first of which the ratios are about; a variant that one cannot load becomes a note.
         steps: denoising steps; default: the bundle's.
         threads: threads of every engine.
         rounds: chunks per contender, at least 2.
 
     Raises:
-        BenchError: rounds or steps is out of range, or there is no such variant.
+        BenchError: rounds or steps is out of range, there is no such variant, or a runtime can load none of them.
         BundleError: a file is missing or altered.
-        PolicyError: a variant cannot be loaded or run.
+        EngineError: a runtime is unknown.
+        PolicyError: a variant cannot be run.
     """
     if rounds < 2:
         raise BenchError(f"rounds: expected at least 2, got {rounds}")
@@ -106,12 +130,28 @@ def compare_engines(
     for name in variants:
         if name not in known:
             raise BenchError(f"bundle {spec.name} has no variant {name!r}; it has {', '.join(known)}")
-    contenders = [_onnxruntime(bundle, name, count, threads) for name in (variants or known)]
-    references, notes = _references(spec, count, threads)
-    contenders += references
+    contenders: list[Contender] = []
+    notes: list[str] = []
+    for runtime in runtimes:
+        runtime_facts(runtime)
+        for name in variants or known:
+            try:
+                contenders.append(_engine(bundle, name, runtime, count, threads))
+            except EngineError as error:
+                notes.append(f"no row {runtime} {name}: {error}")
+        if not any(contender.engine == runtime for contender in contenders):
+            raise BenchError("\n".join(notes))
+    references, more = _references(spec, count, threads)
     conditions = watch_conditions()
-    rows = measure(contenders, rounds)
-    return EngineReport(tuple(rows), _ratios(contenders, rows), tuple(notes), conditions(), versions(_PACKAGES))
+    rows = measure(contenders + references, rounds)
+    return EngineReport(
+        tuple(rows),
+        _ratios(spec, rows, runtimes),
+        sizes(spec, known),
+        tuple(notes + more),
+        conditions(),
+        versions(_PACKAGES),
+    )
 
 
 def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
@@ -134,8 +174,9 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
     ]
 
 
-def _onnxruntime(bundle: Bundle, variant: str, steps: int, threads: int) -> Contender:
-    engine = OnnxRuntimeEngine({role: bundle.read(variant, role) for role in ROLES}, threads, variant)
+def _engine(bundle: Bundle, variant: str, runtime: str, steps: int, threads: int) -> Contender:
+    files = {role: bundle.read(variant, role) for role in ROLES}
+    engine = open_engine(runtime, files, threads=threads, name=variant)
     policy = PolicyRuntime(bundle.spec, engine)
     generator = np.random.default_rng(0)
     observation = {}
@@ -144,7 +185,7 @@ def _onnxruntime(bundle: Bundle, variant: str, steps: int, threads: int) -> Cont
         observation[key.name] = key.normalizer.denormalize(normalised)
     described = bundle.spec.variant(variant)
     return Contender(
-        "onnxruntime",
+        runtime,
         variant,
         described.precision,
         threads,
@@ -164,16 +205,30 @@ def _references(spec: BundleSpec, steps: int, threads: int) -> tuple[list[Conten
         except (ImportError, UserError) as error:
             notes.append(f"no row {entry.name}: {error}")
             continue
-        contenders.append(Contender(reference.name, "fp32", entry.name, threads, steps, reference.run))
+        contenders.append(Contender(entry.name, "fp32", "fp32", threads, steps, reference.run))
     if not contenders and not notes:
         notes.append("no row torch_eager: nothing is registered for comparison (install the training requirements)")
     return contenders, notes
 
 
-def _ratios(contenders: Sequence[Contender], rows: Sequence[Row]) -> dict[str, float | None]:
-    p50 = {c.precision: row.p50_ms for c, row in reversed(list(zip(contenders, rows, strict=True)))}
+def _ratios(spec: BundleSpec, rows: Sequence[Row], runtimes: Sequence[str]) -> dict[str, float | None]:
+    kinds = {variant.name: variant.precision for variant in spec.variants}
+    searched = {variant.name for variant in spec.variants if is_searched(spec, variant)}
+    eager = next((row.p50_ms for row in rows if row.engine == EAGER), None)
+    ratios: dict[str, float | None] = {}
+    for place, runtime in enumerate(runtimes):
+        own = [row for row in rows if row.engine == runtime]
 
-    def times_faster(other: str) -> float | None:
-        return round(p50[other] / p50["w8a8"], 3) if other in p50 and "w8a8" in p50 else None
+        def fastest(names: Callable[[str], bool], own: Sequence[Row] = own) -> float | None:
+            return min((row.p50_ms for row in own if names(row.variant)), default=None)
 
-    return {"w8a8_vs_torch_eager": times_faster("torch_eager"), "w8a8_vs_fp32": times_faster("fp32")}
+        w8a8 = fastest(lambda name: kinds[name] == "w8a8")
+        prefix = "" if place == 0 else f"{runtime}."
+        ratios[f"{prefix}w8a8_vs_torch_eager"] = _times_faster(eager, w8a8)
+        ratios[f"{prefix}w8a8_vs_fp32"] = _times_faster(fastest(lambda name: kinds[name] == "fp32"), w8a8)
+        ratios[f"{prefix}searched_vs_torch_eager"] = _times_faster(eager, fastest(lambda name: name in searched))
+    return ratios
+
+
+def _times_faster(other: float | None, ours: float | None) -> float | None:
+    return None if other is None or ours is None else round(other / ours, 3)

@@ -55,6 +55,13 @@ def register(subparsers: Any) -> None:
     )
     engine.add_argument("--bundle", default=DEFAULT_BUNDLE, metavar="DIR", help="folder or name (default: %(default)s)")
     engine.add_argument("--variants", default="", metavar="A,B", help="variants to measure (default: all)")
+    engine.add_argument(
+        "--runtimes",
+        default="",
+        metavar="A,B",
+        help="runtimes to measure, the first of which the ratios are about (default: those installed that this device "
+        "can run, onnxruntime first)",
+    )
     engine.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
     engine.add_argument("--threads", type=int, default=1, metavar="N", help="threads per engine (default: %(default)s)")
     engine.add_argument("--rounds", type=int, default=60, metavar="N", help="chunks per engine (default: %(default)s)")
@@ -95,7 +102,10 @@ def _engine(args: argparse.Namespace) -> int:
     bundle = load_bundle(find_bundle(args.bundle), verify=False)
     device = detect()
     variants = [name for name in args.variants.split(",") if name]
-    report = compare_engines(bundle, variants=variants, steps=args.steps, threads=args.threads, rounds=args.rounds)
+    runtimes = [name for name in args.runtimes.split(",") if name] or _at_hand(device)
+    report = compare_engines(
+        bundle, variants=variants, runtimes=runtimes, steps=args.steps, threads=args.threads, rounds=args.rounds
+    )
     facts = {
         "bundle": bundle.spec.name,
         "device": device.name,
@@ -111,11 +121,24 @@ def _engine(args: argparse.Namespace) -> int:
     return 0
 
 
+def _at_hand(device: Device) -> list[str]:
+    """Names of the runtimes that are installed and that this device can run, ONNX Runtime first."""
+    from dcqfa_ros.devices.capabilities import runtimes
+
+    return [runtime.name for runtime in runtimes(device) if runtime.unavailable is None]
+
+
 def _describe(bundle: Bundle, device: Device, report: EngineReport) -> Iterator[str]:
     yield f"{bundle.spec.name} on {device.name}, batch {report.batch}, load {report.conditions.load_1min:.1f}"
     yield f"{'engine':<14}{'variant':<12}{'threads':>8}{'steps':>7}{'p50 ms':>10}{'p99 ms':>10}"
     for row in report.rows:
         yield (f"{row.engine:<14}{row.variant:<12}{row.threads:>8}{row.steps:>7}{row.p50_ms:>10.2f}{row.p99_ms:>10.2f}")
+    yield f"{'variant':<12}{'on disk MB':>12}{'FP16 / it':>11}{'paper MB':>10}{'FP16 / it':>11}"
+    for size in report.sizes:
+        disk, paper = (f"{x:.2f}" if x is not None else "-" for x in (size.fp16_over_disk, size.fp16_over_paper))
+        yield (f"{size.variant:<12}{size.disk_bytes / 1e6:>12.2f}{disk:>11}{size.paper_bytes / 1e6:>10.2f}{paper:>11}")
+    if any(layer.searched.weight == 4 for variant in bundle.spec.variants for layer in variant.layers):
+        yield "on a processor 4-bit weights and activations execute in 8-bit containers: smaller files, no more speed"
     for name, ratio in report.ratios.items():
         if ratio is not None:
             yield f"{name}: {ratio:.2f} times faster"

@@ -15,6 +15,7 @@ from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.commands.bench import _engine
 from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.runtime.errors import EngineError
 from test.runtime.conftest import tiny_spec
 
 
@@ -79,7 +80,7 @@ def test_registered_reference_gets_a_row_with_the_same_steps_and_threads(
     report = bench.compare_engines(load_bundle(folder), variants=["w8a8"], steps=3, threads=1, rounds=4)
     assert made[0].arguments == ("tiny", 3, 1)
     assert made[0].runs == 3 + 4  # warm-up and rounds
-    assert [row.engine for row in report.rows] == ["onnxruntime", "torch"]
+    assert [row.engine for row in report.rows] == ["onnxruntime", "torch_eager"]
     assert report.ratios["w8a8_vs_torch_eager"] is not None
     assert report.ratios["w8a8_vs_fp32"] is None
     assert report.notes == ()
@@ -92,6 +93,42 @@ def test_reference_that_cannot_be_imported_becomes_a_note(folder: Path, register
     registered(EntryPoint("torch_eager", missing))
     report = bench.compare_engines(load_bundle(folder), steps=2, rounds=2)
     assert report.notes == ("no row torch_eager: No module named 'torch'",)
+
+
+def test_a_runtime_that_cannot_be_opened_is_refused_with_the_reason(
+    folder: Path, registered: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EngineError, match="runtime 'onnx' is unknown; there are onnxruntime"):
+        bench.compare_engines(load_bundle(folder), runtimes=["onnx"])
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise EngineError("runtime openvino: the Python package openvino is not installed: pip install openvino")
+
+    monkeypatch.setattr(bench, "open_engine", refuse)
+    with pytest.raises(bench.BenchError, match=r"no row openvino fp32: .*not installed"):
+        bench.compare_engines(load_bundle(folder), runtimes=["openvino"])
+
+
+def test_a_variant_that_one_runtime_cannot_load_becomes_a_note(
+    folder: Path, registered: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = bench.open_engine
+
+    def only_fp32(runtime: str, files: Any, *, threads: int, name: str) -> Any:
+        if runtime == "openvino" and name != "fp32":
+            raise EngineError("denoiser.onnx: not for this runtime")
+        return opened("onnxruntime", files, threads=threads, name=name)
+
+    monkeypatch.setattr(bench, "open_engine", only_fp32)
+    report = bench.compare_engines(load_bundle(folder), runtimes=["onnxruntime", "openvino"], steps=2, rounds=2)
+    assert [(row.engine, row.variant) for row in report.rows] == [
+        ("onnxruntime", "fp32"),
+        ("onnxruntime", "w8a8"),
+        ("openvino", "fp32"),
+    ]
+    assert "no row openvino w8a8: denoiser.onnx: not for this runtime" in report.notes
+    assert report.ratios["openvino.w8a8_vs_fp32"] is None
+    assert report.ratios["w8a8_vs_fp32"] is not None
 
 
 def test_contenders_take_turns_and_each_starts_a_round() -> None:
@@ -115,7 +152,8 @@ def test_wrong_request_is_refused(arguments: dict[str, Any], text: str, folder: 
 
 
 def arguments(folder: Path, **changes: Any) -> argparse.Namespace:
-    values = {"bundle": str(folder), "variants": "", "steps": 2, "threads": 1, "rounds": 2, "save": False, "json": True}
+    values = {"bundle": str(folder), "variants": "", "steps": 2, "threads": 1, "rounds": 2, "save": False}
+    values |= {"json": True, "runtimes": "onnxruntime"}
     return argparse.Namespace(**values | changes)
 
 
@@ -125,7 +163,7 @@ def test_command_prints_rows_and_ratios_as_json(
     assert _engine(arguments(folder)) == 0
     printed = json.loads(capsys.readouterr().out)
     assert set(printed["rows"][0]) >= {"engine", "variant", "threads", "steps", "p50_ms", "p99_ms"}
-    assert set(printed["ratios"]) == {"w8a8_vs_torch_eager", "w8a8_vs_fp32"}
+    assert set(printed["ratios"]) == {"w8a8_vs_torch_eager", "w8a8_vs_fp32", "searched_vs_torch_eager"}
     assert printed["device"]
     spec = load_bundle(folder).spec
     assert [row["weights"] for row in printed["rows"]] == [v.files["denoiser"].sha256 for v in spec.variants]
