@@ -238,7 +238,7 @@ class PolicyNode(ManagedNode):
             text = f"variant {result.active!r} is active on {result.runtime}"
             self.event(0, text, **values, load_ms=round(result.load_ms, 1))
         else:
-            text = f"variant {result.requested!r} on {result.runtime} refused: {result.reason}"
+            text = f"variant {result.requested!r} refused on {result.runtime}: {result.reason}"
             self.event(2, text, **values, reason=result.reason)
             if self._wanted == f"{result.runtime}/{result.requested}":  # else a newer request's outcome counts
                 self._wanted = result.engine

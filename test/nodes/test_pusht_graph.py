@@ -229,6 +229,7 @@ def test_a_signal_disarms_with_its_name_before_the_node_goes(graph, policy_bundl
     [
         ({"bundle": "no_such_bundle"}, "no_such_bundle"),
         ({"variant": "w2a2"}, "the bundle has fp32, w8a8"),
+        ({"runtime": "tensorflow"}, "runtime 'tensorflow' is unknown; there are onnxruntime, openvino"),
         ({"control_rate": 25.0}, "trained at 10 Hz"),
         ({"observation_sources": "[keypoints=keypoints]"}, "'agent_position'"),
         ({"observation_sources": "[keypoints=nowhere,agent_position=tcp_pose]"}, "'nowhere'"),
@@ -245,7 +246,12 @@ def test_auto_follows_the_selector_and_runs_nothing_when_nothing_fits(graph, pol
     bundle = policy_bundle()
     node = graph.spawn_node("dcqfa_ros.nodes.policy_node", "policy_node", bundle=bundle, selector_timeout_s=0.2)
     selector = graph.spawn_node(
-        "dcqfa_ros.nodes.selector_node", "selector_node", bundle=bundle, budget_latency_ms=1e-6, budget_memory_mb=1.0
+        "dcqfa_ros.nodes.selector_node",
+        "selector_node",
+        bundle=bundle,
+        runtime="onnxruntime",
+        budget_latency_ms=1e-6,
+        budget_memory_mb=1.0,
     )
     assert graph.activate("selector_node"), selector.output
     assert graph.activate("policy_node"), node.output
@@ -253,7 +259,7 @@ def test_auto_follows_the_selector_and_runs_nothing_when_nothing_fits(graph, pol
     graph.wait_for("policy_node", "policy", "no variant loaded yet")
     assert graph.set_parameter("selector_node", "budget_memory_mb", 0.0).successful
     assert graph.set_parameter("selector_node", "budget_latency_ms", 0.0).successful
-    graph.wait_for("policy_node", "event", "is active")
+    graph.wait_for("policy_node", "event", "is active on onnxruntime")
 
 
 def test_without_a_selector_the_default_variant_is_used_and_that_is_said(graph, policy_bundle):
@@ -261,3 +267,4 @@ def test_without_a_selector_the_default_variant_is_used_and_that_is_said(graph, 
     assert graph.activate("policy_node")
     graph.wait_for("policy_node", "event", "no choice from the selector")
     graph.wait_for("policy_node", "event", "is active")
+    graph.wait_for("policy_node", "policy", "onnxruntime/fp32 active", variant="fp32", engine="onnxruntime/fp32")
