@@ -7,7 +7,7 @@ once, when the shapes are known; a run is a plain loop over the calls that are l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Network:
     """A graph whose weights are on a device; it makes a :class:`Program` for any shapes of its inputs.
 
     Attributes:
-        graph: what was read.
+        graph: what was read, without the weights of linear layers, which would lie in memory twice.
         dtype: type of activations between layers.
         device: where it runs.
         linears: output of a linear layer -> the layer.
@@ -48,7 +48,7 @@ class Network:
         Raises:
             EngineError: the device or this torch cannot multiply a layer; the message names graph and reason.
         """
-        self.graph, self.dtype, self.device = graph, dtype, device
+        self.dtype, self.device = dtype, device
         self._constants: dict[str, Tensor] = {}
         try:
             check_products(set(graph.linears.values()), device)
@@ -59,6 +59,7 @@ class Network:
             }
         except EngineError as error:
             raise EngineError(f"{graph.label}: {error}") from error
+        self.graph = replace(graph, nodes=tuple(_without_weights(node) for node in graph.nodes))
 
     def program(self, shapes: Shapes) -> Program:
         """Prepare runs with inputs of these shapes; call it in inference mode.
@@ -210,6 +211,13 @@ class Program:
         self._places[name] = len(self._examples)
         self._examples.append(example)
         return self._places[name]
+
+
+def _without_weights(node: Node) -> Node:
+    if node.layer is None:
+        return node
+    shape_only = np.broadcast_to(np.zeros((), node.layer.weight.dtype), node.layer.weight.shape)
+    return replace(node, layer=replace(node.layer, weight=shape_only))
 
 
 def _with_releases(
