@@ -158,7 +158,7 @@ def build_engine(
         logger.messages.clear()
         builder = module.Builder(logger)
         if builder is None:
-            raise EngineError(f"{label}: no builder{_said(logger)}")
+            raise EngineError(f"{label}: no builder{said(logger)}")
         network = builder.create_network(_network_flags(module))
         parser = module.OnnxParser(network, logger)
         if not parser.parse(onnx):
@@ -181,7 +181,7 @@ def build_engine(
         if plan is None:
             raise EngineError(
                 f"{label}: {flavour.runtime} {module.__version__} cannot build it for compute capability "
-                f"{dotted(capability)}{_said(logger)}"
+                f"{dotted(capability)}{said(logger)}"
             )
         return bytes(plan)
 
@@ -205,7 +205,7 @@ def deserialize(module: Any, plan: bytes, label: str) -> tuple[Any, Any]:
     runtime = module.Runtime(logger)
     engine = None if runtime is None else runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"{label}: the engine cannot be loaded{_said(logger)}")
+        raise EngineError(f"{label}: the engine cannot be loaded{said(logger)}")
     return runtime, engine
 
 
@@ -230,7 +230,8 @@ def logger_of(module: Any) -> Any:
     return Collector()
 
 
-def _said(logger: Any) -> str:
+def said(logger: Any) -> str:
+    """What TensorRT has said since the last build or load, as the end of a message."""
     return f": {'; '.join(logger.messages)}" if logger.messages else " and does not say why"
 
 

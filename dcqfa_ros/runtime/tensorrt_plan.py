@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dcqfa_ros.runtime.cudart import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaError, CudaRuntime
 from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.tensorrt_build import deserialize
+from dcqfa_ros.runtime.tensorrt_build import deserialize, logger_of, said
 
 _log = logging.getLogger(__name__)
 WARM_UP_RUNS = 2
@@ -54,6 +54,7 @@ class StaticPlan:
         self.outputs: dict[str, NDArray[Any]] = {}
         self.capture_refused: str | None = None
         self._cuda, self._stream, self._label = cuda, stream, label
+        self._logger = logger_of(module)
         self._executable: int | None = None
         self._copies_in: list[tuple[int, int, int]] = []  # target, source, bytes
         self._copies_out: list[tuple[int, int, int]] = []
@@ -154,8 +155,8 @@ class StaticPlan:
         try:
             self._enqueue()
         except EngineError:
-            # A stream that is being captured is of no use for anything else. Where the failed call has ended the capture,
-            # that call's own error is the one to report.
+            # A stream that is being captured is of no use for anything else. Where the failed call has ended the
+            # capture, that call's own error is the one to report.
             with suppress(CudaError):
                 self._cuda.destroy_graph(self._cuda.end_capture(self._stream))
             raise
@@ -175,7 +176,7 @@ class StaticPlan:
         for target, source, count in self._copies_in:
             self._cuda.copy(target, source, count, HOST_TO_DEVICE, self._stream)
         if not self._context.execute_async_v3(self._stream):
-            raise EngineError(f"{self._label}: TensorRT could not enqueue it")
+            raise EngineError(f"{self._label}: TensorRT could not enqueue it{said(self._logger)}")
         for target, source, count in self._copies_out:
             self._cuda.copy(target, source, count, DEVICE_TO_HOST, self._stream)
 
