@@ -106,6 +106,7 @@ class Runtime:
                 if (execution := self.executes(bits)).bits is not None
             },
             "time_source": self.time_source,
+            "memory_source": modelled.MODELS[self.name].memory_source,
         }
 
 

@@ -18,7 +18,7 @@ from dcqfa_ros.bundle.schema import LatencyRecord, Name, Sha256, VariantSpec
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import cache_directory
-from dcqfa_ros.runtime.engines import RUNTIMES, RuntimeFacts
+from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, RuntimeFacts
 
 FILE_NAME = "latency.json"
 
@@ -122,7 +122,8 @@ def bench_records(document: Mapping[str, Any]) -> tuple[LocalRecord, ...]:
                 p50_ms=row["p50_ms"],
                 p99_ms=row["p99_ms"],
                 command=f"dcqfa bench engine --bundle {document['bundle']} --steps {row['steps']} "
-                f"--threads {row['threads']}",
+                f"--threads {row['threads']}"
+                + ("" if row["engine"] == ONNXRUNTIME else f" --runtimes {row['engine']}"),
             ),
         )
         for row in document["rows"]

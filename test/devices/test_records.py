@@ -13,6 +13,8 @@ from dcqfa_ros.devices.records import (
     LocalRecord,
     LocalRecords,
     RecordsError,
+    bench_records,
+    is_of_version,
     load_records,
     matches,
     records_file,
@@ -81,3 +83,44 @@ def test_any_version_of_the_runtime_matches(runtime: str) -> None:
     record = local(runtime=runtime).record
     assert matches(record, "d", "onnxruntime", 1, 16)
     assert not matches(record, "d", "tensorrt", 1, 16)
+
+
+def bench(*engines: str, **versions: str) -> dict:
+    row = {"variant": "w8a8", "weights": "a" * 64, "threads": 1, "steps": 16, "p50_ms": 2.0, "p99_ms": 3.0}
+    return {
+        "fingerprint": "d",
+        "bundle": "tiny",
+        "versions": {name.replace("_", "-"): version for name, version in versions.items()},
+        "rows": [{**row, "engine": engine} for engine in engines],
+    }
+
+
+def test_a_benchmark_gives_records_of_every_runtime_with_its_version() -> None:
+    versions = {"onnxruntime": "1.31.1", "tensorrt_cu13": "10.16", "torch": "2.13.0"}
+    records = bench_records(bench("onnxruntime", "tensorrt", "torch_cuda", "torch_eager", **versions))
+    assert [r.record.runtime for r in records] == ["onnxruntime 1.31.1", "tensorrt 10.16", "torch_cuda 2.13.0"]
+    assert records[1].record.command.endswith("--runtimes tensorrt")
+
+
+def test_a_benchmark_without_the_version_of_a_runtime_is_refused() -> None:
+    with pytest.raises(KeyError, match=r"versions\.openvino"):
+        bench_records(bench("openvino", onnxruntime="1.31.1"))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "kind", "same"),
+    [
+        ("onnxruntime 1.31.1", "measured", True),
+        ("onnxruntime 1.31.10", "measured", False),
+        ("onnxruntime", "measured", False),
+        ("onnxruntime", "predicted", True),
+        ("onnxruntime 1.30.0", "predicted", False),
+    ],
+)
+def test_a_record_belongs_to_one_version_of_its_runtime(runtime: str, kind: str, same: bool) -> None:
+    assert is_of_version(local(runtime=runtime, kind=kind).record, "1.31.1") is same
+
+
+def test_threads_do_not_matter_where_none_are_asked_for() -> None:
+    record = local(threads=4).record
+    assert matches(record, "d", "onnxruntime", None, 16) and not matches(record, "d", "onnxruntime", 1, 16)
