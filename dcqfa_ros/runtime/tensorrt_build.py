@@ -17,9 +17,9 @@ from typing import Any
 
 from dcqfa_ros.runtime.errors import EngineError
 
-# NVIDIA's hardware support matrix.
+# NVIDIA's hardware support matrix; below 7.5 nothing runs (TensorRT-RTX, and TensorRT since 10.5).
 MINIMUM_CAPABILITY: Mapping[str, tuple[int, int]] = {
-    "fp32": (5, 0), "fp16": (5, 3), "int8": (7, 5), "int4": (8, 0), "fp8": (8, 9),
+    "fp32": (7, 5), "fp16": (7, 5), "int8": (7, 5), "int4": (8, 0), "fp8": (8, 9),
 }  # fmt: skip
 OLDEST_TENSORRT = (10, 3)
 _MESSAGES = 20

@@ -154,7 +154,7 @@ def test_an_engine_that_cannot_be_loaded_is_refused_with_the_reason(
         ("int8", (7, 5), False),
         ("int4", (7, 5), True),
         ("int4", (8, 7), False),
-        ("fp16", (5, 2), True),
+        ("fp16", (7, 2), True),
     ],
 )
 def test_types_are_refused_below_the_capability_that_multiplies_them(

@@ -380,7 +380,7 @@ def test_missing_files_devices_and_types_are_refused_before_anything_is_built(be
     with pytest.raises(EngineError, match="files lack timestep"):
         bench.open({role: data for role, data in tiny_files().items() if role != "timestep"})
     bench.cuda.attributes |= {75: 6, 76: 1}
-    with pytest.raises(EngineError, match=r"denoiser\.onnx: INT8 needs compute capability 7\.5 .*is for 6\.1"):
+    with pytest.raises(EngineError, match=r"encoder\.onnx: FP16 needs compute capability 7\.5 .*is for 6\.1"):
         bench.open()
     bench.cuda.devices = 0
     with pytest.raises(EngineError, match="no CUDA device"):
