@@ -42,19 +42,21 @@ def _mixed(args: argparse.Namespace) -> int:
     from training.config import override
     from training.search.mixed import METHODS, search_bits
     from training.search.nsga import Genetics
+    from training.search.options import chosen_executor
     from training.search.plots import check_plotting
     from training.search.session import KnownDistances, check_closed_loop, search_session
     from training.supernet_checkpoint import load_supernet
 
     started = time.monotonic()
     check_plotting()
+    executor = chosen_executor(args)
     supernet = load_supernet(args.run)
     if args.seeds:
         check_closed_loop(supernet, range(args.first_seed, args.first_seed + args.seeds))
     config = override(supernet.meaning.config, data=data_section(args.data))
     out = args.out or Path("searches") / config.name
     with (
-        search_session(supernet, config, out, args.samples, args.workers) as session,
+        search_session(supernet, config, out, args.samples, executor) as session,
         tqdm(total=args.population * args.generations, desc="distances", mininterval=1.0) as bar,
     ):
         distances = KnownDistances(supernet.space, session.cache, session.measure, bar.update)
@@ -74,6 +76,8 @@ def _mixed(args: argparse.Namespace) -> int:
         "seeds": args.seeds,
         "rows": rows,
         **{m: [asdict(a) for a in getattr(outcome, m)] for m in METHODS},
+        "executor": executor.name,
+        "workers": session.workers,
         "seconds": round(time.monotonic() - started, 1),
         "result": str(out / RESULT),
     }

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from training.conditions import Condition, Conditions
     from training.config import TrainConfig
     from training.lut import LookUpTable
+    from training.search.budgets import Budgets
     from training.search.cache import DistanceCache
     from training.search.run import Outcome, Plan
     from training.search.session import SearchSession
+    from training.space import SearchSpace
     from training.subnet import Subnet
     from training.supernet_checkpoint import TrainedSupernet
 
 PROPOSALS = 24  # networks of the configuration sampler in the first generation
-PLAN, RESULT, PICTURE, PAGE = "plan.json", "result.json", "front.png", "front.html"
+PLAN = "plan.json"
 ASKED = ("population", "generations", "seed", "samples", "full", "verify")
-MEGA = 1e6
 
 
 def search(subparsers: Any) -> None:
@@ -47,7 +48,8 @@ def search(subparsers: Any) -> None:
     parser.add_argument(
         "--device",
         required=True,
-        help="look-up table: a file, or the name (or its beginning) of one that the run was trained with",
+        help="look-up table: a file, the name (or its beginning) of one that the run was trained with, or here for the "
+        "one that was measured on this machine",
     )
     parser.add_argument("--latency-ms", type=float, metavar="MS", help="most milliseconds per chunk (default: any)")
     parser.add_argument("--memory-mb", type=float, metavar="MB", help="most megabytes (default: any)")
@@ -71,30 +73,36 @@ def _search(args: argparse.Namespace) -> int:
     _check(args)
     from training.commands import data_section
     from training.config import override
-    from training.lut import load_table
+    from training.search.budgets import MEGA, Budgets, closest_network, condition, infeasible
+    from training.search.options import chosen_executor
     from training.search.plots import check_plotting
+    from training.search.report import RESULT, chosen, print_result
     from training.search.session import check_closed_loop, search_session
+    from training.search.tables import search_table
     from training.supernet_checkpoint import load_supernet
-    from training.tables_at_hand import device_table
 
     started = time.monotonic()
     check_plotting()
+    executor = chosen_executor(args)
     supernet = load_supernet(args.run)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.top:
         check_closed_loop(supernet, seeds)
     config = override(supernet.meaning.config, data=data_section(args.data))
-    file = device_table(args.device, config)
-    table = load_table(file)
+    file, table = search_table(args.device, config)
     conditions = _conditions(supernet, config, file.stem, table)
-    condition = _condition(conditions, file.stem, args.latency_ms, args.memory_mb)
+    budgets = Budgets(args.latency_ms, None if args.memory_mb is None else args.memory_mb * MEGA)
+    wanted = condition(conditions, file.stem, budgets)
     out = args.out or Path("searches") / config.name
     if args.verify is not None and not any(out.glob("distances-*.jsonl")):
         raise _nothing_known(out)
-    with search_session(supernet, config, out, args.samples, args.workers) as session:
+    closest = closest_network(supernet.space, wanted)
+    proposals = [closest, *_proposals(supernet, conditions, wanted, args.seed)]
+    with search_session(supernet, config, out, args.samples, executor) as session:
         asked = {
             "device": file.stem,
             "table_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "space_sha256": hashlib.sha256(supernet.space.config.model_dump_json().encode()).hexdigest(),
             "latency_budget_ms": args.latency_ms,
             "memory_budget_mb": args.memory_mb,
             **{name: getattr(args, name) for name in ASKED},
@@ -102,30 +110,39 @@ def _search(args: argparse.Namespace) -> int:
             "distances": session.cache.path.name,
         }
         folder = out / _folder_name(asked)
-        plan = _plan(args, folder, session.cache)
-        proposals = _proposals(supernet, conditions, condition, args.seed)
-        outcome = _run(session, condition, plan, proposals)
+        plan = _plan(args, folder, session.cache, supernet.space)
+        outcome = _run(session, wanted, plan, proposals)
+    if not outcome.front:
+        raise infeasible(wanted, closest)
     facts = {
         "run": str(args.run),
         "step": supernet.meaning.step,
         "table": str(file),
+        "fingerprint": table.device.fingerprint,
         "modelled": table.modelled,
         **asked,
         "predicted_from": None if plan.known is None else len(plan.known),
         **outcome.document(supernet.space),
         "ranked": [],
+        "executor": executor.name,
         "workers": session.workers,
         "seconds": round(time.monotonic() - started, 1),
+        "closed_loop_seconds": None,
         "result": str(folder / RESULT),
     }
-    _write(folder, facts, outcome, (args.latency_ms, None if args.memory_mb is None else args.memory_mb * MEGA))
+    facts["chosen"] = chosen(facts)
+    _draw(folder, facts, outcome, budgets)
+    _write(folder, facts, supernet, table)
     if args.top:
+        started = time.monotonic()
         facts["ranked"] = _ranked(args.top, seeds, supernet, outcome, out)
-        _write_result(folder, facts)
+        facts["closed_loop_seconds"] = round(time.monotonic() - started, 1)
+        facts["chosen"] = chosen(facts)
+        _write(folder, facts, supernet, table)
     if args.json:
         print(json.dumps(facts))
     else:
-        _print(facts)
+        print_result(facts)
     return 0
 
 
@@ -152,34 +169,6 @@ def _conditions(supernet: TrainedSupernet, config: TrainConfig, device: str, tab
     return Conditions(supernet.space, {device: cost_tensors(table, supernet.space, config.diffusion.steps)}, [])
 
 
-def _condition(conditions: Conditions, device: str, latency_ms: float | None, memory_mb: float | None) -> Condition:
-    """Device and budgets; one that is not given is above what any network costs.
-
-    Raises:
-        ArgumentError: no network fits; names the option, the smallest network and what would do.
-    """
-    from training.commands import ArgumentError
-    from training.conditions import Condition, rounded_up, smallest_subnet, within
-
-    costs, space = conditions.measured[device], conditions.space
-    smallest = smallest_subnet(space)
-    least = costs.total(smallest)
-    most_latency = costs.fixed_latency + float(costs.latency.flatten(1).amax(dim=1).sum())
-    most_memory = costs.fixed_memory + float(costs.memory.flatten(1).amax(dim=1).sum())
-    budgets = []
-    for option, unit, given, needed, most in (
-        ("--latency-ms", "ms", latency_ms, least.latency_ms, most_latency),
-        ("--memory-mb", "MB", memory_mb, least.memory_bytes / MEGA, most_memory / MEGA),
-    ):
-        if given is not None and not within(needed, given):
-            raise ArgumentError(
-                f"{option} {given:g}: the smallest network ({space.name(smallest)}) takes {rounded_up(needed)} {unit} "
-                f"on {device}, {100.0 * (needed / given - 1.0):.1f} % more; give at least {rounded_up(needed)}"
-            )
-        budgets.append(most if given is None else given)
-    return Condition(device, costs, budgets[0], budgets[1] * MEGA)
-
-
 def _folder_name(asked: dict[str, Any]) -> str:
     """Device and budgets for people, and what tells other searches of them apart."""
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]
@@ -192,7 +181,7 @@ def _folder_name(asked: dict[str, Any]) -> str:
     return "-".join([*parts, digest])
 
 
-def _plan(args: argparse.Namespace, folder: Path, cache: DistanceCache) -> Plan:
+def _plan(args: argparse.Namespace, folder: Path, cache: DistanceCache, space: SearchSpace) -> Plan:
     """What to measure: everything in the first search of a supernet, little in those of further devices.
 
     It is decided once and kept, so that a search that was interrupted goes on with the same plan.
@@ -207,7 +196,7 @@ def _plan(args: argparse.Namespace, folder: Path, cache: DistanceCache) -> Plan:
         known = kept["known"]
     else:
         if args.verify is not None or (not args.full and _searched(folder.parent, cache.path.name)):
-            known = [name for name, _ in cache.items()]
+            known = [name for name, _ in cache.items() if _offers(space, name)]
         if known is not None and len(known) < LEAST_KNOWN:
             if args.verify is not None:
                 raise _nothing_known(cache.path)
@@ -237,6 +226,17 @@ def _kept_plan(path: Path) -> dict[str, list[str] | None] | None:
     return None
 
 
+def _offers(space: SearchSpace, name: str) -> bool:
+    """Whether a network is one of ``space``; the same weights may have been searched in a wider one."""
+    from training.subnet import SpaceError
+
+    try:
+        space.parse(name)
+    except SpaceError:
+        return False
+    return True
+
+
 def _nothing_known(path: Path) -> Exception:
     from training.commands import ArgumentError
     from training.search.run import LEAST_KNOWN
@@ -248,6 +248,8 @@ def _nothing_known(path: Path) -> Exception:
 
 def _searched(out: Path, distances: str) -> bool:
     """Whether a search with the same distances was completed; files that cannot be read count as none."""
+    from training.search.report import RESULT
+
     for path in sorted(out.glob(f"*/{RESULT}")):
         try:
             facts = json.loads(path.read_text())
@@ -260,15 +262,27 @@ def _searched(out: Path, distances: str) -> bool:
 
 
 def _proposals(supernet: TrainedSupernet, conditions: Conditions, condition: Condition, seed: int) -> list[Subnet]:
-    """Draws of the run's own configuration sampler for this device and these budgets."""
+    """Draws of the run's own configuration sampler for this device and these budgets.
+
+    Raises:
+        CheckpointError: the search space in the checkpoint is not the one that the sampler was trained with.
+    """
     import torch
 
+    from training.checkpoint import CheckpointError
+    from training.predictor import AdvantageError
     from training.sampler import ConfigurationSampler
 
     options = supernet.meaning.config.supernet
     assert options is not None
     sampler = ConfigurationSampler(supernet.space, conditions, options.sampler)
-    sampler.load_state_dict(supernet.sampler(sampler.state_dict()))
+    try:
+        sampler.load_state_dict(supernet.sampler(sampler.state_dict()))
+    except (AdvantageError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{supernet.path}: supernet.space in its configuration is not the space that it was trained with "
+            f"({error}); restore the checkpoint"
+        ) from error
     return sampler.draw_many(condition, torch.Generator().manual_seed(seed), PROPOSALS)
 
 
@@ -299,40 +313,22 @@ def _ranked(top: int, seeds: range, supernet: TrainedSupernet, outcome: Outcome,
     return sorted(rows, key=lambda row: -row["score"])
 
 
-def _write(folder: Path, facts: dict[str, Any], outcome: Outcome, budgets: tuple[float | None, float | None]) -> None:
-    """Picture, page and result; the result last, since it says that the search is complete."""
+def _draw(folder: Path, facts: dict[str, Any], outcome: Outcome, budgets: Budgets) -> None:
     from training.search.plots import plot_html, plot_png
+    from training.search.report import PAGE, PICTURE
 
     modelled = " (modelled)" if facts["modelled"] else ""
     title = f"{facts['run']}, step {facts['step']}, on {facts['device']}{modelled}"
-    plot_png(outcome, title, budgets, folder / PICTURE)
+    plot_png(outcome, title, (budgets.latency_ms, budgets.memory_bytes), folder / PICTURE)
     plot_html(outcome, title, folder / PAGE)
-    _write_result(folder, facts)
 
 
-def _write_result(folder: Path, facts: dict[str, Any]) -> None:
-    from training.lut import write_atomically
+def _write(folder: Path, facts: dict[str, Any], supernet: TrainedSupernet, table: LookUpTable) -> None:
+    """The front for the exporter, and the result; the latter last, since it says that the search is complete."""
+    from training.search.report import FRONT, RESULT, front_document, write_document
+    from training.warm_start import state_sha256
 
-    write_atomically(folder / RESULT, (json.dumps(facts, indent=1) + "\n").encode())
-
-
-def _print(facts: dict[str, Any]) -> None:
-    """The front as a table, and what was compared."""
-    print(f"{facts['device']}, {'modelled' if facts['modelled'] else 'measured'} table {facts['table']}")
-    width = max(len(row["subnet"]) for row in [*facts["front"], {"subnet": "subnet"}])
-    print(f"{'subnet':<{width}} {'distance':>9} {'ms':>8} {'MB':>7} {'bits':>5}")
-    for row in facts["front"]:
-        print(
-            f"{row['subnet']:<{width}} {row['distance']:9.5f} {row['latency_ms']:8.3f} "
-            f"{row['memory_bytes'] / MEGA:7.2f} {row['mean_bits']:5.2f}"
-        )
-    volume = f"hypervolume {facts['hypervolume']:.3f}"
-    if facts["random_hypervolume"] is not None:
-        volume += f", random search {facts['random_hypervolume']:.3f} with {facts['random_measured']} networks"
-    predicted = ""
-    if facts["rank_correlation"] is not None:
-        predicted = f"; rank correlation of predictions {facts['rank_correlation']:.2f}"
-    print(f"{facts['measured']} networks, {facts['new_distances']} distances measured anew{predicted}")
-    print(f"{volume}; {facts['seconds']} s; {facts['result']}")
-    for row in facts["ranked"]:
-        print(f"closed loop  {row['score']:.3f}  {row['subnet']}")
+    weights = state_sha256(supernet.network.state_dict())
+    steps = supernet.meaning.config.diffusion.steps
+    write_document(folder / FRONT, front_document(facts, table, weights, steps))
+    write_document(folder / RESULT, facts)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dcqfa_ros.errors import UserError
 from training.config import TrainConfig, override
 from training.data.policy_data import PolicyData
 from training.objective import Objective
-from training.policies.diffusion_policy_t import DiffusionPolicyT
+from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.subnet import Subnet
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.warm_start import policy_beside, read_policy_weights, state_sha256
@@ -44,7 +41,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DistanceSource:
-    """Where the networks and samples of a distance come from; small enough to be sent to other processes.
+    """Where the networks and samples of a distance come from.
 
     Attributes:
         checkpoint: file of the supernet.
@@ -57,10 +54,80 @@ class DistanceSource:
     samples: int = SAMPLES
 
 
-class TeacherDistance:
+@dataclass(frozen=True, slots=True, eq=False)
+class Parcel:
+    """Everything that another process needs to measure the same distances, as arrays; no file is read there.
+
+    Attributes:
+        policy: architecture of the supernet.
+        state: its averaged weights by name.
+        noisy: (N, T, Da) float32, actions with noise.
+        timesteps: (N,) int64.
+        observation: (N, To, Do) float32.
+        target: (N, T - first, Da) float32, the teacher's noise.
+        first: tokens that are of the past.
+    """
+
+    policy: DiffusionPolicyTConfig
+    state: Mapping[str, NDArray[Any]]
+    noisy: NDArray[np.float32]
+    timesteps: NDArray[np.int64]
+    observation: NDArray[np.float32]
+    target: NDArray[np.float32]
+    first: int
+
+    def unpacked(self) -> SubnetDistance:
+        """The distance, with memory of its own: what arrived may be read-only and shared."""
+        network = ElasticDiffusionPolicyT(self.policy)
+        network.load_state_dict({name: torch.tensor(value) for name, value in self.state.items()})
+        network.requires_grad_(False).eval()
+        arguments = (torch.tensor(self.noisy), torch.tensor(self.timesteps), torch.tensor(self.observation))
+        return SubnetDistance(network, arguments, torch.tensor(self.target), self.first)
+
+
+class SubnetDistance:
     """Mean squared difference between the noise that a subnet and the teacher predict, over the executed actions.
 
     Both run in float32. Attention is causal, so tokens behind the executed ones change nothing and are left out.
+
+    Attributes:
+        network: that subnets are activated in.
+    """
+
+    def __init__(
+        self, network: ElasticDiffusionPolicyT, arguments: tuple[Tensor, Tensor, Tensor], target: Tensor, first: int
+    ) -> None:
+        """Take the network and the samples.
+
+        Args:
+            network: the supernet, in evaluation mode.
+            arguments: (N, T, Da) float32 noisy actions, (N,) int64 time steps, (N, To, Do) float32 observations.
+            target: (N, T - first, Da) float32, the teacher's noise.
+            first: tokens that are of the past.
+        """
+        self.network = network
+        self._arguments, self._target, self._first = arguments, target, first
+
+    def distance(self, subnet: Subnet) -> float:
+        """Distance of one subnet."""
+        self.network.activate(subnet)
+        with torch.inference_mode():
+            predicted = self.network(*self._arguments)[:, self._first :]
+            return float(torch.nn.functional.mse_loss(predicted, self._target))
+
+    def __call__(self, subnets: Sequence[Subnet]) -> Iterator[float]:
+        """Distances of ``subnets``, one after the other."""
+        return (self.distance(subnet) for subnet in subnets)
+
+    def parcel(self) -> Parcel:
+        """The same for another process."""
+        state = {name: value.numpy() for name, value in self.network.state_dict().items()}
+        noisy, timesteps, observation = (tensor.numpy() for tensor in self._arguments)
+        return Parcel(self.network.config, state, noisy, timesteps, observation, self._target.numpy(), self._first)
+
+
+class TeacherDistance(SubnetDistance):
+    """The distance of a run's subnets on its held-out data.
 
     Attributes:
         supernet: the network that subnets are activated in.
@@ -94,14 +161,15 @@ class TeacherDistance:
                 f"{source.checkpoint}: the run holds no episode out (data.validation_ratio), so no subnet can be judged"
             )
         tokens = config.policy.observation_horizon - 1 + config.executed_actions
+        first = config.policy.observation_horizon - 1  # actions before it are of the past
         batch = data.draw(data.held_out, SAMPLE_SEED, source.samples)
-        noisy = Objective(data.config, torch.device("cpu")).noisy(batch)[:, :tokens]
-        self._arguments = (noisy, batch.timesteps, batch.observation)
+        noisy = Objective(data.config, torch.device("cpu")).noisy(batch)[:, :tokens].contiguous()
+        arguments = (noisy, batch.timesteps, batch.observation)
         teacher = DiffusionPolicyT(config.policy)
         teacher.load_state_dict(weights.state)
-        self._first = config.policy.observation_horizon - 1  # actions before it are of the past
         with torch.inference_mode():
-            self._target = teacher.eval()(*self._arguments)[:, self._first :]
+            target = teacher.eval()(*arguments)[:, first:].contiguous()
+        super().__init__(self.supernet.network, arguments, target, first)
         self.key: dict[str, Any] = {
             "version": VERSION,
             "network": state_sha256(self.supernet.network.state_dict()),
@@ -109,78 +177,5 @@ class TeacherDistance:
             "data": data.sha256,
             "samples": source.samples,
             "seed": SAMPLE_SEED,
-            "tokens": [self._first, tokens],
+            "tokens": [first, tokens],
         }
-
-    def distance(self, subnet: Subnet) -> float:
-        """Distance of one subnet."""
-        network = self.supernet.network
-        network.activate(subnet)
-        with torch.inference_mode():
-            predicted = network(*self._arguments)[:, self._first :]
-            return float(torch.nn.functional.mse_loss(predicted, self._target))
-
-    def __call__(self, subnets: Sequence[Subnet]) -> Iterator[float]:
-        """Distances of ``subnets``, one after the other."""
-        return (self.distance(subnet) for subnet in subnets)
-
-
-@contextmanager
-def spread(distance: TeacherDistance, source: DistanceSource, workers: int) -> Iterator[Measure]:
-    """A measure on ``workers`` processes of one thread each; this process alone where that is 1.
-
-    Subnets are independent of each other, so the figures are those of one process.
-
-    Raises:
-        DistanceError: a process was killed, or found other weights in the checkpoint than this one.
-    """
-    if workers == 1:
-        yield distance
-        return
-    context = multiprocessing.get_context("spawn")
-    arguments = (source, distance.key)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments) as pool:
-
-        def measure(subnets: Sequence[Subnet]) -> Iterator[float]:
-            try:
-                yield from pool.map(_distance, subnets)
-            except BrokenProcessPool as error:
-                raise DistanceError(
-                    "a process that measures distances ended early (killed, or out of memory); what was measured is "
-                    "kept: give the same command again, with fewer --workers if memory is short"
-                ) from error
-
-        yield measure
-
-
-_in_worker: TeacherDistance | UserError | None = None
-
-
-def _start(source: DistanceSource, key: dict[str, Any]) -> None:
-    global _in_worker  # a process pool has no other place for what its processes keep
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its processes
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    try:
-        found = TeacherDistance(source)
-        if found.key != key:
-            raise DistanceError(
-                f"{source.checkpoint}: changed while it was searched (a run goes on there?); search a copy"
-            )
-        _in_worker = found
-    except UserError as error:
-        _in_worker = error  # raised where it reaches the user: an initializer's errors only break the pool
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _distance(subnet: Subnet) -> float:
-    if isinstance(_in_worker, UserError):
-        raise _in_worker
-    assert _in_worker is not None
-    return _in_worker.distance(subnet)

@@ -1,8 +1,7 @@
-"""What every search of a supernet needs: its networks, the distances known so far, and processes that measure more."""
+"""What every search of a supernet needs: its networks, the distances known so far, and an executor of others."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from dcqfa_ros.runtime.policy import PolicyRuntime
 from training.checkpoint_engine import CheckpointVariant, refuse_images
 from training.config import TrainConfig
 from training.search.cache import DistanceCache
-from training.search.distance import DistanceSource, Measure, TeacherDistance, spread
+from training.search.distance import DistanceSource, Measure, TeacherDistance
+from training.search.executors import Executor
 from training.space import SearchSpace
 from training.subnet import Subnet
 from training.supernet_checkpoint import TrainedSupernet
@@ -79,7 +79,7 @@ class SearchSession:
 
 @contextmanager
 def search_session(
-    supernet: TrainedSupernet, config: TrainConfig, folder: Path, samples: int, workers: int | None
+    supernet: TrainedSupernet, config: TrainConfig, folder: Path, samples: int, executor: Executor
 ) -> Iterator[SearchSession]:
     """Open data, teacher and known distances of a supernet.
 
@@ -88,7 +88,7 @@ def search_session(
         config: the run's configuration, with the data's place on this machine.
         folder: where distances are kept.
         samples: held-out windows of a distance.
-        workers: processes that measure; None for one per core.
+        executor: measures distances.
 
     Raises:
         UserError: a file is missing or damaged, does not belong to the run, or cannot be written.
@@ -96,9 +96,8 @@ def search_session(
     torch.set_num_threads(1)  # as in the processes that measure: figures do not depend on their number
     source = DistanceSource(supernet.path, config, samples)
     distance = TeacherDistance(source, supernet)
-    count = workers or len(os.sched_getaffinity(0))
-    with closing(DistanceCache(folder, distance.key)) as cache, spread(distance, source, count) as measure:
-        yield SearchSession(supernet, cache, measure, count)
+    with closing(DistanceCache(folder, distance.key)) as cache, executor.measuring(distance) as (measure, workers):
+        yield SearchSession(supernet, cache, measure, workers)
 
 
 def check_closed_loop(supernet: TrainedSupernet, seeds: range) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
+import torch
 
 from training.conditions import Conditions
 from training.cost import cost_tensors
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
+from training.search.distance import DistanceSource, TeacherDistance
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.subnet import Subnet
+from training.supernet_checkpoint import load_supernet
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
@@ -59,3 +63,25 @@ class MadeUpDistance:
 def made_up() -> MadeUpDistance:
     """A fresh one."""
     return MadeUpDistance()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """This process computes as those that measure do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def teacher_distance(supernet_run: Path, one_thread: None) -> TeacherDistance:
+    """The distance of the tiny supernet's subnets on eight windows."""
+    supernet = load_supernet(supernet_run)
+    return TeacherDistance(DistanceSource(supernet.path, supernet.meaning.config, 8), supernet)
+
+
+@pytest.fixture
+def four_subnets(teacher_distance: TeacherDistance) -> list[Subnet]:
+    """Subnets of the tiny supernet with four different distances."""
+    return [teacher_distance.supernet.space.parse(name) for name in ("largest", "w8a8", "w4a4", "smallest")]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 
 from dcqfa_ros import cli
-from dcqfa_ros.errors import UserError
+from dcqfa_ros.devices.detect import detect
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.conditions import Conditions
 from training.config import load_config
 from training.cost import cost_tensors
 from training.evaluate import Scores
-from training.lut import load_table
+from training.lut import load_table, save_table
+from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.sandwich import search_space
-from training.search.distance import DistanceSource, TeacherDistance, spread
+from training.space import SearchSpace
 from training.supernet_checkpoint import load_supernet
+from training.warm_start import state_sha256
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--population", 8, "--generations", 3, "--samples", 16, "--workers", 1, "--top", 0)
@@ -47,7 +50,7 @@ def document(result: tuple[int, str, str]) -> dict[str, Any]:
     return json.loads(output)
 
 
-TIMES = ("seconds", "new_distances")
+TIMES = ("seconds", "new_distances", "closed_loop_seconds")
 
 
 def test_a_device_is_searched_and_the_result_can_be_looked_at(
@@ -97,19 +100,6 @@ def test_distances_that_were_lost_are_measured_again(search: Run, supernet_run: 
     assert again["front"] == facts["front"]
 
 
-def test_a_checkpoint_that_changes_while_it_is_searched_is_noticed(supernet_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(supernet_run, folder)
-    supernet = load_supernet(folder)
-    source = DistanceSource(supernet.path, supernet.meaning.config, 8)
-    distance = TeacherDistance(source, supernet)
-    payload = load_checkpoint(folder / "checkpoint.pt")
-    payload["ema"]["head.weight"] += 1.0
-    save_checkpoint(folder / "checkpoint.pt", payload)
-    with pytest.raises(UserError, match="changed while it was searched"), spread(distance, source, 2) as measure:
-        list(measure([supernet.space.parse("w4a4")]))
-
-
 def test_the_best_networks_are_ranked_by_closed_loop_score(
     search: Run, supernet_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,10 +117,125 @@ def test_the_best_networks_are_ranked_by_closed_loop_score(
     assert {row["subnet"] for row in facts["ranked"]} == {row["subnet"] for row in nearest}
     assert played == [list(range(300_000, 300_003))] * 2
     assert document(search(*arguments))["ranked"] == facts["ranked"] and len(played) == 2
+    best = facts["ranked"][0]
+    assert facts["chosen"]["name"] == best["subnet"] and facts["chosen"]["closed_loop"] == best["score"]
+    front = json.loads(Path(facts["result"]).with_name("front.json").read_text())
+    scores = {row["name"]: row["closed_loop"] for row in front["subnets"]}
+    assert {row["subnet"]: row["score"] for row in facts["ranked"]}.items() <= scores.items()
+    assert [row["name"] for row in front["subnets"] if row["chosen"]] == [best["subnet"]]
+
+
+def test_the_front_says_what_an_exporter_has_to_know(
+    search: Run, supernet_run: Path, supernet_files: Any, budget: float
+) -> None:
+    facts = document(search(supernet_run, "--device", "orin", "--latency-ms", budget, *SMALL, "--json"))
+    front = json.loads(Path(facts["result"]).with_name("front.json").read_text())
+    table, supernet = load_table(supernet_files.tables[0]), load_supernet(supernet_run)
+    assert (front["table"], front["fingerprint"]) == (table.name, table.device.fingerprint)
+    assert front["network_sha256"] == state_sha256(supernet.network.state_dict())
+    assert front["steps"] == 4 and front["latency_budget_ms"] == budget and front["memory_budget_bytes"] is None
+    assert [row["name"] for row in front["subnets"]] == [row["subnet"] for row in facts["front"]]
+    (chosen,) = (row for row in front["subnets"] if row["chosen"])
+    assert facts["chosen"] == {key: chosen[key] for key in facts["chosen"]} and chosen["closed_loop"] is None
+    assert chosen["distance"] == min(row["distance"] for row in front["subnets"])
+    assert supernet.space.parse(chosen["name"])
+
+
+def copied_run(supernet_run: Path, folder: Path, space: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A copy of the run whose section ``supernet``, or the space in it, has other fields."""
+    shutil.copytree(supernet_run, folder)
+    payload = load_checkpoint(folder / "checkpoint.pt")
+    payload["config"]["supernet"] |= changes
+    payload["config"]["supernet"]["space"] |= space or {}
+    save_checkpoint(folder / "checkpoint.pt", payload)
+    return folder
+
+
+def test_a_table_under_the_name_of_another_device_is_refused(
+    search: Run, supernet_run: Path, supernet_files: Any, tmp_path: Path
+) -> None:
+    copy = tmp_path / "tables" / "orin.json"
+    save_table(copy, load_table(supernet_files.tables[1]))
+    run = copied_run(supernet_run, tmp_path / "run", tables=[str(copy)])
+    code, _, errors = search(run, "--device", "orin", *SMALL)
+    assert code == cli.EXIT_USER_ERROR and "orin.json: is the table of slower" in errors
+
+
+@pytest.mark.parametrize("installed", ["1.0.0", "1.1.0"])
+def test_a_table_of_this_machine_is_for_the_versions_it_was_measured_with(
+    search: Run,
+    supernet_run: Path,
+    supernet_files: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: str,
+) -> None:
+    table = load_table(supernet_files.tables[0])
+    device = table.device.model_copy(update={"fingerprint": detect().fingerprint})
+    versions = {"onnxruntime": "1.0.0-build", "numpy": "0", "nowhere": "1"}
+    mine = table.model_copy(update={"name": "mine", "modelled": False, "device": device, "versions": versions})
+    copy = tmp_path / "tables" / "mine.json"
+    save_table(copy, mine)
+    run = copied_run(supernet_run, tmp_path / "run", tables=[*map(str, supernet_files.tables), str(copy)])
+    known = {"onnxruntime": installed, "numpy": "1"}
+
+    def version(name: str) -> str:
+        if name not in known:
+            raise PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr("training.search.tables.version", version)
+    code, output, errors = search(run, "--device", "here", *SMALL, "--json")
+    if installed == "1.0.0":
+        assert code == 0 and json.loads(output)["device"] == "mine" and "another machine" not in errors
+    else:
+        assert code == cli.EXIT_USER_ERROR and "measured with onnxruntime 1.0.0-build, installed is 1.1.0" in errors
+
+
+def test_a_table_measured_elsewhere_is_searched_and_told_of(
+    search: Run, supernet_run: Path, supernet_files: Any, tmp_path: Path
+) -> None:
+    save_table(tmp_path / "robot.json", load_table(supernet_files.tables[0]).model_copy(update={"modelled": False}))
+    code, _, errors = search(supernet_run, "--device", tmp_path / "robot.json", *SMALL)
+    assert code == 0 and "robot.json: measured on another machine than this one" in errors
+
+
+def test_a_table_of_another_space_is_refused(
+    search: Run, supernet_run: Path, supernet_files: Any, tmp_path: Path
+) -> None:
+    table = load_table(supernet_files.tables[0])
+    save_table(tmp_path / "part.json", table.model_copy(update={"blocks": table.blocks[:3]}))
+    code, _, errors = search(supernet_run, "--device", tmp_path / "part.json", *SMALL)
+    assert code == cli.EXIT_USER_ERROR and "no entry for block type 'decoder'" in errors and "dcqfa profile" in errors
+
+
+def test_a_space_that_the_checkpoint_was_not_trained_with_is_refused(
+    search: Run, supernet_run: Path, tmp_path: Path
+) -> None:
+    run = copied_run(supernet_run, tmp_path / "run", space={"mlp_ratios": [1.0]})
+    code, _, errors = search(run, "--device", "orin", *SMALL)
+    assert code == cli.EXIT_USER_ERROR and not list(tmp_path.glob("searches"))
+    assert "checkpoint.pt: supernet.space in its configuration is not the space that it was trained with" in errors
+
+
+def test_distances_of_another_space_do_not_disturb(
+    search: Run, supernet_run: Path, supernet_files: Any, tmp_path: Path
+) -> None:
+    document(search(supernet_run, "--device", "orin", *SMALL, "--json"))
+    config = load_config(supernet_files.config)
+    assert config.supernet is not None
+    space = config.supernet.space.model_copy(update={"head_ratios": (0.25, 0.75, 1.0)})
+    other = SearchSpace(search_space(config).shape, space)
+    save_table(tmp_path / "orin.json", modelled_table(ORIN_NX_16GB, other))
+    run = copied_run(supernet_run, tmp_path / "run", space={"head_ratios": [0.25, 0.75, 1.0]})
+    facts = document(search(run, "--device", tmp_path / "orin.json", *SMALL, "--verify", 3, "--json"))
+    assert facts["predicted_from"] > 0 and all(other.parse(row["subnet"]) for row in facts["front"])
 
 
 def test_people_read_a_table(search: Run, supernet_run: Path) -> None:
     code, output, _ = search(supernet_run, "--device", "orin", *SMALL)
+    assert output.splitlines()[-2].startswith("chosen  ")
+    assert re.fullmatch(r"export it  dcqfa export \S+ --subnet \S+", output.splitlines()[-1])
     assert code == 0 and "hypervolume" in output and "random search" in output
     assert output.startswith("orin, modelled table")
     assert output.splitlines()[1].split() == ["subnet", "distance", "ms", "MB", "bits"]
@@ -147,14 +252,19 @@ def test_the_budget_that_is_said_to_be_enough_is_enough(search: Run, supernet_ru
     ("options", "message"),
     [
         (["--device", "jetson"], "--device jetson: no table of that device; at hand: orin, slower"),
+        (
+            ["--device", "here"],
+            r"--device here: no table was measured on this machine .*orin \(modelled, Jetson Orin NX",
+        ),
+        (["--device", "orin", "--ray", "somewhere"], "--ray somewhere: expected auto, local, host:port or ray://"),
         (["--device", ""], "--device : no table of that device; at hand: orin, slower"),
         (
             ["--device", "orin", "--latency-ms", 1e-6],
-            r"--latency-ms 1e-06: the smallest .* takes .* ms on orin",
+            r"--latency-ms 1e-06: the closest network \(\S+\) takes .* ms on orin, .* % more; give at least",
         ),
         (
             ["--device", "orin", "--memory-mb", 1e-6],
-            r"--memory-mb 1e-06: the smallest .* takes .* MB on orin",
+            r"--memory-mb 1e-06: the closest network \(\S+\) takes .* MB on orin, .* % more; give at least",
         ),
         (["--device", "orin", "--seed", 2**33], "--seed: expected at most 4294967295"),
         (["--device", "orin", "--top", 1, "--first-seed", 2**33], "--first-seed: .* start seeds are 0 to"),
@@ -186,17 +296,6 @@ def test_demonstrations_of_another_run_are_refused(
     np.savez(npz, **{**arrays, "action": arrays["action"] + 1.0})
     code, _, errors = search(supernet_run, "--device", "orin", "--data", npz, *SMALL)
     assert code == cli.EXIT_USER_ERROR and "not the demonstrations" in errors
-
-
-def test_distances_do_not_depend_on_the_number_of_processes(supernet_run: Path) -> None:
-    supernet = load_supernet(supernet_run)
-    source = DistanceSource(supernet.path, supernet.meaning.config, 8)
-    distance = TeacherDistance(source, supernet)
-    subnets = [supernet.space.parse(name) for name in ("largest", "w8a8", "w4a4", "smallest")]
-    alone = list(distance(subnets))
-    with spread(distance, source, 2) as measure:
-        assert list(measure(subnets)) == pytest.approx(alone, rel=1e-6)
-    assert min(alone) > 0.0 and len(set(alone)) == 4
 
 
 def test_a_teacher_that_was_exchanged_is_refused(search: Run, supernet_run: Path, tmp_path: Path) -> None:

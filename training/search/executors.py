@@ -1,0 +1,99 @@
+"""Where distances are measured: in this process, in processes of this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+from training.search.distance import DistanceError, Measure, Parcel, SubnetDistance
+from training.subnet import Subnet
+
+
+class Executor(Protocol):
+    """Measures distances; subnets are independent of each other, so every executor gives the same figures.
+
+    Attributes:
+        name: for people and results.
+    """
+
+    name: str
+
+    def measuring(self, distance: SubnetDistance) -> AbstractContextManager[tuple[Measure, int]]:
+        """A measure and the number of workers behind it, which end with the context, whatever ends it.
+
+        Raises:
+            DistanceError: there are no workers, or they were lost.
+        """
+        ...
+
+
+class LocalExecutor:
+    """Processes of this machine, of one thread each; this process alone where there is one.
+
+    Attributes:
+        name: for people and results.
+        workers: processes.
+    """
+
+    name = "local"
+
+    def __init__(self, workers: int | None = None) -> None:
+        """Take the number of processes; None for one per core that this one may use."""
+        self.workers = workers or len(os.sched_getaffinity(0))
+
+    @contextmanager
+    def measuring(self, distance: SubnetDistance) -> Iterator[tuple[Measure, int]]:
+        """Start the processes. Networks and samples are sent to each once; nothing is read from files there.
+
+        Raises:
+            DistanceError: a process was killed.
+        """
+        if self.workers == 1:
+            yield distance, 1
+            return
+        context = multiprocessing.get_context("spawn")
+        arguments = (distance.parcel(),)
+        with ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start, initargs=arguments) as pool:
+
+            def measure(subnets: Sequence[Subnet]) -> Iterator[float]:
+                try:
+                    yield from pool.map(_distance, subnets)
+                except BrokenProcessPool as error:
+                    raise DistanceError(
+                        "a process that measures distances ended early (killed, or out of memory); what was measured "
+                        "is kept: give the same command again, with fewer --workers if memory is short"
+                    ) from error
+
+            yield measure, self.workers
+
+
+_in_worker: SubnetDistance | None = None
+
+
+def _start(parcel: Parcel) -> None:
+    global _in_worker  # a process pool has no other place for what its processes keep
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _in_worker = parcel.unpacked()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _distance(subnet: Subnet) -> float:
+    assert _in_worker is not None
+    return _in_worker.distance(subnet)
