@@ -82,8 +82,8 @@ def on_onnxruntime(bits: Bits, processor: Processor) -> Execution:
         if bits == PRECISIONS["fp8"]:
             return Execution(_FP32, "FP8 rounding is simulated and products are computed in FP32: no gain in speed")
         return _widened(bits, "ONNX Runtime has no {} kernels for processors")
-    if is_weight_only(bits):
-        return Execution(bits)
+    if is_weight_only(bits):  # by the engine's lowering; ONNX Runtime's own 4-bit products take weights in blocks
+        return Execution(_FP32, f"integer {_WIDENED}")
     if bits.activation == 16 or bits.weight > 8:
         return _refused(bits, "ONNX Runtime has no such products")
     if processor.features or (processor.architecture == "x86_64" and processor.avx2):
