@@ -19,7 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dcqfa_ros.runtime import torch_binding, torch_engine
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.torch_engine import TorchCudaEngine, place_of
-from test.runtime.torch_variants import HISTORY, OBSERVED, denoiser_inputs, random, variant
+from test.runtime.torch_variants import HISTORY, OBSERVED, denoiser_inputs, on_one_thread, random, variant
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield from on_one_thread()
 
 
 def tensors_of(result: Any) -> list[Tensor]:

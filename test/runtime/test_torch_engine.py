@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from test.runtime.torch_variants import (
     OBSERVED,
     VARIANTS,
     denoiser_inputs,
+    on_one_thread,
     random,
     variant,
 )
@@ -29,6 +31,11 @@ SHAPES = [(1, 1), (1, 9), (1, 16), (3, 9), (5, 16)]
 # Half sums its products in float32 but rounds every result; ONNX Runtime multiplies the rounded operands in float32.
 HALF_RMS = 2e-3
 CODES_RMS = 0.005  # as the exporter allows between two executions of the same codes (training.export)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield from on_one_thread()
 
 
 def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:

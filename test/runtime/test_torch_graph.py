@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -18,9 +18,14 @@ from dcqfa_ros.runtime.torch_nodes import FLOAT, HALF, INTEGER
 from dcqfa_ros.runtime.torch_operators import OPERATORS_IN_TORCH
 from dcqfa_ros.runtime.torch_program import Network
 from test.runtime.conftest import quantized_matmul, serialize, tiny_files
-from test.runtime.torch_variants import CONFIG, VARIANTS, random, values, variant
+from test.runtime.torch_variants import CONFIG, VARIANTS, on_one_thread, random, values, variant
 
 F32 = TensorProto.FLOAT
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield from on_one_thread()
 
 
 def parsed(name: str, role: str = "denoiser") -> ModelProto:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 import pytest
@@ -16,9 +18,14 @@ from dcqfa_ros.runtime.torch_graph import read_graph
 from dcqfa_ros.runtime.torch_linear import Fp8Linear, IntegerLinear, check_products, make_linear
 from dcqfa_ros.runtime.torch_nodes import FLOAT, FP8, HALF, INTEGER, LinearLayer
 from dcqfa_ros.runtime.torch_program import Network
-from test.runtime.torch_variants import HISTORY, OBSERVED, denoiser_inputs, random, values, variant
+from test.runtime.torch_variants import HISTORY, OBSERVED, denoiser_inputs, on_one_thread, random, values, variant
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield from on_one_thread()
 
 
 def integer_layer(

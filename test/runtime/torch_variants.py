@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -63,6 +63,14 @@ def _supernet() -> ElasticDiffusionPolicyT:
         observed = torch.randn(4, HISTORY, OBSERVED, generator=generator)
         calibrate_inputs(network, [(noisy, torch.tensor([1, 5, 11, 19]), observed)])
     return network
+
+
+def on_one_thread() -> Iterator[None]:
+    """Body of a fixture: products as small as these only lose time on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
