@@ -14,6 +14,7 @@ from enum import Enum
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from training.export.blocks import AttentionWeights, BlockWeights, blocks_of
@@ -35,6 +36,10 @@ class Rest(Enum):
     def stored(self, layer: LinearWeights) -> LinearWeights:
         """The layer, stored so."""
         return {Rest.FLOAT32: lambda x: x, Rest.FLOAT16: stored_in_half, Rest.INT8: stored_in_8_bits}[self](layer)
+
+    def stored_table(self, table: NDArray[np.float32]) -> LinearWeights:
+        """The table (S, R, 1, D), stored so, as if it were a weight (S, R * D)."""
+        return self.stored(LinearWeights(table.reshape(len(table), -1), np.zeros(0, np.float32)))
 
 
 def export_graphs(network: DiffusionPolicyT, train_timesteps: int, rest: Rest = Rest.FLOAT32) -> dict[str, bytes]:
@@ -94,20 +99,18 @@ def timestep_graph(network: DiffusionPolicyT, train_timesteps: int, rest: Rest) 
     """
     with torch.inference_mode():
         table = network.timestep_keys_values(torch.arange(train_timesteps)).numpy()
+    stored, shape = rest.stored_table(table), table.shape[1:]
     g = GraphBuilder("timestep")
     index = g.input("timesteps", ("S",), TensorProto.INT64)
-    shape = table.shape[1:]
     if rest is Rest.FLOAT32:
         name = g.node("Gather", [g.constant("table", table), index], "timestep_kv", axis=0)
-    elif rest is Rest.FLOAT16:
-        half = g.node("Gather", [g.constant("table", table.astype(np.float16)), index], "timestep_half", axis=0)
-        name = g.node("Cast", [half], "timestep_kv", to=TensorProto.FLOAT)
     else:
-        columns = stored_in_8_bits(LinearWeights(table.reshape(len(table), -1), np.zeros(0, np.float32)))
-        assert columns.weight_scale is not None
-        codes = g.node("Gather", [g.constant("table", columns.weight), index], "timestep_codes", axis=0)
-        scale = g.constant("table_scale", columns.weight_scale)
-        flat = g.node("DequantizeLinear", [codes, scale], "timestep_flat", axis=1)
+        rows = g.node("Gather", [g.constant("table", stored.weight), index], "timestep_stored", axis=0)
+        if stored.weight_scale is None:
+            flat = g.node("Cast", [rows], "timestep_flat", to=TensorProto.FLOAT)
+        else:
+            scale = g.constant("table_scale", stored.weight_scale)
+            flat = g.node("DequantizeLinear", [rows, scale], "timestep_flat", axis=1)
         name = g.node("Reshape", [flat, g.index(0, *shape)], "timestep_kv")
     g.output(name, ("S", *shape))
     return g.serialize()

@@ -75,6 +75,11 @@ class LinearWeights:
         """Bits of one stored weight."""
         return STORED_BITS[self.weight.dtype.name]
 
+    def values(self) -> NDArray[np.float32]:
+        """The weight (in, out) that is multiplied, float32."""
+        values = self.weight.astype(np.float32)
+        return values if self.weight_scale is None else values * self.weight_scale
+
     @classmethod
     def of(cls, module: nn.Module) -> LinearWeights:
         """Read a full-precision linear layer or a post-training quantized one.
