@@ -1,54 +1,102 @@
-"""``dcqfa profile``: measure or model the look-up table of a device."""
+"""``dcqfa profile``: measure or model the look-up table of a device, or compare its predictions with measurements."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
     from training.lut import LookUpTable
+    from training.profile_networks import Workbench
+    from training.profile_validate import Report
     from training.space import SearchSpace
+
+CONFIG = "config/training/pusht_keypoints_supernet.yaml"
+MODELLED = ("orin_nx_16gb", "orin_nx_8gb", "orin_nano_8gb", "agx_orin_64gb", "rtx_4090", "h200")
+"""Names of ``training.device_peaks.DEVICES``, here because help texts must not wait for what that imports."""
 
 
 def profile(subparsers: Any) -> None:
     """Register ``dcqfa profile``."""
+    modelled = ", ".join(MODELLED)
     parser = subparsers.add_parser(
         "profile",
         help="measure what each block of a search space takes on this computer",
         description="Write a look-up table of latencies for every block size of a supernet's search space: measured on "
-        "this computer's CPU in the context of whole networks, or modelled from published peaks with --model. Keep the "
-        "computer idle meanwhile. An interrupted measurement continues where it stopped.",
-        epilog="example: dcqfa profile --config config/training/pusht_keypoints_supernet.yaml --threads 1 "
-        "--out config/tables/cpu_1_thread.json",
+        "this computer in the context of whole networks, on the runtime that will execute them, or modelled from "
+        "published peaks with --model. Keep the computer idle meanwhile. An interrupted measurement continues where it "
+        "stopped. With --validate no table is written: random networks are measured and compared with an existing one.",
+        epilog=f"examples: dcqfa profile --runtime openvino --threads 1 --out config/tables/openvino_1_thread.json; "
+        f"dcqfa profile --validate 30 --table config/tables/cpu_1_thread.json --json. Devices to model: {modelled}",
     )
-    parser.add_argument("--config", type=Path, required=True, help="training YAML with a search space")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the table; an older one is replaced")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of the engine (default: 1)")
+    parser.add_argument("--config", type=Path, help=f"training YAML with a search space (default: {CONFIG})")
+    parser.add_argument("--out", type=Path, help="JSON file of the table; an older one is replaced")
+    parser.add_argument(
+        "--runtime",
+        metavar="NAME",
+        help="what executes the networks: onnxruntime (default), openvino, torch_cuda, tensorrt or tensorrt_rtx; with "
+        "--validate by default that of the table",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: 1, or the table's)")
     parser.add_argument("--name", help="name of the table (default: that of the file)")
     parser.add_argument(
         "--tokens",
         metavar="N,N",
-        help="action tokens computed per step (default: those up to the last executed action, and the whole horizon)",
+        help="action tokens computed per step (default: those up to the last executed action, and the whole horizon; "
+        "with --validate the former)",
     )
     parser.add_argument("--runs", type=int, default=100, metavar="N", help="timed chunks per network (default: 100)")
     parser.add_argument("--warm-ups", type=int, default=20, metavar="N", help="chunks before (default: 20)")
     parser.add_argument(
-        "--subnets", type=int, default=30, metavar="N", help="random subnets to compare predictions on (default: 30)"
+        "--subnets", type=int, default=30, metavar="N", help="random subnets to check a new table on (default: 30)"
     )
-    parser.add_argument("--model", metavar="DEVICE", help="model this device instead of measuring: orin_nx_16gb")
+    parser.add_argument("--model", metavar="DEVICE", help=f"model this device instead of measuring; one of {modelled}")
+    group = parser.add_argument_group("validation of an existing table")
+    group.add_argument(
+        "--validate",
+        type=int,
+        metavar="N",
+        help="compare predictions with measurements of N random subnets, 2 at least",
+    )
+    group.add_argument(
+        "--table", type=Path, help="table of this device (default: the configuration's first that was measured here)"
+    )
+    group.add_argument("--seed", type=int, default=1, metavar="N", help="of the draw of subnets (default: 1)")
+    group.add_argument("--plot", type=Path, metavar="PNG", help="the picture (default: beside the table)")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.set_defaults(func=_profile)
 
 
 def _profile(args: argparse.Namespace) -> int:
+    from dcqfa_ros.paths import share_directory
+    from training.commands import ArgumentError, check_least
     from training.config import load_config
+
+    if args.config is None:
+        args.config = share_directory() / CONFIG
+    config = load_config(args.config)
+    if args.validate is not None:
+        for option in ("out", "model", "name"):
+            if getattr(args, option) is not None:
+                raise ArgumentError(f"--{option}: --validate writes no table; leave it out")
+        check_least(args, validate=2)
+        return _validate(args, config)
+    for option in ("table", "plot"):
+        if getattr(args, option) is not None:
+            raise ArgumentError(f"--{option}: is for --validate N; leave it out")
+    if args.out is None:
+        raise ArgumentError("--out: expected the file of the table to write")
+    return _write(args, config)
+
+
+def _write(args: argparse.Namespace, config: TrainConfig) -> int:
     from training.lut import merged, save_table
 
-    config = load_config(args.config)
     spaces = [_space(config, args.config, tokens) for tokens in _tokens(args.tokens, config)]
     progress = [args.out.with_name(f".{args.out.name}.{s.shape.blocks[-1].tokens}_tokens.progress") for s in spaces]
     if args.model is not None:
@@ -61,6 +109,52 @@ def _profile(args: argparse.Namespace) -> int:
         file.unlink(missing_ok=True)
     _report(args, table)
     return 0
+
+
+def _validate(args: argparse.Namespace, config: TrainConfig) -> int:
+    """Compare a table with this computer; a table of another one is refused before anything is measured."""
+    from dcqfa_ros.devices.detect import detect
+    from training.commands import ArgumentError
+    from training.lut import load_table
+    from training.profile_plot import plot_report
+    from training.profile_runtime import profiled_runtime
+    from training.profile_validate import check_table, runtime_of, validate
+
+    device = detect()
+    file = args.table or _table_of_this_device(config, device.fingerprint, args.runtime, args.threads)
+    table = load_table(file)
+    check_table(table, device, threads=args.threads)
+    runtime = profiled_runtime(args.runtime or runtime_of(table), device)
+    check_table(table, device, runtime, args.threads)
+    tokens = _tokens(args.tokens, config)
+    if args.tokens is not None and len(tokens) > 1:
+        raise ArgumentError(f"--tokens {args.tokens}: expected one number with --validate")
+    bench = _bench(args, config, _space(config, args.config, tokens[0]), table.name, table.threads, runtime)
+    report = validate(table, bench, args.validate, args.seed, quiet=False)
+    plot = args.plot or file.with_name(f"{file.stem}_validation.png")
+    title = f"{table.name}: {device.name}, {runtime.name}, {table.threads} threads, {tokens[0]} tokens"
+    plot_report(report, title, plot)
+    _report_validation(args, file, plot, table, report)
+    return 0
+
+
+def _table_of_this_device(config: TrainConfig, fingerprint: str, runtime: str | None, threads: int | None) -> Path:
+    from training.commands import ArgumentError
+    from training.lut import load_table
+    from training.profile_validate import runtime_of
+    from training.tables_at_hand import tables_at_hand
+
+    others = []
+    for path in tables_at_hand(config)[0]:
+        table = load_table(path)
+        here = not table.modelled and table.device.fingerprint == fingerprint
+        if here and runtime in (None, runtime_of(table)) and threads in (None, table.threads):
+            return path
+        others.append(f"{path.stem} ({'modelled' if table.modelled else table.device.fingerprint}, {table.runtime})")
+    raise ArgumentError(
+        f"--validate: no table at hand was measured on this device ({fingerprint}); there is "
+        f"{', '.join(others) or 'none'}. Measure one with `dcqfa profile --out FILE`, or give --table FILE"
+    )
 
 
 def _tokens(text: str | None, config: TrainConfig) -> list[int]:
@@ -94,9 +188,25 @@ def _space(config: TrainConfig, file: Path, tokens: int) -> SearchSpace:
 
 
 def _measure(args: argparse.Namespace, config: TrainConfig, space: SearchSpace, progress: Path) -> LookUpTable:
-    from training.commands import ArgumentError
+    from dcqfa_ros.devices.detect import detect
+    from dcqfa_ros.runtime.engines import ONNXRUNTIME
     from training.profile import measure
+    from training.profile_runtime import profiled_runtime
+
+    runtime = profiled_runtime(args.runtime or ONNXRUNTIME, detect())
+    threads = 1 if args.threads is None else args.threads
+    bench = _bench(args, config, space, args.name or args.out.stem, threads, runtime)
+    if progress.exists():
+        print(f"continuing {progress}", file=sys.stderr)
+    return measure(space, bench.graphs, bench.settings, progress, quiet=False, runtime=runtime)
+
+
+def _bench(
+    args: argparse.Namespace, config: TrainConfig, space: SearchSpace, name: str, threads: int, runtime: Any
+) -> Workbench:
+    from training.commands import ArgumentError
     from training.profile_graphs import DiffusionPolicyTGraphs
+    from training.profile_networks import Workbench
     from training.profile_table import ProfileSettings
 
     if config.policy.image is not None:
@@ -104,22 +214,15 @@ def _measure(args: argparse.Namespace, config: TrainConfig, space: SearchSpace, 
             f"--config {args.config}: its policy reads images, and their encoder cannot be exported and timed; model a "
             "device with --model, or train on made-up devices alone (supernet.synthetic, no supernet.tables)"
         )
-    settings = ProfileSettings(
-        name=args.name or args.out.stem,
-        threads=args.threads,
-        runs=args.runs,
-        warm_ups=args.warm_ups,
-        subnets=args.subnets,
-    )
+    settings = ProfileSettings(name=name, threads=threads, runs=args.runs, warm_ups=args.warm_ups, subnets=args.subnets)
     graphs = DiffusionPolicyTGraphs(config.policy, space.shape.blocks[-1].tokens)
-    if progress.exists():
-        print(f"continuing {progress}", file=sys.stderr)
-    return measure(space, graphs, settings, progress, quiet=False)
+    return Workbench(space, graphs, settings, runtime)
 
 
 def _model(name: str, space: SearchSpace) -> LookUpTable:
     from training.commands import ArgumentError
-    from training.modelled_tables import DEVICES, modelled_table
+    from training.device_peaks import DEVICES
+    from training.modelled_tables import modelled_table
 
     device = next((device for device in DEVICES if device.name == name), None)
     if device is None:
@@ -151,3 +254,31 @@ def _report(args: argparse.Namespace, table: LookUpTable) -> None:
             f"{report.median_absolute:.1%} in the median, {report.max_absolute:.1%} at most"
         )
     print(f"  {table.method.notes[-1]}")
+
+
+def _report_validation(args: argparse.Namespace, file: Path, plot: Path, table: LookUpTable, report: Report) -> None:
+    facts = report.as_dict()
+    if args.json:
+        networks = [
+            {
+                "executed": point.executed,
+                "blocks": point.subnet.depth,
+                "predicted": asdict(point.predicted),
+                "measured": asdict(point.measured),
+            }
+            for point in report.points
+        ]
+        print(
+            json.dumps({"table": str(file), "plot": str(plot), "runtime": table.runtime, **facts, "subnets": networks})
+        )
+        return
+    print(f"{file}: {table.device.name}, {table.runtime}, {table.threads} threads; {plot}")
+    for label, row in (("all", facts), *facts["forms"].items()):
+        print(
+            f"  {label}, {row['n']} random subnets: latency off by {row['mape']:.1%} in the mean, {row['worst']:.1%} "
+            f"at most, memory by {row['memory_mape']:.1%} in the mean, {row['memory_worst']:.1%} at most"
+        )
+    for form, part in facts["forms"].items():
+        print(f"  {form}: the reference network takes {part['speed']:.3f} of what the table predicts")
+    busy = "; the computer is busy: validate again when it is idle" if facts["busy"] else ""
+    print(f"  the references varied by {facts['reference_spread']:.1%} (interquartile range / median){busy}")

@@ -1,27 +1,19 @@
 """Tables of devices that are not at hand, modelled from published peaks and marked ``modelled``.
 
 A kernel takes the longer of computing and reading its weights and activations, at an assumed share of the peaks, plus
-one launch (:mod:`training.roofline`). ``dcqfa profile --model NAME`` writes them.
+one launch (:mod:`training.roofline`). The peaks are in :mod:`training.device_peaks`; ``dcqfa profile --model NAME``
+writes the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from training.cost import FLOAT_BYTES
-from training.lut import (
-    BlockEntry,
-    DeviceFacts,
-    ExecutedForm,
-    FixedEntry,
-    LookUpTable,
-    Method,
-    StoredBits,
-    space_bits,
-)
+from training.device_peaks import DEVICES, ORIN_NX_16GB, Arithmetic, ModelledDevice
+from training.lut import BlockEntry, DeviceFacts, ExecutedForm, FixedEntry, LookUpTable, Method, space_bits
 from training.roofline import FLOAT_KERNELS, block_work
 from training.space import SearchSpace
 from training.subnet import Precision
@@ -29,90 +21,7 @@ from training.subnet import Precision
 FIXED_CHUNK_KERNELS, FIXED_STEP_KERNELS = 4, 4
 """Launches outside the blocks: two embeddings and the two linears of the memory MLP; embedding, norm, head, update."""
 
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """One executed form on a device: products per second at peak, and bits of weights and activations in memory."""
-
-    executed: str
-    operations: float  # per second, a multiplication and an addition count as two
-    stored_bits: StoredBits
-    activation_bits: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelledDevice:
-    """Published peaks of a device and what is assumed of them.
-
-    Attributes:
-        name: of the table.
-        title: for people.
-        source: where the peaks are published.
-        memory_bytes: of the device.
-        bandwidth: bytes per second at peak.
-        compute_share: share of peak products that matrix kernels reach.
-        bandwidth_share: share of peak bandwidth.
-        launch_seconds: from one kernel to the next within a captured graph.
-        workspace_bytes: of the engine.
-        runtime: what would execute the networks.
-        forms: precision and bits -> executed form; None for the bits of whole-network precisions.
-        floating: executed form of everything that is never quantized.
-        notes: further assumptions.
-    """
-
-    name: str
-    title: str
-    source: str
-    memory_bytes: int
-    bandwidth: float
-    compute_share: float
-    bandwidth_share: float
-    launch_seconds: float
-    workspace_bytes: int
-    runtime: str
-    forms: dict[tuple[Precision, int | None], Arithmetic]
-    floating: Arithmetic
-    notes: tuple[str, ...]
-
-
-_ORIN_TENSOR_CORES = 32 * 918e6  # tensor cores x clock
-_ORIN_FP32 = Arithmetic("float32", 2 * 1024 * 918e6, 32, 32)  # 1024 CUDA cores, one multiply-add a clock: 1.88e12
-_ORIN_FP16 = Arithmetic("float16", 512 * _ORIN_TENSOR_CORES, 16, 16)  # 15e12 dense
-_ORIN_INT8 = Arithmetic("int8", 1024 * _ORIN_TENSOR_CORES, 8, 8)  # 30e12 dense
-_ORIN_INT4 = Arithmetic("int4_weights_float16", _ORIN_FP16.operations, 4, 16)
-
-ORIN_NX_16GB = ModelledDevice(
-    name="orin_nx_16gb",
-    title="Jetson Orin NX 16 GB",
-    source=(
-        "NVIDIA Jetson Orin NX Series data sheet: 1024 CUDA and 32 tensor cores at 918 MHz, 100 sparse INT8 TOPS of "
-        "which the GPU has 60 (30 dense; 15 TFLOPS FP16), 128-bit LPDDR5 102.4 GB/s"
-    ),
-    memory_bytes=16 * 2**30,
-    bandwidth=102.4e9,
-    compute_share=0.6,
-    bandwidth_share=0.75,
-    launch_seconds=3e-6,
-    workspace_bytes=4 * 2**20,
-    runtime="tensorrt",
-    forms={
-        (Precision.FP32, None): _ORIN_FP32,
-        (Precision.FP16, None): _ORIN_FP16,
-        (Precision.FP8, None): _ORIN_FP16,
-        (Precision.INT, 8): _ORIN_INT8,
-        (Precision.INT, 4): _ORIN_INT4,
-    },
-    floating=_ORIN_FP16,
-    notes=(
-        "compute capability 8.7 has no FP8: fp8 executes as float16",
-        (
-            "activations of 4 bits execute as 8 bits; weights of 4 bits are read packed and multiplied as float16 "
-            "(weight-only kernels), so they save bandwidth and no arithmetic"
-        ),
-        "every step is a captured graph; clocks are at their maximum",
-    ),
-)
-DEVICES = (ORIN_NX_16GB,)
+__all__ = ["DEVICES", "ORIN_NX_16GB", "Arithmetic", "ModelledDevice", "modelled_table"]
 
 
 def modelled_table(device: ModelledDevice, space: SearchSpace) -> LookUpTable:

@@ -2,7 +2,7 @@
 
 A block's time is the difference between a network with and without it. The network without is half as deep as the
 policy, of middle-sized blocks; the ones with it have the other half of their blocks of the size in question. All are
-timed in turn as whole chunks of denoising steps on the engine the robot runs.
+timed in turn as whole chunks of denoising steps on the engines the robot runs (``training.profile_runtime``).
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-import onnxruntime as ort
 from pydantic import ValidationError
 from torch import Generator
 from tqdm import tqdm
@@ -24,19 +22,19 @@ from tqdm import tqdm
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.devices.detect import Device, detect
 from dcqfa_ros.errors import UserError
+from dcqfa_ros.runtime.engines import ONNXRUNTIME
 from training.cost import activation_bytes
-from training.export.executed import integer_weights
-from training.lut import DeviceFacts, LookUpTable, write_atomically
+from training.lut import DeviceFacts, LookUpTable, StoredBits, write_atomically
 from training.profile_check import Measured, random_subnet, validation, with_working_set
-from training.profile_graphs import BlockSize, PolicyGraphs
-from training.profile_memory import resident_growth
-from training.profile_table import INTEGER, Facts, GroupTimes, Layout, ProfileSettings, table_of
-from training.profile_timing import BURST, ChunkNetwork, StepNetwork, time_in_turn
+from training.profile_conditions import clocks
+from training.profile_graphs import INTEGER, BlockSize, PolicyGraphs
+from training.profile_networks import TOGETHER, Networks, Workbench, at_common_speed, groups_of
+from training.profile_runtime import Form, ProfiledRuntime, profiled_runtime
+from training.profile_table import Facts, GroupTimes, Layout, ProfileSettings, table_of
+from training.profile_timing import BURST, TimedNetwork, time_in_turn
 from training.space import SearchSpace
 from training.space_counts import real_bytes
-from training.subnet import Precision, Subnet
-
-_CHECKED_TOGETHER = 5
+from training.subnet import Layer, Precision, Subnet
 
 
 class ProfileError(UserError, ValueError):
@@ -49,8 +47,9 @@ def measure(
     settings: ProfileSettings,
     progress: Path | None = None,
     quiet: bool = True,
+    runtime: ProfiledRuntime | None = None,
 ) -> LookUpTable:
-    """Measure every entry of ``space`` on this computer's CPU.
+    """Measure every entry of ``space`` on this computer.
 
     Args:
         space: what to measure; all blocks of one kind and size, with the tokens that are executed.
@@ -59,72 +58,80 @@ def measure(
         progress: file that holds what is measured so far, from which an interrupted measurement continues. It is left
             there for the caller to remove once the table is safe.
         quiet: no progress bar.
+        runtime: what executes the networks; by default ONNX Runtime.
 
     Raises:
-        ProfileError: blocks differ, the progress file is of another measurement, or the engine does not multiply
+        ProfileError: blocks differ, the progress file is of another measurement, or the runtime does not multiply
             integers.
+        EngineError: the runtime cannot load a network.
+        MeasurementError: memory cannot be measured.
         TableError: the progress file cannot be written.
     """
     kinds = {(b.kind, b.dim, b.heads, b.head_dim, b.mlp, b.tokens, b.memory_tokens) for b in space.shape.blocks}
     if len(kinds) != 1:
         raise ProfileError(f"{space.shape.backbone}: blocks of {len(kinds)} kinds or sizes; one can be measured")
-    return _Measurement(space, graphs, settings, progress).run(quiet)
-
-
-class _Runnable(Protocol):
-    """A network to time."""
-
-    def run(self) -> object:
-        """Compute one unit of work."""
-        ...
-
-
-Networks = Callable[[], list[Callable[[], object]]]
+    device = detect()
+    runtime = runtime or profiled_runtime(ONNXRUNTIME, device)
+    return _Measurement(Workbench(space, graphs, settings, runtime), device, progress).run(quiet)
 
 
 class _Progress(StrictModel):
-    """What an interrupted measurement leaves: groups measured so far, under the settings they belong to."""
+    """What an interrupted measurement leaves: what is measured so far, under the settings it belongs to.
+
+    ``memory`` holds the bytes that the smallest and the largest integer network take.
+    """
 
     settings: str
     load: float
-    workspace_bytes: int
+    clocks: str
+    memory: tuple[int, int]
     results: dict[str, GroupTimes]
 
 
 class _Measurement:
     """One measurement of one space."""
 
-    def __init__(
-        self, space: SearchSpace, graphs: PolicyGraphs, settings: ProfileSettings, progress: Path | None
-    ) -> None:
-        self._space, self._graphs, self._settings, self._file = space, graphs, settings, progress
-        self._block = space.shape.blocks[0]
-        self._heads, self._widths = space.head_choices[0], space.mlp_choices[0]
-        self._layout = Layout.of(space)
-        # One precision per executed form.
-        self._checked = (Precision.INT, *space.config.precisions[:1]) if settings.subnets else ()
-        self._device: Device = detect()
-        self._versions = {"onnxruntime": ort.__version__, "numpy": np.__version__}
+    def __init__(self, bench: Workbench, device: Device, progress: Path | None) -> None:
+        self._bench, self._device, self._file = bench, device, progress
+        self._space, self._settings, self._runtime = bench.space, bench.settings, bench.runtime
+        self._heads, self._widths = self._space.head_choices[0], self._space.mlp_choices[0]
+        self._layout: Layout = bench.layout
+        self._checked = bench.checked() if self._settings.subnets else ()
 
     def run(self, quiet: bool) -> LookUpTable:
         progress = self._begin()
         results = dict(progress.results)
-        with tqdm(list(self._jobs()), unit="group", disable=quiet, desc=self._settings.name) as bar:
-            for key, networks in bar:
-                if key in results:
-                    continue
+        jobs = list(self._jobs())
+        left = [(key, networks) for key, networks in jobs if key not in results]
+        # What is there already counts as done but not for the speed, or the remaining time would be too short.
+        done = len(jobs) - len(left)
+        with tqdm(total=len(jobs), initial=done, unit="group", disable=quiet, desc=self._settings.name) as bar:
+            for key, networks in left:
                 bar.set_postfix_str(key)
                 results[key] = GroupTimes.of(time_in_turn(networks(), *self._effort(key)))
                 self._keep(progress.model_copy(update={"results": results}))
+                bar.update(1)
+        stored_bits, workspace = self._memory_model(*progress.memory)
+        forms: Mapping[Precision, Form] = {
+            **self._runtime.forms,
+            Precision.INT: replace(self._runtime.forms[Precision.INT], stored_bits=stored_bits),
+        }
         facts = Facts(
-            DeviceFacts(
+            device=DeviceFacts(
                 name=self._device.name,
                 fingerprint=self._device.fingerprint,
                 memory_bytes=self._device.memory_bytes,
             ),
-            self._versions,
-            progress.load,
-            progress.workspace_bytes,
+            runtime=self._runtime.name,
+            versions=dict(self._runtime.versions),
+            forms=forms,
+            workspace_bytes=workspace,
+            load=progress.load,
+            notes=(
+                *self._runtime.notes,
+                f"memory: {stored_bits} bits per weight of an integer block, copies and kernels included, fit it best",
+                progress.clocks,
+            ),
         )
         table = table_of(space=self._space, settings=self._settings, times=results, facts=facts)
         return self._checked_table(table, results)
@@ -134,17 +141,14 @@ class _Measurement:
     def _jobs(self) -> Iterator[tuple[str, Networks]]:
         """Groups of networks, the first of each the reference, made only when their turn comes."""
         for executed in self._layout.executed:
-            quantized = executed == INTEGER
             for heads in self._heads:
-                sizes = [BlockSize(heads, mlp, quantized) for mlp in self._widths]
-                yield f"step {executed} {heads}", partial(self._in_context, self._step, sizes, quantized)
-            sizes = [BlockSize(heads, self._widths[0], quantized) for heads in self._heads]
-            yield f"chunk {executed}", partial(self._in_context, self._chunk, sizes, quantized)
+                sizes = [BlockSize(heads, mlp, executed) for mlp in self._widths]
+                yield f"step {executed} {heads}", partial(self._in_context, TimedNetwork.denoise, sizes, executed)
+            sizes = [BlockSize(heads, self._widths[0], executed) for heads in self._heads]
+            yield f"chunk {executed}", partial(self._in_context, TimedNetwork.encode, sizes, executed)
         for precision in self._checked:
-            subnets = self._random_subnets(precision)
-            for begin in range(0, len(subnets), _CHECKED_TOGETHER):
-                part = subnets[begin : begin + _CHECKED_TOGETHER]
-                yield f"subnets {precision.value} {begin}", partial(self._whole, part)
+            for number, part in enumerate(groups_of(self._random_subnets(precision))):
+                yield f"subnets {precision.value} {number * TOGETHER}", partial(self._bench.subnets, part)
 
     def _effort(self, key: str) -> tuple[int, int]:
         """Rounds and warm-ups of a group.
@@ -158,23 +162,11 @@ class _Measurement:
         return (5 * rounds if key.startswith("chunk") else rounds), warm_ups
 
     def _in_context(
-        self, make: Callable[[Sequence[BlockSize]], _Runnable], sizes: Sequence[BlockSize], quantized: bool
+        self, part: Callable[[TimedNetwork], object], sizes: Sequence[BlockSize], executed: str
     ) -> list[Callable[[], object]]:
-        context = self._layout.context(quantized)
-        return [make(context).run, *(make([*context, *[size] * self._layout.added]).run for size in sizes)]
-
-    def _whole(self, subnets: Sequence[Subnet]) -> list[Callable[[], object]]:
-        """The context network as the reference against drift, then each subnet: whole chunks, observations included."""
-        quantized = subnets[0].precision is Precision.INT
-        networks = [self._layout.context(quantized)]
-        networks += [[BlockSize(x.heads, x.mlp, quantized) for x in s.layers if x is not None] for s in subnets]
-        return [partial(_run_both, self._chunk(blocks), self._step(blocks)) for blocks in networks]
-
-    def _step(self, blocks: Sequence[BlockSize]) -> StepNetwork:
-        return StepNetwork(self._graphs.step(blocks), self._settings.threads, self._settings.diffusion)
-
-    def _chunk(self, blocks: Sequence[BlockSize]) -> ChunkNetwork:
-        return ChunkNetwork(self._graphs.chunk(blocks), self._settings.threads)
+        context = self._layout.context(executed)
+        networks = [context, *([*context, *[size] * self._layout.added] for size in sizes)]
+        return [partial(part, self._bench.network(blocks)) for blocks in networks]
 
     def _random_subnets(self, precision: Precision) -> list[Subnet]:
         generator = Generator().manual_seed(0)
@@ -195,8 +187,14 @@ class _Measurement:
                 )
             return found
         self._check_integer_products()
+        load = os.getloadavg()[0]
+        memory = tuple(self._bench.memory(subnet) for subnet in self._extremes())
         return _Progress(
-            settings=self._fingerprint(), load=os.getloadavg()[0], workspace_bytes=self._workspace(), results={}
+            settings=self._fingerprint(),
+            load=load,
+            clocks=clocks(self._runtime.on_gpu),
+            memory=(memory[0], memory[1]),
+            results={},
         )
 
     def _keep(self, progress: _Progress) -> None:
@@ -208,7 +206,8 @@ class _Measurement:
         settings = self._settings
         facts = {
             "device": self._device.fingerprint,
-            "versions": self._versions,
+            "runtime": self._runtime.name,
+            "versions": dict(self._runtime.versions),
             "shape": repr(self._space.shape),
             "space": self._space.config.model_dump(mode="json"),
             "diffusion": settings.diffusion.model_dump(mode="json"),
@@ -217,29 +216,56 @@ class _Measurement:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _check_integer_products(self) -> None:
-        """The table says that integer blocks execute as int8: see that this engine really multiplies integers."""
-        data, _ = self._graphs.step([BlockSize(self._block.heads, self._block.mlp, True)])
-        found = {name for name in integer_weights(data, "profile.onnx") if name.startswith("blocks.0")}
-        linears = {name for name in found if name.endswith(".weight")}
-        if len(linears) != len(self._graphs.step_linears):
+        """The table says that integer blocks execute as int8: see that this runtime really multiplies integers."""
+        if self._runtime.integer_weights is None:
+            return
+        block, linears = self._space.shape.blocks[0], self._bench.graphs.step_linears
+        data, _ = self._bench.graphs.step([BlockSize(block.heads, block.mlp, INTEGER)])
+        found = self._runtime.integer_weights(data, "profile.onnx")
+        count = len({name for name in found if name.startswith("blocks.0") and name.endswith(".weight")})
+        if count != len(linears):
             raise ProfileError(
-                f"onnxruntime {ort.__version__} multiplies integers in {len(linears)} of "
-                f"{len(self._graphs.step_linears)} linears of a quantized block; its table would not be one of int8"
+                f"{self._runtime.name} {next(iter(self._runtime.versions.values()))} multiplies integers in {count} of "
+                f"{len(linears)} linears of a quantized block; its table would not be one of int8"
             )
 
-    def _workspace(self) -> int:
-        """Resident memory that the largest integer network takes beyond its weights and activations."""
-        block, shape = self._block, self._space.shape
-        blocks = [BlockSize(block.heads, block.mlp, True)] * len(shape.blocks)
-        _run_both(self._chunk(blocks[:1]), self._step(blocks[:1]))  # loads the libraries and makes the blocks' weights
+    # -- memory -------------------------------------------------------------------------------------------------------
 
-        def build() -> object:
-            networks = self._chunk(blocks), self._step(blocks)
-            _run_both(*networks)
-            return networks
+    def _extremes(self) -> tuple[Subnet, Subnet]:
+        """The smallest and the largest integer network."""
+        weight, activation = self._space.weight_bits, self._space.activation_bits
+        return (
+            self._space.smallest(min(weight), min(activation)),
+            self._space.largest(Precision.INT, max(weight), max(activation)),
+        )
 
-        known = real_bytes(shape, self._space.largest(Precision.INT, 8, 8))
-        return max(0, resident_growth(build) - known - activation_bytes(block, block.heads, block.mlp))
+    def _memory_model(self, *measured: int) -> tuple[StoredBits, int]:
+        """Bits per weight and workspace that tell best what the smallest and the largest integer network take."""
+        best: tuple[float, StoredBits, int] | None = None
+        choices: tuple[StoredBits, ...] = (8, 16, 32)
+        for bits in choices:
+            known = [self._known_bytes(subnet, bits) for subnet in self._extremes()]
+            weights = [1.0 / total for total in measured]
+            # The workspace that makes the two relative errors equal and opposite.
+            workspace = max(
+                0.0, sum((t - k) * w for t, k, w in zip(measured, known, weights, strict=True)) / sum(weights)
+            )
+            error = max(abs(k + workspace - t) / t for t, k in zip(measured, known, strict=True))
+            if best is None or error < best[0]:
+                best = error, bits, int(workspace)
+        assert best is not None
+        return best[1], best[2]
+
+    def _known_bytes(self, subnet: Subnet, bits: StoredBits) -> int:
+        """Weights at ``bits`` each, scales, what lies outside the blocks, and activations."""
+        shape = self._space.shape
+        layers = tuple(x and Layer(x.heads, x.mlp, bits, x.a) for x in subnet.layers)
+        activation = max(
+            activation_bytes(block, layer.heads, layer.mlp)
+            for block, layer in zip(shape.blocks, layers, strict=True)
+            if layer is not None
+        )
+        return real_bytes(shape, Subnet(layers, Precision.INT)) + activation
 
     # -- prediction against measurement -------------------------------------------------------------------------------
 
@@ -256,12 +282,5 @@ class _Measurement:
     def _measured(self, precision: Precision, results: dict[str, GroupTimes]) -> Sequence[Measured]:
         """Random subnets with their milliseconds per chunk, at the common speed of the reference."""
         subnets = self._random_subnets(precision)
-        groups = [results[f"subnets {precision.value} {i}"] for i in range(0, len(subnets), _CHECKED_TOGETHER)]
-        common = float(np.median([group.median_ms[0] for group in groups]))
-        times = [ms * common / group.median_ms[0] for group in groups for ms in group.median_ms[1:]]
-        return list(zip(subnets, times, strict=True))
-
-
-def _run_both(chunk: _Runnable, step: _Runnable) -> None:
-    chunk.run()
-    step.run()
+        groups = [results[f"subnets {precision.value} {i}"] for i in range(0, len(subnets), TOGETHER)]
+        return list(zip(subnets, at_common_speed(groups)[1], strict=True))

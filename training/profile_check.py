@@ -55,7 +55,8 @@ def with_working_set(
 ) -> tuple[LookUpTable, Sequence[Measured]]:
     """Add a working-set term for floating-point networks, where it explains what sums of block times leave.
 
-    Fitted to every second subnet, and kept if it helps on the others.
+    Fitted to every second subnet, and kept if it helps on the others. It holds for every precision that is executed as
+    that of the subnets is.
 
     Returns:
         The table, and the subnets it was not fitted to.
@@ -73,7 +74,9 @@ def with_working_set(
         slope = max(0.0, float(beyond @ missing) / float(beyond @ beyond))
         best = min(best, (float(((missing - slope * beyond) ** 2).sum()), float(threshold), slope))
     term = {"working_set_bytes": int(best[1]), "working_set_ms_per_mb": best[2]}
-    rows = tuple(row if row.precision is Precision.INT else row.model_copy(update=term) for row in table.fixed)
+    executed = {form.precision: form.executed for form in table.forms}
+    alike = executed[measured[0][0].precision]
+    rows = tuple(row.model_copy(update=term) if executed[row.precision] == alike else row for row in table.fixed)
     fitted = table.model_copy(update={"fixed": rows})
     before, after = (float((relative_errors(t, shape, held, steps) ** 2).mean()) for t in (table, fitted))
     return (fitted, held) if after < WORTH_A_TERM**2 * before else (table, measured)

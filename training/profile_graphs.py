@@ -1,8 +1,7 @@
 """Networks of chosen blocks as ONNX graphs, for timing: what a robot would run, with random weights.
 
-The graphs are built of the exporter's own pieces, so operators, quantizers and layouts are those of a bundle. Unlike a
-bundle's, they take blocks of different sizes: keys and values of all blocks lie flat, (.., R, S, D) with
-R = 2 sum_l heads_l rows.
+The graphs are built of the exporter's own pieces, so operators, quantizers and layouts are those of a bundle, and any
+engine takes them. Keys and values of all blocks lie flat, (.., R, S, D) with R = 2 sum_l heads_l rows.
 """
 
 from __future__ import annotations
@@ -13,27 +12,36 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 from torch import nn
 
-from training.export.blocks import plain_block
+from training.export.blocks import AttentionWeights, BlockWeights
 from training.export.diffusion_policy_t import add_block
 from training.export.graph import GraphBuilder
-from training.export.weights import LinearWeights, concatenate
-from training.nn.blocks import Attention, DecoderBlock
+from training.export.weights import InputGrid, LinearWeights, Rounding, concatenate
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.quant.linear import LinearBits, QuantizedLinear
 
 Feeds = dict[str, NDArray[np.float32]]
+_FP8_LARGEST = 448.0
+
+
+INTEGER, FLOAT, HALF, FP8 = (
+    "int8",
+    "float32",
+    "float16",
+    "float8",
+)  # arithmetic that a runtime has for a block's linears
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSize:
-    """Heads and hidden channels of one block, and whether its linears are quantized."""
+    """Heads and hidden channels of one block, and the arithmetic of its linears, one of the four above."""
 
     heads: int
     mlp: int
-    quantized: bool
+    executed: str
 
 
 class PolicyGraphs(Protocol):
@@ -74,7 +82,7 @@ class DiffusionPolicyTGraphs:
             self._network = DiffusionPolicyT(config.model_copy(update={"depth": 1})).eval()
         self._head_dim = config.dim // config.heads
         self._random = np.random.default_rng(seed)
-        self._modules: dict[BlockSize, DecoderBlock] = {}
+        self._blocks: dict[BlockSize, BlockWeights] = {}
 
     def step(self, blocks: Sequence[BlockSize]) -> tuple[bytes, Feeds]:
         """``noisy`` (1, T, Da), ``timestep_kv`` (1, R, 1, D), ``observation_kv`` (1, R, To, D) -> ``noise``."""
@@ -107,8 +115,8 @@ class DiffusionPolicyTGraphs:
         position = g.node("Slice", [position, g.index(0), tokens, g.index(0)], "position")
         x = g.node("Add", [g.linear(noisy, embedding, "action_embedding", bias=False), position], "action_tokens")
         for i, block in enumerate(blocks):
-            weights, keys_values = plain_block(self._module(block)), (pairs[2 * i], pairs[2 * i + 1])
-            x = add_block(g, x, weights, f"blocks.{i}", keys_values, self_mask, cross_mask)
+            keys_values = (pairs[2 * i], pairs[2 * i + 1])
+            x = add_block(g, x, self._weights(block), f"blocks.{i}", keys_values, self_mask, cross_mask)
         x = g.linear(g.layer_norm(x, network.norm, "norm"), LinearWeights.of(network.head), "head", bias=False)
         bias = g.constant("head.bias", network.head.bias.detach().numpy())
         g.output(g.node("Add", [x, bias], "noise"), ("B", "T", config.action_dim))
@@ -129,8 +137,8 @@ class DiffusionPolicyTGraphs:
         if not blocks:
             g.output(x, ("B", config.observation_horizon, config.dim))
             return g.serialize(), feeds
-        modules = [self._module(block).cross_attn for block in blocks]
-        kv = concatenate([LinearWeights.of(m) for attention in modules for m in (attention.k, attention.v)])
+        attentions = [self._weights(block).cross for block in blocks]
+        kv = concatenate([part for attention in attentions for part in (attention.k, attention.v)])
         x = g.linear(x, kv, "cross_attn.kv")
         rows = 2 * sum(block.heads for block in blocks)
         x = g.node("Reshape", [x, g.index(0, 0, rows, self._head_dim)], "kv_heads")
@@ -141,28 +149,37 @@ class DiffusionPolicyTGraphs:
     def _draw(self, *shape: int) -> NDArray[np.float32]:
         return self._random.standard_normal(shape, np.float32)
 
-    def _module(self, size: BlockSize) -> DecoderBlock:
+    def _weights(self, size: BlockSize) -> BlockWeights:
         """A block of that size; made once, because choosing quantizer steps takes longer than timing."""
-        if size not in self._modules:
+        if size not in self._blocks:
             config, generator = self._config, torch.Generator().manual_seed(0)
 
-            def linear(inputs: int, outputs: int) -> nn.Module:
+            def linear(inputs: int, outputs: int) -> LinearWeights:
                 layer = nn.Linear(inputs, outputs)
                 nn.init.normal_(layer.weight, std=0.02, generator=generator)
                 nn.init.zeros_(layer.bias)
-                return QuantizedLinear(layer, torch.tensor(0.02), LinearBits()) if size.quantized else layer
+                return _stored(layer, size.executed)
 
             width = size.heads * self._head_dim
-            block = DecoderBlock(config.dim, config.heads, 1, 0.0).eval()
-            for attention in (block.self_attn, block.cross_attn):
-                _resize(attention, size.heads, linear(config.dim, width), linear(width, config.dim))
-            block.fc1, block.fc2 = linear(config.dim, size.mlp), linear(size.mlp, config.dim)  # type: ignore[assignment]
-            self._modules[size] = block
-        return self._modules[size]
+            projection, output = linear(config.dim, width), linear(width, config.dim)
+            attention = AttentionWeights(size.heads, self._head_dim, projection, projection, projection, output)
+            norm = nn.LayerNorm(config.dim)
+            fc1, fc2 = linear(config.dim, size.mlp), linear(size.mlp, config.dim)
+            self._blocks[size] = BlockWeights(norm, attention, norm, attention, norm, fc1, fc2)
+        return self._blocks[size]
 
 
-def _resize(attention: Attention, heads: int, projection: nn.Module, output: nn.Module) -> None:
-    """Give ``attention`` fewer heads; q, k and v may share one module, because an exported graph copies it."""
-    attention.heads = heads
-    attention.q = attention.k = attention.v = projection  # type: ignore[assignment]
-    attention.o = output  # type: ignore[assignment]
+def _stored(layer: nn.Linear, executed: str) -> LinearWeights:
+    """A linear as the exporter writes it for ``executed``; the step of activations does not matter for time."""
+    plain, step = LinearWeights.of(layer), np.float32(0.02)
+    if executed == INTEGER:
+        return LinearWeights.of(QuantizedLinear(layer, torch.tensor(step), LinearBits()))
+    if executed == HALF:
+        return LinearWeights(plain.weight.astype(np.float16), plain.bias, None, InputGrid(Rounding.HALF))
+    if executed == FP8:
+        scale = np.abs(plain.weight).max(axis=0) / np.float32(_FP8_LARGEST)
+        codes = (plain.weight / scale).astype(float8_e4m3fn)
+        return LinearWeights(codes, plain.bias, scale, InputGrid(Rounding.FP8, np.array(step)))
+    if executed != FLOAT:
+        raise ValueError(f"executed: expected one of {INTEGER}, {FLOAT}, {HALF}, {FP8}, got {executed}")
+    return plain

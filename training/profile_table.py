@@ -12,11 +12,11 @@ from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from training.lut import BlockEntry, DeviceFacts, ExecutedForm, FixedEntry, LookUpTable, Method, space_bits
 from training.profile_graphs import BlockSize
+from training.profile_runtime import Form
 from training.profile_timing import BURST, Timing
 from training.space import SearchSpace
 from training.subnet import Precision
 
-INTEGER, FLOAT = "int8", "float32"
 DIFFUSION = DiffusionSpec(
     train_timesteps=100, beta_schedule="squared_cosine", prediction="epsilon", clip_sample=1.0, sampler="ddim", steps=16
 )
@@ -79,7 +79,7 @@ class GroupTimes(StrictModel):
 class Layout:
     """Which networks tell of a block size: ``around`` blocks of middle size, and ``added`` of the size in question.
 
-    ``executed`` are the forms that the engine has for the precisions of the space.
+    ``executed`` are the different forms that the runtime has for the precisions of the space, integers first.
     """
 
     middle: tuple[int, int]
@@ -88,7 +88,7 @@ class Layout:
     executed: tuple[str, ...]
 
     @classmethod
-    def of(cls, space: SearchSpace) -> Layout:
+    def of(cls, space: SearchSpace, forms: Mapping[Precision, Form]) -> Layout:
         """Networks as deep as the policy (of two blocks at least)."""
         heads, widths = space.head_choices[0], space.mlp_choices[0]
         added = max(1, len(space.shape.blocks) // 2)
@@ -96,22 +96,35 @@ class Layout:
             (heads[len(heads) // 2], widths[len(widths) // 2]),
             max(1, len(space.shape.blocks) - added),
             added,
-            (INTEGER, FLOAT) if space.config.precisions else (INTEGER,),
+            tuple(dict.fromkeys(forms[p].executed for p in (Precision.INT, *space.config.precisions))),
         )
 
-    def context(self, quantized: bool) -> list[BlockSize]:
+    def context(self, executed: str) -> list[BlockSize]:
         """The network without the blocks in question."""
-        return [BlockSize(*self.middle, quantized)] * self.around
+        return [BlockSize(*self.middle, executed)] * self.around
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of the computer: ``load`` is its load average before the measurement."""
+    """What is known of the computer and the runtime.
+
+    Attributes:
+        device: the computer.
+        runtime: its name.
+        versions: of what decides how fast it is.
+        forms: what the runtime executes for each precision.
+        workspace_bytes: memory of the engine beyond weights and activations.
+        load: load average before the measurement.
+        notes: what else a reader should know.
+    """
 
     device: DeviceFacts
+    runtime: str
     versions: dict[str, str]
-    load: float
+    forms: Mapping[Precision, Form]
     workspace_bytes: int
+    load: float
+    notes: tuple[str, ...] = ()
 
 
 def table_of(
@@ -126,24 +139,27 @@ def table_of(
             ``chunk EXECUTED`` (the context alone, then with blocks of each head count).
         facts: about the computer.
     """
-    layout = Layout.of(space)
+    layout, whole = Layout.of(space, facts.forms), facts.forms[Precision.INT]
     forms = [
-        ExecutedForm(precision=Precision.INT, w=w, a=a, executed=INTEGER, stored_bits=8)
+        ExecutedForm(precision=Precision.INT, w=w, a=a, executed=whole.executed, stored_bits=whole.stored_bits)
         for w, a in space_bits(space, Precision.INT)
     ]
-    forms += [ExecutedForm(precision=p, executed=FLOAT, stored_bits=32) for p in space.config.precisions]
-    maker = _Entries(space, settings.diffusion.steps, layout, times)
+    forms += [
+        ExecutedForm(precision=p, executed=facts.forms[p].executed, stored_bits=facts.forms[p].stored_bits)
+        for p in space.config.precisions
+    ]
+    maker = _Entries(space, settings.diffusion.steps, layout, times, facts.forms)
     blocks = tuple(entry for executed in layout.executed for entry in maker.blocks(executed))
     method = Method(
         statistic="median",
         runs=settings.rounds * BURST,
         warm_ups=settings.warm_ups,
-        notes=tuple(_notes(space, layout, times, facts.load)),
+        notes=tuple(_notes(space, layout, times, facts)),
     )
     return LookUpTable(
         name=settings.name,
         device=facts.device,
-        runtime="onnxruntime cpu",
+        runtime=facts.runtime,
         versions=facts.versions,
         threads=settings.threads,
         modelled=False,
@@ -155,19 +171,22 @@ def table_of(
     )
 
 
-def _notes(space: SearchSpace, layout: Layout, times: Mapping[str, GroupTimes], load: float) -> Iterator[str]:
+def _notes(space: SearchSpace, layout: Layout, times: Mapping[str, GroupTimes], facts: Facts) -> Iterator[str]:
     yield (
         f"block times are differences of networks with and without {layout.added} blocks of a size, timed in turn with "
         "a reference network and corrected for its drift; a run is a whole chunk"
     )
-    yield "weights and activations of 4 bits execute in 8-bit containers: the same time and memory as 8 bits"
-    if space.config.precisions:
-        yield "fp16 and fp8 execute as float32: this engine has no kernels for them on a CPU"
-    spread = float(np.median([group.spread_ms[0] / group.median_ms[0] for group in times.values()]))
+    yield from facts.notes
+    spread = reference_spread(times)
     busy = "; the computer was busy: measure again when it is idle" if spread > UNSTEADY else ""
     tokens = space.shape.blocks[-1].tokens
     steadiness = f"the reference varied by {spread:.1%} (interquartile range / median)"
-    yield f"{tokens} tokens: load average before {load:.1f}; {steadiness}{busy}"
+    yield f"{tokens} tokens: load average before {facts.load:.1f}; {steadiness}{busy}"
+
+
+def reference_spread(times: Mapping[str, GroupTimes]) -> float:
+    """How much the reference network varied: interquartile range / median, in the middle of the groups."""
+    return float(np.median([group.spread_ms[0] / group.median_ms[0] for group in times.values()]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +195,7 @@ class _Entries:
     steps: int
     layout: Layout
     times: Mapping[str, GroupTimes]
+    forms: Mapping[Precision, Form]
 
     def blocks(self, executed: str) -> Iterator[BlockEntry]:
         block, chunk = self.space.shape.blocks[0], self.times[f"chunk {executed}"]
@@ -201,7 +221,7 @@ class _Entries:
 
     def fixed(self, precision: Precision, blocks: Sequence[BlockEntry]) -> FixedEntry:
         """What is left of the context network when its blocks are taken out."""
-        executed, around = INTEGER if precision is Precision.INT else FLOAT, self.layout.around
+        executed, around = self.forms[precision].executed, self.layout.around
         inside = next(e for e in blocks if (e.executed, (e.heads, e.mlp)) == (executed, self.layout.middle))
         step = self._context_ms(executed) / self.steps - around * inside.step_ms
         chunk = self.times[f"chunk {executed}"].median_ms[0] - around * inside.kv_ms

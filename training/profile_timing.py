@@ -1,25 +1,23 @@
-"""Timing of whole chunks on this computer's engine, several networks in turn so that drift and other load hit all."""
+"""Timing of whole chunks on a robot's engine, several networks in turn so that drift and other load hit all."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from dcqfa_ros.bench.conditions import no_garbage_collection
 from dcqfa_ros.bundle.schema import DiffusionSpec
 from dcqfa_ros.runtime.denoising import DenoisingLoop
-from dcqfa_ros.runtime.engine import Float32, Int64
-from dcqfa_ros.runtime.fusion import fuse_for_onnxruntime_cpu
-from dcqfa_ros.runtime.lowering import lower_for_onnxruntime_cpu, parse_model
-from dcqfa_ros.runtime.ort_engine import open_session, session_options
+from dcqfa_ros.runtime.engine import Engine, Float32
+from training.export.graph import GraphBuilder
+from training.profile_graphs import BlockSize, Feeds, PolicyGraphs
 
 BURST = 5  # consecutive chunks of one network; one more before them fills the caches again and is not counted
-Feeds = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,82 +28,51 @@ class Timing:
     spread_ms: float
 
 
-class ChunkNetwork:
-    """The graph that runs once per chunk, as the engine runs it."""
-
-    def __init__(self, graph: tuple[bytes, Feeds], threads: int) -> None:
-        """Lower, fuse and load a canonical graph."""
-        data, self._feeds = graph
-        self._session = _open(data, threads)
-
-    def run(self) -> Any:
-        """Encode one observation."""
-        return self._session.run(None, self._feeds)
-
-
-class StepNetwork:
-    """The denoising loop of one chunk over the graph of a step, with the engine's bound buffers and copies."""
-
-    def __init__(self, graph: tuple[bytes, Feeds], threads: int, diffusion: DiffusionSpec) -> None:
-        """Lower, fuse and load a canonical graph whose sample is called ``noisy`` and whose result is ``noise``."""
-        data, feeds = graph
-        self._session = _open(data, threads)
-        self._binding = self._session.io_binding()
-        self._arrays = {name: array.copy() for name, array in feeds.items()}
-        sample = feeds["noisy"]
-        self._result = np.zeros_like(sample)
-        for name, array in (*self._arrays.items(), ("noise", self._result)):
-            bind = self._binding.bind_output if name == "noise" else self._binding.bind_input
-            bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
-        self._loop = DenoisingLoop(diffusion, sample.shape[1], sample.shape[2])
-        self._initial = sample
-        self._timestep_kv = np.repeat(feeds.get("timestep_kv", np.zeros((1, 1), np.float32)), self.steps, axis=0)
-        self._observation_kv = feeds.get("observation_kv", np.zeros((1, 1), np.float32))
-        self._noise = np.zeros_like(sample)
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps of one run."""
-        return self._loop.steps
-
-    def run(self) -> Float32:
-        """Denoise one chunk."""
-        return self._loop.run(self, self._initial, self._timestep_kv, self._observation_kv, lambda _: self._noise)
-
-    # What DenoisingLoop asks of an engine:
-    name = "profile"
-
-    def denoise(
-        self, noisy: Float32, timestep_kv: Float32, observation_kv: Float32, out: Float32 | None = None
-    ) -> Float32:
-        """Predict the noise once; inputs are copied to bound buffers as ``OnnxRuntimeEngine`` does."""
-        for label, given in (("noisy", noisy), ("timestep_kv", timestep_kv), ("observation_kv", observation_kv)):
-            if label in self._arrays:
-                np.copyto(self._arrays[label], given)
-        self._session.run_with_iobinding(self._binding)
-        if out is None:
-            return self._result
-        np.copyto(out, self._result)
-        return out
-
-    def observation_kv(self, observation: Float32) -> Float32:
-        """Not part of the loop: the keys and values are the given ones, whatever ``observation`` is."""
-        del observation
-        return self._observation_kv
-
-    def timestep_kv(self, timesteps: Int64) -> Float32:
-        """Not part of the loop: the keys and values are the given ones."""
-        return self._timestep_kv[: len(timesteps)]
-
-    def close(self) -> None:
-        """Nothing to close: the session goes with the object."""
+def variant_of(
+    graphs: PolicyGraphs, blocks: Sequence[BlockSize], train_timesteps: int
+) -> tuple[dict[str, bytes], Feeds]:
+    """The three graphs of a network, by role, and inputs for them: ``observation`` and ``noisy``."""
+    denoiser, step = graphs.step(blocks)
+    encoder, chunk = graphs.chunk(blocks)
+    rows, width = step["timestep_kv"].shape[1], step["timestep_kv"].shape[3]
+    g = GraphBuilder("timestep")
+    index = g.input("timesteps", ("S",), TensorProto.INT64)
+    table: NDArray[np.float32] = np.repeat(step["timestep_kv"], train_timesteps, axis=0)
+    g.output(g.node("Gather", [g.constant("table", table), index], "timestep_kv", axis=0), ("S", rows, 1, width))
+    files = {"encoder": encoder, "timestep": g.serialize(), "denoiser": denoiser}
+    return files, {"observation": chunk["observation"], "noisy": step["noisy"]}
 
 
-def _open(data: bytes, threads: int) -> Any:
-    model = parse_model(data, "profile.onnx")
-    if lower_for_onnxruntime_cpu(model, "profile.onnx"):
-        fuse_for_onnxruntime_cpu(model)
-    return open_session(model, session_options(threads))
+class TimedNetwork:
+    """A network on an engine, run as the robot runs it."""
+
+    def __init__(self, engine: Engine, feeds: Mapping[str, NDArray[np.float32]], diffusion: DiffusionSpec) -> None:
+        """Prepare what is computed once: the keys and values of the noise levels.
+
+        Args:
+            engine: of the graphs of :func:`variant_of`.
+            feeds: their inputs.
+            diffusion: the sampler.
+        """
+        self._engine = engine
+        self._observation, self._noisy = feeds["observation"], feeds["noisy"]
+        self._loop = DenoisingLoop(diffusion, self._noisy.shape[1], self._noisy.shape[2])
+        self._timestep_kv = engine.timestep_kv(self._loop.timesteps).copy()
+        self._observation_kv = engine.observation_kv(self._observation).copy()
+        self._noise = np.zeros_like(self._noisy)
+
+    def encode(self) -> Float32:
+        """What runs once per chunk: the observation."""
+        return self._engine.observation_kv(self._observation)
+
+    def denoise(self) -> Float32:
+        """All denoising steps of a chunk, for keys and values that are known."""
+        return self._loop.run(self._engine, self._noisy, self._timestep_kv, self._observation_kv, lambda _: self._noise)
+
+    def chunk(self) -> Float32:
+        """A whole chunk: observation to actions."""
+        np.copyto(self._observation_kv, self.encode())
+        return self.denoise()
 
 
 def time_in_turn(
@@ -116,7 +83,8 @@ def time_in_turn(
 ) -> list[Timing]:
     """Time each of ``runs``, the first of which is the reference, in ``rounds`` bursts of ``BURST`` in turn.
 
-    In every round all times are divided by how much slower the reference was than it was over all rounds.
+    In every round all times are divided by how much slower the reference was than it was over all rounds; of three
+    rounds in a row the middle one counts, so that a burst that was interrupted does not make others look fast.
 
     Args:
         runs: callables; each computes one whole unit of work.
@@ -139,6 +107,8 @@ def time_in_turn(
                     run()
                     seconds[index, number, repeat] = clock() - begin
     reference = np.median(seconds[0], axis=1)
+    neighbours = np.lib.stride_tricks.sliding_window_view(np.pad(reference, 1, mode="edge"), 3)
+    reference = np.median(neighbours, axis=1)
     seconds *= (np.median(seconds[0]) / reference)[None, :, None]
     low, middle, high = 1e3 * np.percentile(seconds.reshape(len(runs), -1), [25, 50, 75], axis=1)
     return [Timing(float(m), float(h - q)) for q, m, h in zip(low, middle, high, strict=True)]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from training.commands_profile import MODELLED
 from training.cost import cost
 from training.lut import load_table
-from training.modelled_tables import ORIN_NX_16GB, modelled_table
+from training.modelled_tables import DEVICES, ORIN_NX_16GB, ModelledDevice, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.space import SearchSpace
@@ -24,12 +25,47 @@ def space(tokens: int = 9, dim: int = 256) -> SearchSpace:
     return SearchSpace(diffusion_policy_t_shape(DiffusionPolicyTConfig(dim=dim), tokens), CONFIG)
 
 
-def test_a_modelled_table_covers_its_space_and_says_that_it_is_modelled() -> None:
-    table = modelled_table(ORIN_NX_16GB, space())
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_a_modelled_table_covers_its_space_and_says_that_it_is_modelled(device: ModelledDevice) -> None:
+    table = modelled_table(device, space())
     table.check(space())
     assert table.modelled
-    assert "data sheet" in table.device.fingerprint
+    assert table.name == device.name
+    assert "NVIDIA" in table.device.fingerprint
+    assert "data sheet" in table.device.fingerprint or "white paper" in table.device.fingerprint
     assert "assumed" in table.method.notes[0]
+
+
+def test_the_help_names_every_device() -> None:
+    assert tuple(device.name for device in DEVICES) == MODELLED
+    assert set(MODELLED) == {"orin_nx_16gb", "orin_nx_8gb", "orin_nano_8gb", "agx_orin_64gb", "rtx_4090", "h200"}
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu_sparse_tops"),
+    [
+        ("orin_nx_16gb", 60),
+        ("orin_nx_8gb", 50),
+        ("orin_nano_8gb", 40),
+        ("agx_orin_64gb", 170),
+        ("rtx_4090", 1321),
+        ("h200", 3958),
+    ],
+)
+def test_int8_peaks_are_half_of_what_data_sheets_print_with_sparsity(name: str, gpu_sparse_tops: float) -> None:
+    device = next(device for device in DEVICES if device.name == name)
+    assert 2e-12 * device.forms[Precision.INT, 8].operations == pytest.approx(gpu_sparse_tops, rel=0.03)
+
+
+def test_faster_devices_take_less_time() -> None:
+    costs = {
+        device.name: cost(
+            modelled_table(device, space()), space().shape, space().largest(Precision.FP32), 16
+        ).latency_ms
+        for device in DEVICES
+    }
+    assert costs["orin_nano_8gb"] > costs["orin_nx_8gb"] >= costs["orin_nx_16gb"] > costs["agx_orin_64gb"]
+    assert costs["agx_orin_64gb"] > costs["rtx_4090"] > costs["h200"]
 
 
 @pytest.mark.parametrize("tokens", [9, 16])

@@ -6,28 +6,36 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import yaml
+from onnx import TensorProto
 
+from dcqfa_ros.devices.detect import detect
 from dcqfa_ros.errors import UserError
+from dcqfa_ros.runtime.engine import ROLES
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from training import profile as profile_module
+from training import profile_networks
 from training.commands_profile import profile
 from training.cost import cost
-from training.export.diffusion_policy_t import denoiser_graph, encoder_graph
+from training.export.diffusion_policy_t import export_graphs
 from training.lut import DeviceFacts, LookUpTable, load_table
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.profile import ProfileError, measure
 from training.profile_check import random_subnet, validation, with_working_set
-from training.profile_graphs import BlockSize, DiffusionPolicyTGraphs
-from training.profile_table import DIFFUSION, INTEGER, Facts, GroupTimes, ProfileSettings, SettingsError, table_of
-from training.profile_timing import BURST, StepNetwork, time_in_turn
+from training.profile_graphs import FLOAT, FP8, HALF, INTEGER, BlockSize, DiffusionPolicyTGraphs
+from training.profile_runtime import Form, profiled_runtime
+from training.profile_table import DIFFUSION, Facts, GroupTimes, ProfileSettings, SettingsError, table_of
+from training.profile_timing import BURST, TimedNetwork, time_in_turn, variant_of
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.space_counts import real_bytes
@@ -36,7 +44,8 @@ from training.subnet import Precision, Subnet
 POLICY = DiffusionPolicyTConfig(depth=4, heads=2, dim=32, ffn_ratio=2, horizon=6)
 SECTION = {"min_depth": {"decoder": 2}, "head_ratios": [0.5, 1.0], "mlp_ratios": [0.5, 1.0], "precisions": ["fp32"]}
 SPACE = SearchSpace(diffusion_policy_t_shape(POLICY, 5), SpaceConfig.model_validate_json(json.dumps(SECTION)))
-FACTS = Facts(DeviceFacts(name="x", fingerprint="x", memory_bytes=1), {}, 0.1, 1000)
+FORMS = {Precision.INT: Form(INTEGER, 8), Precision.FP32: Form(FLOAT, 32)}
+FACTS = Facts(DeviceFacts(name="x", fingerprint="x", memory_bytes=1), "onnxruntime", {}, FORMS, 1000, 0.1)
 QUICK = ProfileSettings(name="here", runs=BURST, warm_ups=0, subnets=2)
 
 
@@ -49,26 +58,54 @@ def table() -> LookUpTable:
     return measure(SPACE, DiffusionPolicyTGraphs(POLICY, 5), QUICK)
 
 
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory as if measured: two bytes for every byte of the denoiser's file, and one million."""
+
+    def growth(runtime: str, threads: int, small: Any, variant: Any, on_gpu: bool) -> int:
+        return 2 * len(variant[0]["denoiser"]) + 1_000_000
+
+    monkeypatch.setattr(profile_networks, "engine_growth", growth)
+
+
 # -- what is timed ----------------------------------------------------------------------------------------------------
 
 
 def test_the_timed_graphs_have_the_operators_of_the_exported_ones() -> None:
     graphs, network = DiffusionPolicyTGraphs(POLICY, 5), DiffusionPolicyT(POLICY).eval()
-    blocks = [BlockSize(2, 64, False)] * 4
-    exported, timed = operators(denoiser_graph(network)), operators(graphs.step(blocks)[0])
-    assert exported - timed == Counter({"Reshape": 1})  # keys and values lie flat already
-    assert not timed - exported
-    assert operators(encoder_graph(network)) == operators(graphs.chunk(blocks)[0])
+    exported = export_graphs(network, 100)
+    files, _ = variant_of(graphs, [BlockSize(2, 64, FLOAT)] * 4, 100)
+    for role in ROLES:
+        assert operators(exported[role]) == operators(files[role])
 
 
-def test_blocks_of_different_sizes_run_in_one_network_and_integers_are_multiplied() -> None:
+@pytest.mark.parametrize("executed", [INTEGER, FLOAT, HALF, FP8])
+def test_blocks_of_different_sizes_run_in_one_network(executed: str) -> None:
     graphs = DiffusionPolicyTGraphs(POLICY, 5)
-    blocks = [BlockSize(1, 64, True), BlockSize(2, 32, True)]
-    graph = graphs.step(blocks)
-    assert operators(graph[0])["QuantizeLinear"] == 6 * 2
-    sample = StepNetwork(graph, 1, DIFFUSION).run()
-    assert sample.shape == (1, 5, POLICY.action_dim)
-    assert np.isfinite(sample).all()
+    files, feeds = variant_of(graphs, [BlockSize(1, 64, executed), BlockSize(2, 32, executed)], 100)
+    network = TimedNetwork(OnnxRuntimeEngine(files), feeds, DIFFUSION)
+    assert network.encode().shape == (1, 6, 2, 16)
+    chunk = network.chunk()
+    assert chunk.shape == (1, 5, POLICY.action_dim)
+    assert np.isfinite(chunk).all()
+
+
+def test_the_timed_graphs_hold_what_their_arithmetic_says() -> None:
+    graphs = DiffusionPolicyTGraphs(POLICY, 5)
+    kinds = {}
+    for executed in (INTEGER, FLOAT, HALF, FP8):
+        data, _ = graphs.step([BlockSize(2, 32, executed)])
+        weights = [t for t in onnx.load_from_string(data).graph.initializer if t.name.startswith("blocks.0.")]
+        kinds[executed] = {t.data_type for t in weights if t.name.endswith(".weight") and len(t.dims) == 2}
+        assert operators(data)["QuantizeLinear"] == (6 if executed in (INTEGER, FP8) else 0)
+    assert kinds == {
+        INTEGER: {TensorProto.INT8},
+        FLOAT: {TensorProto.FLOAT},
+        HALF: {TensorProto.FLOAT16},
+        FP8: {TensorProto.FLOAT8E4M3FN},
+    }
+    with pytest.raises(ValueError, match="executed: expected one of int8"):
+        graphs.step([BlockSize(2, 32, "ternary")])
 
 
 def test_times_are_corrected_for_the_drift_that_the_reference_shows() -> None:
@@ -175,10 +212,25 @@ def test_a_measured_table_covers_the_space_and_says_how_it_was_made(table: LookU
     ]
     low, high = (cost(table, SPACE.shape, subnet, 16) for subnet in (SPACE.smallest(), SPACE.largest(Precision.INT)))
     assert low.memory_bytes < high.memory_bytes
+    assert table.runtime == "onnxruntime"
+    assert table.versions["onnxruntime"] == onnxruntime.__version__
+    notes = " ".join(table.method.notes)
+    for word in ("clocks: ", "load average before", "the reference varied by", "bits per weight of an integer block"):
+        assert word in notes
+
+
+def test_memory_is_told_by_the_bits_and_the_workspace_that_fit(no_processes: None) -> None:
+    table = measure(SPACE, DiffusionPolicyTGraphs(POLICY, 5), replace(QUICK, subnets=0))
+    assert table.workspace_bytes >= 1_000_000
+    runtime, graphs = profiled_runtime("onnxruntime", detect()), DiffusionPolicyTGraphs(POLICY, 5)
+    bench = profile_networks.Workbench(SPACE, graphs, QUICK, runtime)
+    for subnet in (SPACE.smallest(), SPACE.largest(Precision.INT)):
+        predicted = cost(table, SPACE.shape, subnet, 16).memory_bytes
+        assert predicted == pytest.approx(bench.memory(subnet), rel=0.05)
 
 
 def test_an_interrupted_measurement_continues_with_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_processes: None
 ) -> None:
     progress, timed = tmp_path / "progress.json", []
 
@@ -211,10 +263,10 @@ def test_an_interrupted_measurement_continues_with_what_is_missing(
         measure(SPACE, graphs, QUICK, progress)
 
 
-def test_an_engine_that_does_not_multiply_integers_gives_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_module, "integer_weights", lambda *_: {"blocks.0.fc1.weight"})
+def test_an_engine_that_does_not_multiply_integers_gives_no_table() -> None:
+    runtime = replace(profiled_runtime("onnxruntime", detect()), integer_weights=lambda *_: {"blocks.0.fc1.weight"})
     with pytest.raises(ProfileError, match="multiplies integers in 1 of 6 linears"):
-        measure(SPACE, DiffusionPolicyTGraphs(POLICY, 5), QUICK)
+        measure(SPACE, DiffusionPolicyTGraphs(POLICY, 5), QUICK, runtime=runtime)
 
 
 def test_impossible_settings_are_named() -> None:
@@ -248,7 +300,7 @@ def run(*arguments: object) -> int:
 
 
 def test_the_command_measures_the_executed_tokens_and_the_whole_horizon(
-    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], no_processes: None
 ) -> None:
     out = tmp_path / "tables" / "cpu.json"
     options = ("--runs", 5, "--warm-ups", 0, "--subnets", 1, "--json")
@@ -270,7 +322,10 @@ def test_the_command_models_a_device(tmp_path: Path, config: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "abacus"), "--model abacus: unknown; there is orin_nx_16gb"),
+        (("--model", "abacus"), "--model abacus: unknown; there is orin_nx_16gb, orin_nx_8gb"),
+        (("--runtime", "abacus"), "runtime 'abacus' is unknown; there are onnxruntime, openvino"),
+        (("--table", "x.json"), "--table: is for --validate N"),
+        (("--validate", "2"), "--out: --validate writes no table"),
         (("--tokens", "five"), "--tokens five: expected whole numbers"),
         (("--tokens", "7"), "--tokens 7: expected numbers from 1 to the horizon 6"),
         (("--threads", "0"), "threads: expected at least 1, got 0"),

@@ -1,0 +1,83 @@
+"""Networks of chosen blocks on one runtime: opened, timed in groups, and weighed in processes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.profile_graphs import BlockSize, PolicyGraphs
+from training.profile_memory import engine_growth
+from training.profile_runtime import ProfiledRuntime
+from training.profile_table import GroupTimes, Layout, ProfileSettings
+from training.profile_timing import TimedNetwork, variant_of
+from training.space import SearchSpace
+from training.subnet import Precision, Subnet
+
+TOGETHER = 5  # networks that are timed in turn with one reference; more would not all fit in memory
+Networks = Callable[[], list[Callable[[], object]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """Makes and measures networks of one space on one runtime."""
+
+    space: SearchSpace
+    graphs: PolicyGraphs
+    settings: ProfileSettings
+    runtime: ProfiledRuntime
+
+    @property
+    def layout(self) -> Layout:
+        """Which networks tell of a block size."""
+        return Layout.of(self.space, self.runtime.forms)
+
+    def checked(self) -> tuple[Precision, ...]:
+        """One precision for each executed form, integers first."""
+        first: dict[str, Precision] = {}
+        for precision in (Precision.INT, *self.space.config.precisions):
+            first.setdefault(self.runtime.forms[precision].executed, precision)
+        return tuple(first.values())
+
+    def blocks(self, subnet: Subnet) -> list[BlockSize]:
+        """The blocks that a subnet keeps, as they are executed."""
+        executed = self.runtime.forms[subnet.precision].executed
+        return [BlockSize(layer.heads, layer.mlp, executed) for layer in subnet.layers if layer is not None]
+
+    def network(self, blocks: Sequence[BlockSize]) -> TimedNetwork:
+        """Open a network.
+
+        Raises:
+            EngineError: the runtime cannot load it.
+        """
+        files, feeds = variant_of(self.graphs, blocks, self.settings.diffusion.train_timesteps)
+        return TimedNetwork(self.runtime.open(files, self.settings.threads), feeds, self.settings.diffusion)
+
+    def subnets(self, subnets: Sequence[Subnet]) -> list[Callable[[], object]]:
+        """The context network as the reference against drift, then each subnet: whole chunks, observations included."""
+        executed = self.runtime.forms[subnets[0].precision].executed
+        networks = [self.layout.context(executed), *(self.blocks(subnet) for subnet in subnets)]
+        return [self.network(blocks).chunk for blocks in networks]
+
+    def memory(self, subnet: Subnet) -> int:
+        """Bytes by which memory in use grows when a fresh process opens a subnet and runs it.
+
+        Raises:
+            MeasurementError: the process failed.
+        """
+        small = [BlockSize(*self.layout.middle, self.runtime.forms[subnet.precision].executed)]
+        levels = self.settings.diffusion.train_timesteps
+        first, second = (variant_of(self.graphs, blocks, levels) for blocks in (small, self.blocks(subnet)))
+        return engine_growth(self.runtime.name, self.settings.threads, first, second, self.runtime.on_gpu)
+
+
+def groups_of(subnets: Sequence[Subnet]) -> list[Sequence[Subnet]]:
+    """Parts of ``subnets`` that are timed together."""
+    return [subnets[begin : begin + TOGETHER] for begin in range(0, len(subnets), TOGETHER)]
+
+
+def at_common_speed(groups: Sequence[GroupTimes]) -> tuple[float, list[float]]:
+    """Milliseconds of the reference in the middle of the groups, and of the other networks at that speed."""
+    common = float(np.median([group.median_ms[0] for group in groups]))
+    return common, [ms * common / group.median_ms[0] for group in groups for ms in group.median_ms[1:]]
