@@ -124,6 +124,9 @@ class _Quantizers:
             if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 self._check(node)
         for node in list(self.graph.nodes):
+            if node.op_type == "DequantizeLinear":
+                self._gathered_codes(node)
+        for node in list(self.graph.nodes):
             if node.op_type == "DequantizeLinear" and self.graph.element_type(node.input[0]) == TensorProto.INT4:
                 self._int4_weight(node)
 
@@ -145,6 +148,22 @@ class _Quantizers:
                 f"{graph.label}: {name} has codes of type {TensorProto.DataType.Name(code_type)}; "
                 "TensorRT takes INT8, INT4 and FLOAT8E4M3FN"
             )
+
+    def _gathered_codes(self, node: NodeProto) -> None:
+        """Rows looked up in a table of codes: the table in FP32, since TensorRT gathers no codes; the same values."""
+        graph = self.graph
+        gather = graph.producer(node.input[0])
+        if gather is None or gather.op_type != "Gather" or graph.element_type(gather.input[0]) not in _QUANTIZED:
+            return
+        codes, scale = graph.constant(gather, gather.input[0]), graph.constant(node, node.input[1])
+        rows = graph.consumers(gather.output[0]) == [node] and len(graph.consumers(gather.input[0])) == 1
+        if not rows or attribute(gather, "axis", 0) != 0 or (scale.ndim and attribute(node, "axis", 1) != 1):
+            raise LoweringError(
+                f"{graph.label}: {node_name(gather)} looks up codes; "
+                "expected rows of a table, read by one DequantizeLinear of axis 1"
+            )
+        graph.set_constant(gather.input[0], codes.astype(np.float32) * scale.astype(np.float32))
+        graph.pass_through(node, gather)
 
     def _int4_weight(self, node: NodeProto) -> None:
         graph, name = self.graph, node_name(node)

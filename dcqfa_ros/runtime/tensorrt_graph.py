@@ -108,6 +108,13 @@ class Graph:
         if all(consumer is not node for consumer in self._consumers[tensor]):
             self._consumers[tensor].append(node)
 
+    def pass_through(self, node: NodeProto, maker: NodeProto) -> None:
+        """Remove ``node``, which does nothing but read ``maker``: its output becomes that of ``maker``."""
+        name = node.output[0]
+        maker.output[0] = name
+        self._producer[name] = maker
+        self.nodes.remove(node)
+
     def insert_after_producer(self, tensor: str, node: NodeProto) -> None:
         """Add a node that reads ``tensor`` as early as it can run."""
         maker = self._producer.get(tensor)

@@ -310,6 +310,31 @@ def layer(codes: np.ndarray, axis: int = 1, consumer: str = "MatMul", zero_point
 FOUR = np.ones((WIDTH, WIDTH), ml_dtypes.int4)
 
 
+def table(rows: int = 3, axis: int = 0, scale_axis: int = 1, dtype: type = np.int8) -> ModelProto:
+    """Rows of a table that is stored in codes, as time steps are."""
+    codes = np.random.default_rng(0).integers(-7, 8, (rows, WIDTH)).astype(dtype)
+    wide = WIDTH if scale_axis == 1 else rows
+    nodes = [
+        helper.make_node("Gather", ["codes", "index"], ["looked_up"], "look_up", axis=axis),
+        helper.make_node("DequantizeLinear", ["looked_up", "steps"], ["y"], axis=scale_axis),
+    ]
+    constants = {"codes": codes, "steps": np.linspace(0.1, 0.2, wide).astype(np.float32)}
+    return parse_model(
+        build(nodes, {"index": (TensorProto.INT64, [rows])}, {"y": (FLOAT, [rows, WIDTH])}, constants), "table"
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.int4, ml_dtypes.float8_e4m3fn])
+def test_tables_of_codes_become_tables_of_their_values(dtype: type) -> None:
+    model = table(dtype=dtype)
+    changed, report = lowered(model)
+    arrays = {"index": np.array([2, 0, 2])}
+    codes, steps = (numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
+    np.testing.assert_array_equal(run(changed, arrays)["y"], (codes.astype(np.float32) * steps)[[2, 0, 2]])
+    assert [node.op_type for node in changed.graph.node] == ["Gather"]
+    assert report.needs == {"fp32"}
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [
@@ -319,6 +344,8 @@ FOUR = np.ones((WIDTH, WIDTH), ml_dtypes.int4)
         (lambda: layer(np.ones((WIDTH, 7), ml_dtypes.int4)), "7 outputs"),
         (lambda: layer(FOUR.astype(np.int8), zero_point=3), "zero point other than 0"),
         (lambda: layer(FOUR.astype(np.uint8)), "codes of type UINT8"),
+        (lambda: table(axis=1, rows=WIDTH), "Gather 'look_up' looks up codes"),
+        (lambda: table(rows=WIDTH, scale_axis=0), "Gather 'look_up' looks up codes"),
     ],
 )
 def test_what_tensorrt_does_not_execute_as_meant_is_refused_by_name(model: object, text: str) -> None:
