@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import re
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -28,6 +29,7 @@ MOST_WORKERS = 64  # where --workers says nothing: generations are not much larg
 LOSSES = 3  # workers that may be lost over one network, or in a row before they did anything
 START_SECONDS = 300.0  # until the first worker answers: its machine may have to import PyTorch from a slow disk
 POLL_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
 STORE_BYTES = 128 * 2**20  # of an instance started here, beside what is shipped
 TOLERANCE = 0.01  # relative: processors that sum in other orders round a few activations to other codes
 INSTALL = "install this package and requirements/train.txt in the same versions on every machine of the cluster"
@@ -74,7 +76,7 @@ class RayExecutor:
             yield crew.measure, count
         except ConnectionError as error:
             raise DistanceError(
-                f"--ray {self.address}: the connection was lost ({_first_line(error)}); what was measured is kept: "
+                f"--ray {self.address}: the connection was lost ({_short(error)}); what was measured is kept: "
                 "give the same command again"
             ) from error
         finally:
@@ -90,11 +92,16 @@ class RayExecutor:
                 "object_store_memory": STORE_BYTES + 4 * shipped,
             }
         try:
+            if ":" in self.address:
+                host, _, port = self.address.removeprefix("ray://").rpartition(":")
+                # Ray takes minutes to find out that nobody is there, and may abort this process then.
+                with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
+                    pass
             self._ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError, AssertionError) as error:
             raise DistanceError(
-                f"--ray {self.address}: no cluster can be reached there ({_first_line(error)}); start one with "
-                "`ray start --head`, or give --ray local"
+                f"--ray {self.address}: no cluster can be reached there ({_short(error)}); start one with "
+                "`ray start --head` (one that asks for a token needs RAY_AUTH_MODE=token here), or give --ray local"
             ) from error
 
 
@@ -244,8 +251,10 @@ def _import_ray() -> Any:
     return ray
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _short(error: BaseException) -> str:
+    """The first line, and the last one where there are several: of a remote traceback it names the error."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
 def _cause(error: BaseException) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -107,10 +108,12 @@ def test_figures_are_those_of_this_machine_and_networks_travel_once(
     ray: FakeRay, teacher_distance: TeacherDistance, four_subnets: list[Subnet]
 ) -> None:
     expected = list(teacher_distance(four_subnets))
-    with RayExecutor("ray://cluster:10001").measuring(teacher_distance) as (measure, workers):
-        assert ray.connected is not None and ray.connected[0] == "ray://cluster:10001" and workers == 2
-        assert list(measure(four_subnets)) == expected and list(measure(four_subnets[:1])) == expected[:1]
-        assert list(measure([])) == []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        with RayExecutor(address).measuring(teacher_distance) as (measure, workers):
+            assert ray.connected is not None and ray.connected[0] == address and workers == 2
+            assert list(measure(four_subnets)) == expected and list(measure(four_subnets[:1])) == expected[:1]
+            assert list(measure([])) == []
     assert ray.connected is None and len(ray.shipped) == 1 and ray.actors == 2
 
 
@@ -232,6 +235,20 @@ def test_a_cluster_that_is_not_there_is_named(ray: FakeRay, teacher_distance: Te
         RayExecutor("auto").measuring(teacher_distance),
     ):
         pass
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nobody_answers_is_named_at_once(
+    ray: FakeRay, teacher_distance: TeacherDistance, form: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = form.format(server.getsockname()[1])
+    with (
+        pytest.raises(DistanceError, match=f"--ray {address}: no cluster can be reached there .*refused"),
+        RayExecutor(address).measuring(teacher_distance),
+    ):
+        pass
+    assert ray.connected is None
 
 
 @pytest.mark.parametrize("address", ["", "cluster", "http://cluster:1", "ray://cluster", "cluster:port"])
