@@ -153,7 +153,7 @@ def validate(table: LookUpTable, bench: Workbench, count: int, seed: int = 1, qu
 
     Args:
         table: of this device (:func:`check_table`).
-        bench: the space, runtime and settings; a quarter of its runs is made for each network.
+        bench: the space, runtime and settings; each network is timed as often as one of a table.
         count: of networks, at least 2.
         seed: of the draw; 0 is that of the networks a table is checked on while it is measured.
         quiet: no progress bar.
@@ -183,7 +183,7 @@ def validate(table: LookUpTable, bench: Workbench, count: int, seed: int = 1, qu
             groups = []
             for part in groups_of(subnets):
                 runs = bench.subnets(part)
-                times = time_in_turn(runs, max(1, settings.rounds // 4), settings.warm_ups // 4)
+                times = time_in_turn(runs, settings.rounds, settings.warm_ups)
                 groups.append(GroupTimes.of(times))
                 bar.update(len(part))
             common, milliseconds = at_common_speed(groups)
