@@ -27,6 +27,7 @@ from training.export.calibration import quantize_policy, training_observations
 from training.export.diffusion_policy_t import export_graphs
 from training.export.executed import integer_weights
 from training.export.records import RecordError, read_latency, read_quality
+from training.export.variant import Tolerance
 from training.export.weights import LinearWeights, concatenate
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.quant.linear import LinearBits, QuantizedLinear
@@ -35,6 +36,7 @@ from training.trained import load_trained
 
 CONFIG = DiffusionPolicyTConfig(depth=2, heads=2, dim=32, ffn_ratio=2)
 OPTIONS = ExportOptions(calibration=16)
+ONNXRUNTIME = ("--runtimes", "onnxruntime")
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +214,7 @@ def test_results_of_the_exported_weights_are_recorded_and_the_selector_uses_them
     weights = first.variant("fp32").files["denoiser"].sha256
     (tmp_path / "eval.json").write_text(json.dumps(evaluation(weights=weights)))
     capsys.readouterr()
-    assert main(["bench", "engine", "--bundle", str(tmp_path / "policy"), "--rounds", "2", "--json"]) == 0
+    assert main(["bench", "engine", "--bundle", str(tmp_path / "policy"), "--rounds", "2", "--json", *ONNXRUNTIME]) == 0
     (tmp_path / "bench.json").write_text(capsys.readouterr().out)
     quality, latency = read_quality([f"fp32={tmp_path / 'eval.json'}"]), read_latency([tmp_path / "bench.json"])
     spec = export_bundle(
@@ -311,7 +313,7 @@ def test_a_quantized_export_that_differs_from_its_network_is_not_written(
         return export_graphs(changed, timesteps)
 
     monkeypatch.setattr(bundle_module, "export_graphs", wrong)
-    monkeypatch.setitem(bundle_module.TOLERANCE_RMS, "w8a8", 1.0)
+    monkeypatch.setitem(bundle_module.TOLERANCE, "w8a8", Tolerance(1.0, 0.005))
     with pytest.raises(ExportError, match=r"w8a8: .* the network with the same quantizers"):
         export_bundle(trained_run, tmp_path / "policy", OPTIONS)
 

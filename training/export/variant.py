@@ -16,14 +16,13 @@ from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from training.export.calibration import Float, denoise_chunks
 from training.export.diffusion_policy_t import graph_weights
-from training.export.executed import RUNTIME, integer_weights
+from training.export.executed import bits_in, executed
 from training.export.graph import OPSET
 from training.export.records import Result
 from training.export.weights import LinearWeights, Rounding
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 
 PACKAGES = ("dcqfa_ros", "torch", "onnx", "onnxruntime", "numpy")
-FLOAT = Bits(weight=32, activation=32, kind="float")
 
 
 class ExportError(UserError):
@@ -79,18 +78,16 @@ def entry(
 
 
 def _layers(rows: Sequence[LayerRow], graphs: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Bits of every linear as asked for, as written, and as ONNX Runtime executes them (from its optimized graphs)."""
-    integers = integer_weights(graphs["encoder"], "encoder.onnx") | integer_weights(graphs["denoiser"], "denoiser.onnx")
-    container = Bits(weight=8, activation=8, kind="int")
+    """Bits of every linear as asked for, as written, and as each runtime executes them."""
+    found = executed(graphs)
     return [
         {
             "layer": row.layer,
             "searched": row.searched.model_dump(mode="json"),
             "exported": row.exported.model_dump(mode="json"),
             "executed": {
-                RUNTIME: (container if integers.intersection(graph_weights(row.layer)) else FLOAT).model_dump(
-                    mode="json"
-                )
+                runtime: bits_in(weights, graph_weights(row.layer)).model_dump(mode="json")
+                for runtime, weights in found.items()
             },
         }
         for row in rows
