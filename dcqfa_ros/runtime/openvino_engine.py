@@ -23,12 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
 
+from dcqfa_ros.runtime.contract import DTYPES, INPUTS, OUTPUTS, check_contract, declared
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.lowering import parse_model, serialize
-from dcqfa_ros.runtime.ort_engine import _INPUTS, _OUTPUTS, _SYMBOLIC, _first_line
+from dcqfa_ros.runtime.ort_engine import _first_line
 
 RUNTIME = "openvino"
 _CACHED_SHAPES = 4  # of each graph: every one holds weights of its own
@@ -36,7 +37,6 @@ _FLOAT8 = frozenset(
     {TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ}
 )
 _FOUR_BITS = {TensorProto.INT4: np.int8, TensorProto.UINT4: np.uint8}
-_ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(int64)": TensorProto.INT64}
 _INTEGERS = frozenset({"i8", "u8"})
 
 
@@ -139,7 +139,7 @@ class OpenVinoEngine:
         self.dims: dict[str, int] = {}
         graphs = {role: _Graph(files[role], f"{role}.onnx", threads, precision) for role in ROLES}
         for role, graph in graphs.items():
-            self._check_contract(role, graph)
+            check_contract(role, declared(graph.inputs), declared(graph.outputs), self.dims)
         self._graphs = graphs
         self._requests: dict[str, OrderedDict[tuple[int, ...], _Request]] = {role: OrderedDict() for role in ROLES}
         self._closed = False
@@ -202,43 +202,14 @@ class OpenVinoEngine:
         def shape(axes: tuple[str | int, ...]) -> tuple[int, ...]:
             return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
 
-        inputs = {name: (element, shape(axes)) for name, (element, axes) in _INPUTS[role].items()}
-        outputs = {name: (element, shape(axes)) for name, (element, axes) in _OUTPUTS[role].items()}
+        inputs = {name: (element, shape(axes)) for name, (element, axes) in INPUTS[role].items()}
+        outputs = {name: (element, shape(axes)) for name, (element, axes) in OUTPUTS[role].items()}
         compiled = self._graphs[role].compile({name: list(size) for name, (_, size) in inputs.items()})
         requests = self._requests[role]
         request = requests[key] = _Request(compiled, inputs, outputs)
         if len(requests) > _CACHED_SHAPES:
             requests.popitem(last=False)
         return request
-
-    def _check_contract(self, role: str, graph: _Graph) -> None:
-        for kind, expected, actual in (
-            ("input", _INPUTS[role], graph.inputs),
-            ("output", _OUTPUTS[role], graph.outputs),
-        ):
-            if {value.name for value in actual} != set(expected):
-                have = ", ".join(value.name for value in actual)
-                raise EngineError(f"{role}.onnx: expected {kind} {', '.join(expected)}, got {have}")
-            for value in actual:
-                element, axes = expected[value.name]
-                tensor = value.type.tensor_type
-                shape = tuple(d.dim_value or d.dim_param or "?" for d in tensor.shape.dim)
-                fits = len(shape) == len(axes) and all(
-                    self._axis_fits(kind, axis, size) for axis, size in zip(axes, shape, strict=True)
-                )
-                if tensor.elem_type != _ELEMENTS[element] or not fits:
-                    wanted = tuple(self.dims.get(a, a) if isinstance(a, str) else a for a in axes)
-                    have = helper.tensor_dtype_to_string(tensor.elem_type).removeprefix("TensorProto.").lower()
-                    raise EngineError(
-                        f"{role}.onnx: {kind} {value.name!r} is {have} {shape}; expected {element} {wanted}, "
-                        "with symbolic B, T and S"
-                    )
-
-    def _axis_fits(self, kind: str, axis: str | int, size: int | str) -> bool:
-        """Compare one axis with the contract and remember the size it fixes; outputs may leave a size open."""
-        if axis in _SYMBOLIC or not isinstance(size, int):
-            return kind == "output" or (axis in _SYMBOLIC) != isinstance(size, int)
-        return size == (axis if isinstance(axis, int) else self.dims.setdefault(axis, size))
 
 
 class _Graph:
@@ -295,14 +266,13 @@ class _Request:
     def __init__(
         self,
         compiled: Any,
-        inputs: Mapping[str, tuple[str, tuple[int, ...]]],
-        outputs: Mapping[str, tuple[str, tuple[int, ...]]],
+        inputs: Mapping[str, tuple[int, tuple[int, ...]]],
+        outputs: Mapping[str, tuple[int, tuple[int, ...]]],
     ) -> None:
         module = _openvino()
         self._request = compiled.create_infer_request()
-        self.arrays = {
-            name: np.zeros(shape, np.int64 if element == "tensor(int64)" else np.float32)
-            for name, (element, shape) in (*inputs.items(), *outputs.items())
+        self.arrays: dict[str, NDArray[Any]] = {
+            name: np.zeros(shape, DTYPES[element]) for name, (element, shape) in (*inputs.items(), *outputs.items())
         }
         for name, array in self.arrays.items():
             self._request.set_tensor(name, module.Tensor(array, shared_memory=True))

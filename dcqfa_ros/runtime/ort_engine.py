@@ -19,6 +19,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from dcqfa_ros.runtime.contract import INPUTS, OUTPUTS, check_contract, declared
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.fusion import fuse_for_onnxruntime_cpu
@@ -27,24 +28,6 @@ from dcqfa_ros.runtime.lowering import is_quantized, lower_for_onnxruntime_cpu, 
 # MatMulAddFusion makes Gemm of MatMul and bias before Q/DQ fusion looks for MatMul: integer products would be float.
 _DISABLED_IF_QUANTIZED = ("MatMulAddFusion",)
 _CACHED_BINDINGS = 8
-
-# The contract: role -> name of an input or output -> (element type, axes). B, T and S must be symbolic: a graph takes
-# any size. Every other letter is a size that the graphs fix and share.
-_INPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
-    "encoder": {"observation": ("tensor(float)", ("B", "To", "Do"))},
-    "timestep": {"timesteps": ("tensor(int64)", ("S",))},
-    "denoiser": {
-        "noisy": ("tensor(float)", ("B", "T", "Da")),
-        "timestep_kv": ("tensor(float)", (1, "R", 1, "D")),
-        "observation_kv": ("tensor(float)", ("B", "R", "To", "D")),
-    },
-}
-_OUTPUTS: dict[str, dict[str, tuple[str, tuple[str | int, ...]]]] = {
-    "encoder": {"observation_kv": ("tensor(float)", ("B", "R", "To", "D"))},
-    "timestep": {"timestep_kv": ("tensor(float)", ("S", "R", 1, "D"))},
-    "denoiser": {"noise": ("tensor(float)", ("B", "T", "Da"))},
-}
-_SYMBOLIC = frozenset({"B", "T", "S"})
 
 
 def session_options(threads: int = 1) -> ort.SessionOptions:
@@ -124,7 +107,7 @@ class OnnxRuntimeEngine:
 
         Raises:
             EngineError: a role is missing, a graph cannot be parsed, lowered or loaded, or its inputs and outputs are
-                not those of the contract (the tables above); the message names the file.
+                not those of the contract (:mod:`dcqfa_ros.runtime.contract`); the message names the file.
         """
         if threads < 1:
             raise EngineError(f"threads: expected at least 1, got {threads}")
@@ -138,7 +121,6 @@ class OnnxRuntimeEngine:
         self.dims: dict[str, int] = {}  # fixed sizes by axis letter
         for role in ROLES:
             sessions[role] = self._load(role, files[role])
-            self._check_contract(role, sessions[role])
         self._sessions = sessions
         self._bindings: OrderedDict[tuple[int, int], _DenoiserBinding] = OrderedDict()
         self._closed = False
@@ -188,6 +170,7 @@ class OnnxRuntimeEngine:
     def _load(self, role: str, data: bytes) -> ort.InferenceSession:
         label = f"{role}.onnx"
         model = parse_model(data, label)
+        check_contract(role, declared(model.graph.input), declared(model.graph.output), self.dims)
         self.quantizers[role] = lower_for_onnxruntime_cpu(model, label)
         if self.quantizers[role]:
             fuse_for_onnxruntime_cpu(model)
@@ -198,44 +181,12 @@ class OnnxRuntimeEngine:
                 f"{label}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}"
             ) from error
 
-    def _check_contract(self, role: str, session: ort.InferenceSession) -> None:
-        for kind, expected, actual in (
-            ("input", _INPUTS[role], session.get_inputs()),
-            ("output", _OUTPUTS[role], session.get_outputs()),
-        ):
-            if {value.name for value in actual} != set(expected):
-                have = ", ".join(value.name for value in actual)
-                raise EngineError(f"{role}.onnx: expected {kind} {', '.join(expected)}, got {have}")
-            for value in actual:
-                element, axes = expected[value.name]
-                shape = tuple(value.shape)
-                if value.type != element or len(shape) != len(axes) or not self._axes_fit(kind, axes, shape):
-                    raise EngineError(
-                        f"{role}.onnx: {kind} {value.name!r} is {value.type} {shape}; expected {element} "
-                        f"{tuple(self.dims.get(a, a) if isinstance(a, str) else a for a in axes)}, "
-                        "with symbolic B, T and S"
-                    )
-
-    def _axes_fit(self, kind: str, axes: tuple[str | int, ...], shape: tuple[int | str | None, ...]) -> bool:
-        """Compare a shape with the contract and remember the sizes it fixes."""
-        for axis, size in zip(axes, shape, strict=True):
-            if axis in _SYMBOLIC or (kind == "output" and not isinstance(size, int)):
-                # An input must take any size; shape inference may or may not resolve an output.
-                if kind == "input" and isinstance(size, int):
-                    return False
-            elif isinstance(axis, int):
-                if size != axis:
-                    return False
-            elif not isinstance(size, int) or self.dims.setdefault(axis, size) != size:
-                return False
-        return True
-
     def _bind(self, batch: int, tokens: int) -> _DenoiserBinding:
         self._require_open()
         sizes = {**self.dims, "B": batch, "T": tokens}
         shapes = {
             name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
-            for name, (_, axes) in (_INPUTS["denoiser"] | _OUTPUTS["denoiser"]).items()
+            for name, (_, axes) in (*INPUTS["denoiser"].items(), *OUTPUTS["denoiser"].items())
         }
         binding = self._bindings[batch, tokens] = _DenoiserBinding(self._sessions["denoiser"], shapes)
         if len(self._bindings) > _CACHED_BINDINGS:

@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from dcqfa_ros.bundle.schema import Bits
+from dcqfa_ros.runtime.contract import DTYPES, INPUTS, OUTPUTS, check_contract, declared
 from dcqfa_ros.runtime.cudart import CudaError, CudaRuntime
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.lowering import parse_model
 from dcqfa_ros.runtime.lowering_tensorrt import fix_sizes, lower_for_tensorrt, wants_half
-from dcqfa_ros.runtime.ort_engine import _INPUTS, _OUTPUTS, _SYMBOLIC
 from dcqfa_ros.runtime.tensorrt_build import (
     build_engine,
     build_flags,
@@ -39,10 +38,6 @@ from dcqfa_ros.runtime.tensorrt_cache import EngineCache, EngineKey
 from dcqfa_ros.runtime.tensorrt_plan import StaticPlan
 
 _KEPT_SHAPES = 8  # per graph
-_ELEMENTS: Mapping[str, tuple[int, type]] = {
-    "tensor(float)": (TensorProto.FLOAT, np.float32),
-    "tensor(int64)": (TensorProto.INT64, np.int64),
-}
 
 
 class TensorRtEngine:
@@ -102,7 +97,7 @@ class TensorRtEngine:
         models = {role: parse_model(files[role], f"{role}.onnx") for role in ROLES}
         half = any(wants_half(model) for model in models.values())
         for role, model in models.items():
-            self._check_contract(role, model)
+            check_contract(role, declared(model.graph.input), declared(model.graph.output), self.dims)
             lowering = lower_for_tensorrt(model, f"{role}.onnx", half=half, weight_only=weight_only and half)
             require_capability(self._capability, lowering.needs, f"engine {self.name}: {role}.onnx")
             self.executed[role], self.float32[role] = lowering.executed, lowering.float32
@@ -230,11 +225,11 @@ class TensorRtEngine:
         known = {**self.dims, **sizes}
         return {
             name: (
-                table is _INPUTS,
+                table is INPUTS,
                 tuple(known[axis] if isinstance(axis, str) else axis for axis in axes),
-                _ELEMENTS[element][1],
+                DTYPES[element],
             )
-            for table in (_INPUTS, _OUTPUTS)
+            for table in (INPUTS, OUTPUTS)
             for name, (element, axes) in table[role].items()
         }
 
@@ -263,35 +258,3 @@ class TensorRtEngine:
                 out = self._results[id(plan)] = np.empty(output.shape, np.float32)
         np.copyto(out, output)
         return out
-
-    def _check_contract(self, role: str, model: ModelProto) -> None:
-        for kind, expected, actual in (
-            ("input", _INPUTS[role], model.graph.input),
-            ("output", _OUTPUTS[role], model.graph.output),
-        ):
-            if {value.name for value in actual} != set(expected):
-                have = ", ".join(value.name for value in actual)
-                raise EngineError(f"{role}.onnx: expected {kind} {', '.join(expected)}, got {have}")
-            for value in actual:
-                self._check_value(role, kind, value, *expected[value.name])
-
-    def _check_value(
-        self, role: str, kind: str, value: ValueInfoProto, element: str, axes: tuple[str | int, ...]
-    ) -> None:
-        tensor = value.type.tensor_type
-        shape = tuple(dim.dim_value or dim.dim_param or "?" for dim in tensor.shape.dim)
-        fits = tensor.elem_type == _ELEMENTS[element][0] and len(shape) == len(axes)
-        if not fits or not all(map(self._axis_fits, (kind,) * len(axes), axes, shape)):
-            raise EngineError(
-                f"{role}.onnx: {kind} {value.name!r} is {TensorProto.DataType.Name(tensor.elem_type).lower()} {shape}; "
-                f"expected {element} {tuple(self.dims.get(a, a) if isinstance(a, str) else a for a in axes)}, "
-                "with symbolic B, T and S"
-            )
-
-    def _axis_fits(self, kind: str, axis: str | int, size: int | str) -> bool:
-        """Compare one axis with the contract and remember the size it fixes; outputs may leave a size open."""
-        if axis in _SYMBOLIC:
-            return isinstance(size, str) and (kind == "output" or size == axis)
-        if isinstance(axis, int) or isinstance(size, str):
-            return size == axis or (kind == "output" and isinstance(size, str))
-        return self.dims.setdefault(axis, size) == size

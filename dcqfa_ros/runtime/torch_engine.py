@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
+from dcqfa_ros.runtime.contract import INPUTS, check_contract
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.ort_engine import _INPUTS, _OUTPUTS, _SYMBOLIC
 from dcqfa_ros.runtime.torch_graph import read_graph
-from dcqfa_ros.runtime.torch_nodes import FLOAT, Graph, GraphValue, first_line
+from dcqfa_ros.runtime.torch_nodes import FLOAT, Graph, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 RUNTIME = "torch_cuda"
 _CACHED_BINDINGS = 8  # of each graph
-_ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(int64)": TensorProto.INT64}
 Activations = Literal["float16", "float32"]
 
 
@@ -77,7 +75,11 @@ class TorchCudaEngine:
         graphs = {role: read_graph(files[role], f"{role}.onnx") for role in ROLES}
         self.dims: dict[str, int] = {}
         for role, graph in graphs.items():
-            self._check_contract(role, graph)
+            inputs, outputs = (
+                {name: (value.element, value.axes) for name, value in values.items()}
+                for values in (graph.inputs, graph.outputs)
+            )
+            check_contract(role, inputs, outputs, self.dims)
         self.name = f"{RUNTIME if captured else 'torch_cpu'}/{name}"
         self.activations = activations or ("float16" if captured and _is_reduced(graphs.values()) else "float32")
         self.linears = {role: self._kinds(role, graph) for role, graph in graphs.items()}
@@ -170,7 +172,7 @@ class TorchCudaEngine:
 
         sizes = dict(self.dims)
         for name, given in inputs.items():
-            axes = _INPUTS[role][name][1]
+            axes = INPUTS[role][name][1]
             expected = tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes)
             fits = len(expected) == given.ndim and all(
                 size == axis if isinstance(axis, int) else size >= 1
@@ -193,35 +195,6 @@ class TorchCudaEngine:
     def _kinds(self, role: str, graph: Graph) -> dict[str, str]:
         floats = "float32" if role == "timestep" else self.activations
         return {weight: floats if kind == FLOAT else kind for weight, kind in graph.linears.items()}
-
-    def _check_contract(self, role: str, graph: Graph) -> None:
-        for kind, expected, actual in (
-            ("input", _INPUTS[role], graph.inputs),
-            ("output", _OUTPUTS[role], graph.outputs),
-        ):
-            if set(actual) != set(expected):
-                raise EngineError(f"{role}.onnx: expected {kind} {', '.join(expected)}, got {', '.join(actual)}")
-            for name, value in actual.items():
-                element, axes = expected[name]
-                if value.element != _ELEMENTS[element] or not self._axes_fit(kind, axes, value):
-                    wanted = tuple(self.dims.get(a, a) if isinstance(a, str) else a for a in axes)
-                    raise EngineError(
-                        f"{role}.onnx: {kind} {name!r} is {TensorProto.DataType.Name(value.element)} {value.axes}; "
-                        f"expected {element} {wanted}, with symbolic B, T and S"
-                    )
-
-    def _axes_fit(self, kind: str, axes: tuple[str | int, ...], value: GraphValue) -> bool:
-        """Compare axes with the contract and remember the sizes they fix; an output may leave a size open."""
-        if len(axes) != len(value.axes):
-            return False
-        for axis, size in zip(axes, value.axes, strict=True):
-            if axis in _SYMBOLIC or not isinstance(size, int):
-                fits = kind == "output" or (axis in _SYMBOLIC) != isinstance(size, int)
-            else:
-                fits = size == (axis if isinstance(axis, int) else self.dims.setdefault(axis, size))
-            if not fits:
-                return False
-        return True
 
     def _failed(self, what: str, error: Exception) -> EngineError:
         return EngineError(f"engine {self.name}: {what} failed: {first_line(error)}")
