@@ -23,12 +23,12 @@ from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.devices.detect import Device, detect
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engines import ONNXRUNTIME
-from training.cost import activation_bytes
+from training.cost import activation_bytes, cost
 from training.lut import DeviceFacts, LookUpTable, StoredBits, write_atomically
 from training.profile_check import Measured, random_subnet, validation, with_working_set
 from training.profile_conditions import clocks
 from training.profile_graphs import INTEGER, BlockSize, PolicyGraphs
-from training.profile_networks import TOGETHER, Networks, Workbench, at_common_speed, groups_of
+from training.profile_networks import TOGETHER, Networks, Workbench, at_speed_of, groups_of
 from training.profile_runtime import Form, ProfiledRuntime, profiled_runtime
 from training.profile_table import Facts, GroupTimes, Layout, ProfileSettings, table_of
 from training.profile_timing import BURST, TimedNetwork, time_in_turn
@@ -273,14 +273,16 @@ class _Measurement:
         """Compare predictions with whole subnets, and add a working-set term where floating-point blocks do not add."""
         shape, steps, reports = self._space.shape, self._settings.diffusion.steps, []
         for precision in self._checked:
-            measured = self._measured(precision, results)
+            measured = self._measured(table, precision, results)
             if precision is not Precision.INT:
                 table, measured = with_working_set(table, shape, measured, steps)
             reports.append(validation(table, shape, precision, measured, steps))
         return table.model_copy(update={"validation": tuple(reports)})
 
-    def _measured(self, precision: Precision, results: dict[str, GroupTimes]) -> Sequence[Measured]:
-        """Random subnets with their milliseconds per chunk, at the common speed of the reference."""
+    def _measured(self, table: LookUpTable, precision: Precision, results: dict[str, GroupTimes]) -> Sequence[Measured]:
+        """Random subnets with their milliseconds per chunk, at the speed at which the entries of ``table`` hold."""
         subnets = self._random_subnets(precision)
         groups = [results[f"subnets {precision.value} {i}"] for i in range(0, len(subnets), TOGETHER)]
-        return list(zip(subnets, at_common_speed(groups)[1], strict=True))
+        reference = self._bench.reference(precision)
+        expected = cost(table, self._space.shape, reference, self._settings.diffusion.steps).latency_ms
+        return list(zip(subnets, at_speed_of(expected, groups), strict=True))

@@ -21,10 +21,9 @@ from training.export.diffusion_policy_t import add_block
 from training.export.graph import GraphBuilder
 from training.export.weights import InputGrid, LinearWeights, Rounding, concatenate
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
-from training.quant.linear import LinearBits, QuantizedLinear
 
 Feeds = dict[str, NDArray[np.float32]]
-_FP8_LARGEST = 448.0
+_INT8_LARGEST, _FP8_LARGEST = 127.0, 448.0
 
 
 INTEGER, FLOAT, HALF, FP8 = (
@@ -150,7 +149,7 @@ class DiffusionPolicyTGraphs:
         return self._random.standard_normal(shape, np.float32)
 
     def _weights(self, size: BlockSize) -> BlockWeights:
-        """A block of that size; made once, because choosing quantizer steps takes longer than timing."""
+        """A block of that size, made once."""
         if size not in self._blocks:
             config, generator = self._config, torch.Generator().manual_seed(0)
 
@@ -170,10 +169,12 @@ class DiffusionPolicyTGraphs:
 
 
 def _stored(layer: nn.Linear, executed: str) -> LinearWeights:
-    """A linear as the exporter writes it for ``executed``; the step of activations does not matter for time."""
+    """A linear as the exporter writes it for ``executed``; which steps it has does not matter for time."""
     plain, step = LinearWeights.of(layer), np.float32(0.02)
     if executed == INTEGER:
-        return LinearWeights.of(QuantizedLinear(layer, torch.tensor(step), LinearBits()))
+        scale = np.abs(plain.weight).max(axis=0) / np.float32(_INT8_LARGEST)
+        codes = np.rint(plain.weight / scale).astype(np.int8)
+        return LinearWeights(codes, plain.bias, scale, InputGrid(Rounding.INTEGER, np.array(step)))
     if executed == HALF:
         return LinearWeights(plain.weight.astype(np.float16), plain.bias, None, InputGrid(Rounding.HALF))
     if executed == FP8:

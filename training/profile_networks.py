@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from training.profile_graphs import BlockSize, PolicyGraphs
 from training.profile_memory import engine_growth
 from training.profile_runtime import ProfiledRuntime
 from training.profile_table import GroupTimes, Layout, ProfileSettings
 from training.profile_timing import TimedNetwork, variant_of
 from training.space import SearchSpace
-from training.subnet import Precision, Subnet
+from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 TOGETHER = 5  # networks that are timed in turn with one reference; more would not all fit in memory
 Networks = Callable[[], list[Callable[[], object]]]
@@ -44,6 +42,18 @@ class Workbench:
         """The blocks that a subnet keeps, as they are executed."""
         executed = self.runtime.forms[subnet.precision].executed
         return [BlockSize(layer.heads, layer.mlp, executed) for layer in subnet.layers if layer is not None]
+
+    def reference(self, precision: Precision) -> Subnet:
+        """The context network as a subnet; its depth may be below the least of the space.
+
+        A table predicts it without error, because the fixed parts are what is left of it. So how much longer it takes
+        than predicted tells how much slower the computer is than when the table was measured.
+        """
+        bits = FLOAT_BITS.get(precision)
+        w, a = (bits, bits) if bits is not None else (max(self.space.weight_bits), max(self.space.activation_bits))
+        layer = Layer(*self.layout.middle, w, a)
+        skipped = len(self.space.shape.blocks) - self.layout.around
+        return Subnet((layer,) * self.layout.around + (None,) * skipped, precision)
 
     def network(self, blocks: Sequence[BlockSize]) -> TimedNetwork:
         """Open a network.
@@ -77,7 +87,6 @@ def groups_of(subnets: Sequence[Subnet]) -> list[Sequence[Subnet]]:
     return [subnets[begin : begin + TOGETHER] for begin in range(0, len(subnets), TOGETHER)]
 
 
-def at_common_speed(groups: Sequence[GroupTimes]) -> tuple[float, list[float]]:
-    """Milliseconds of the reference in the middle of the groups, and of the other networks at that speed."""
-    common = float(np.median([group.median_ms[0] for group in groups]))
-    return common, [ms * common / group.median_ms[0] for group in groups for ms in group.median_ms[1:]]
+def at_speed_of(reference_ms: float, groups: Sequence[GroupTimes]) -> list[float]:
+    """Milliseconds of all networks but the references, at the speed at which those take ``reference_ms``."""
+    return [ms * reference_ms / group.median_ms[0] for group in groups for ms in group.median_ms[1:]]

@@ -1,8 +1,9 @@
 """Prediction against measurement: random networks, end to end, on the device of an existing table.
 
 No table is written. The networks are others than those a table was checked on, and every one is a whole chunk of
-denoising steps on the robot's engine, timed in turn with a reference network against drift. Memory is measured in
-processes of its own.
+denoising steps on the robot's engine, timed in turn with a reference network that is known exactly: by how much that
+takes longer than predicted, the computer is slower than when the table was measured, and measured latencies are divided
+by it. They are reported without that, too. Memory is measured in processes of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from dcqfa_ros.errors import UserError
 from training.cost import Cost, cost
 from training.lut import LookUpTable
 from training.profile_check import random_subnet
-from training.profile_networks import Workbench, at_common_speed, groups_of
+from training.profile_networks import Workbench, at_speed_of, groups_of
 from training.profile_runtime import ProfiledRuntime
 from training.profile_table import UNSTEADY, GroupTimes, reference_spread
 from training.profile_timing import time_in_turn
-from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
+from training.subnet import Subnet
 
 LEAST = 2
 _NOT_TIMED = frozenset({"numpy"})
@@ -37,17 +38,27 @@ class ValidationError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One network: predicted and measured costs of a chunk."""
+    """One network: predicted and measured costs of a chunk.
+
+    ``measured`` is at the speed that the computer had when the table was measured, as its reference network tells;
+    ``present_ms`` is the latency as it is now.
+    """
 
     subnet: Subnet
     executed: str
     predicted: Cost
     measured: Cost
+    present_ms: float
 
     @property
     def latency_error(self) -> float:
         """(predicted - measured) / measured."""
         return self.predicted.latency_ms / self.measured.latency_ms - 1.0
+
+    @property
+    def present_error(self) -> float:
+        """(predicted - measured) / measured, at the present speed."""
+        return self.predicted.latency_ms / self.present_ms - 1.0
 
     @property
     def memory_error(self) -> float:
@@ -180,38 +191,30 @@ def validate(table: LookUpTable, bench: Workbench, count: int, seed: int = 1, qu
     with tqdm(total=2 * count, unit="network", disable=quiet, desc=f"validate {table.name}") as bar:
         for precision, subnets in drawn.items():
             executed = bench.runtime.forms[precision].executed
+            reference = cost(table, shape, bench.reference(precision), settings.diffusion.steps).latency_ms
             groups = []
             for part in groups_of(subnets):
-                runs = bench.subnets(part)
-                times = time_in_turn(runs, settings.rounds, settings.warm_ups)
+                times = time_in_turn(bench.subnets(part), settings.rounds, settings.warm_ups)
                 groups.append(GroupTimes.of(times))
                 bar.update(len(part))
-            common, milliseconds = at_common_speed(groups)
             spreads.append(reference_spread({str(i): group for i, group in enumerate(groups)}))
-            reference = cost(table, shape, _reference(bench, precision), settings.diffusion.steps)
-            speed[executed] = common / reference.latency_ms
-            for subnet, latency in zip(subnets, milliseconds, strict=True):
-                measured = Cost(latency, float(bench.memory(subnet)))
-                points.append(Compared(subnet, executed, predicted[subnet], measured))
+            speed[executed] = float(np.median([group.median_ms[0] for group in groups])) / reference
+            present = [ms for group in groups for ms in group.median_ms[1:]]
+            for subnet, now, then in zip(subnets, present, at_speed_of(reference, groups), strict=True):
+                measured = Cost(then, float(bench.memory(subnet)))
+                points.append(Compared(subnet, executed, predicted[subnet], measured, now))
                 bar.update(1)
     return Report(tuple(points), speed, float(np.median(spreads)))
 
 
-def _reference(bench: Workbench, precision: Precision) -> Subnet:
-    """The context network as a subnet; its depth may be below the least of the space."""
-    heads, mlp = bench.layout.middle
-    bits = FLOAT_BITS.get(precision)
-    w, a = (bits, bits) if bits is not None else (max(bench.space.weight_bits), max(bench.space.activation_bits))
-    layer = Layer(heads, mlp, w, a)
-    skipped = len(bench.space.shape.blocks) - bench.layout.around
-    return Subnet((layer,) * bench.layout.around + (None,) * skipped, precision)
-
-
 def _errors(points: Sequence[Compared]) -> dict[str, float]:
-    latency, memory = (np.abs([getattr(p, f"{name}_error") for p in points]) for name in ("latency", "memory"))
+    names = ("latency", "present", "memory")
+    latency, present, memory = (np.abs([getattr(p, f"{name}_error") for p in points]) for name in names)
     return {
         "mape": round(float(latency.mean()), 4),
         "worst": round(float(latency.max()), 4),
+        "present_mape": round(float(present.mean()), 4),
+        "present_worst": round(float(present.max()), 4),
         "memory_mape": round(float(memory.mean()), 4),
         "memory_worst": round(float(memory.max()), 4),
     }

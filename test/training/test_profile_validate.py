@@ -13,7 +13,7 @@ import yaml
 
 from dcqfa_ros.devices.detect import detect
 from dcqfa_ros.errors import UserError
-from training import profile_networks
+from training import profile_networks, profile_validate
 from training.cost import Cost, cost
 from training.lut import LookUpTable, TableError, save_table
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
@@ -26,7 +26,7 @@ from training.profile_networks import Workbench
 from training.profile_plot import PlotError, plot_report
 from training.profile_runtime import ProfiledRuntime, profiled_runtime
 from training.profile_table import ProfileSettings
-from training.profile_timing import BURST, variant_of
+from training.profile_timing import BURST, Timing, variant_of
 from training.profile_validate import Compared, Report, ValidationError, check_table, validate
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
@@ -72,17 +72,49 @@ def test_each_network_is_compared_in_latency_and_memory(
     assert all(part["speed"] > 0 for part in facts["forms"].values())
 
 
+def test_the_reference_is_predicted_exactly_and_a_slower_computer_is_allowed_for(
+    table: LookUpTable, runtime: ProfiledRuntime, no_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are made up: everything takes twice what the table says."""
+    bench = Workbench(SPACE, GRAPHS, SETTINGS, runtime)
+    asked: list[Any] = []
+
+    def subnets(self: Workbench, part: Any) -> list[Any]:
+        asked[:] = [self.reference(part[0].precision), *part]
+        return asked
+
+    def twice(runs: Any, *_: int) -> list[Timing]:
+        return [Timing(2 * cost(table, SPACE.shape, subnet, 16).latency_ms, 0.0) for subnet in runs]
+
+    monkeypatch.setattr(Workbench, "subnets", subnets)
+    monkeypatch.setattr(profile_validate, "time_in_turn", twice)
+    facts = validate(table, bench, 6).as_dict()
+    assert facts["mape"] == facts["worst"] == 0
+    assert facts["present_mape"] == 0.5
+    assert facts["forms"][INTEGER]["speed"] == facts["forms"][FLOAT]["speed"] == 2.0
+
+
 def test_errors_are_those_of_the_points() -> None:
     subnet = SPACE.smallest()
 
     def point(executed: str, predicted: float, measured: float) -> Compared:
-        return Compared(subnet, executed, Cost(predicted, 2e6 * predicted), Cost(measured, 2e6 * measured))
+        costs = (Cost(ms, 2e6 * ms) for ms in (predicted, measured))
+        return Compared(subnet, executed, *costs, 2.0 * measured)
 
     report = Report((point("a", 1.1, 1.0), point("a", 0.8, 1.0), point("b", 2.0, 2.0)), {"a": 1.0, "b": 1.5}, 0.01)
     facts = report.as_dict()
     assert (facts["mape"], facts["worst"], facts["memory_mape"], facts["n"]) == (0.1, 0.2, 0.1, 3)
     assert facts["forms"]["a"]["mape"] == 0.15
-    assert facts["forms"]["b"] == {"mape": 0, "worst": 0, "memory_mape": 0, "memory_worst": 0, "n": 1, "speed": 1.5}
+    assert facts["forms"]["b"] == {
+        "mape": 0,
+        "worst": 0,
+        "present_mape": 0.5,
+        "present_worst": 0.5,
+        "memory_mape": 0,
+        "memory_worst": 0,
+        "n": 1,
+        "speed": 1.5,
+    }
     assert not facts["busy"]
 
 
@@ -198,7 +230,7 @@ def test_the_command_refuses_before_it_measures(
 
 def test_a_picture_that_cannot_be_drawn_is_named(tmp_path: Path) -> None:
     costs = Cost(1.0, 1e6)
-    report = Report((Compared(SPACE.smallest(), INTEGER, costs, costs),), {INTEGER: 1.0}, 0.0)
+    report = Report((Compared(SPACE.smallest(), INTEGER, costs, costs, 1.0),), {INTEGER: 1.0}, 0.0)
     with pytest.raises(PlotError, match=r"plot: .*x\.abacus"):
         plot_report(report, "title", tmp_path / "x.abacus")
     assert not list(tmp_path.iterdir())
