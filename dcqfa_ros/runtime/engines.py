@@ -96,7 +96,7 @@ RUNTIMES: Mapping[str, RuntimeFacts] = {
             "TensorRtEngine",
             "tensorrt_rtx_bindings",
             ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
-            "pip install --no-deps tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
+            "pip install --no-deps -r requirements/tensorrt_rtx.txt",
             _SECONDS_TO_BUILD,
             f"{_NEVER_EXECUTED} (engines are built for desktop GPUs on machines without one)",
         ),
