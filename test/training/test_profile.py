@@ -108,6 +108,18 @@ def test_the_timed_graphs_hold_what_their_arithmetic_says() -> None:
         graphs.step([BlockSize(2, 32, "ternary")])
 
 
+@pytest.mark.parametrize("executed", [INTEGER, FLOAT, HALF, FP8])
+def test_no_two_blocks_hold_equal_weights(executed: str) -> None:
+    """A runtime keeps equal packed weights once; equal blocks would take less time than different ones."""
+    graphs = DiffusionPolicyTGraphs(POLICY, 5)
+    files, _ = variant_of(graphs, [BlockSize(2, 64, executed)] * 4, 100)
+    for role in ("encoder", "denoiser"):
+        tensors = [t for t in onnx.load_from_string(files[role]).graph.initializer if len(t.dims) == 2]
+        weights = [t.raw_data for t in tensors if t.name.startswith("blocks.") and t.name.endswith(".weight")]
+        assert len(set(weights)) == len(weights)
+        assert len(weights) == (0 if role == "encoder" else 4 * 6)
+
+
 def test_times_are_corrected_for_the_drift_that_the_reference_shows() -> None:
     now, calls = [0.0], [0]
 
