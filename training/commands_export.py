@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from dcqfa_ros.bundle.schema import BundleSpec
 
 DEFAULT_VARIANTS = "fp32,w8a8"
-DEFAULT_SUBNETS = ("w8a8", "w4a4")
 SEARCHED = "searched"
 
 
@@ -56,8 +55,7 @@ def export(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="[VARIANT=]NAME",
-        help="a subnet, under the variant's name or its own; may be repeated "
-        f"(default without --front: {', '.join(DEFAULT_SUBNETS)})",
+        help="a subnet, under the variant's name or its own; may be repeated",
     )
     subnets.add_argument(
         "--front",
@@ -109,16 +107,16 @@ def _subnets(args: argparse.Namespace) -> BundleSpec:
         if getattr(args, option) is not None:
             raise ArgumentError(f"--{option}: {args.checkpoint} holds a supernet; name its subnets with --subnet")
     named = [_named(text, None) for text in args.subnet]
-    named += [
-        (name, chosen_of(Path(file), args.checkpoint)) for name, file in (_named(t, SEARCHED) for t in args.front)
-    ]
-    if not named:
-        named = [(name, name) for name in DEFAULT_SUBNETS]
+    searched = {}
+    for name, file in (_named(text, SEARCHED) for text in args.front):
+        subnet, searched[name] = chosen_of(Path(file), args.checkpoint)
+        named.append((name, subnet))
     subnets = dict(named)
     if len(subnets) != len(named):
         raise ArgumentError(f"--subnet, --front: a variant is named twice ({', '.join(name for name, _ in named)})")
     options = SubnetOptions(
         subnets=subnets,
+        searched=searched,
         default=args.default,
         data=args.data,
         quality=read_quality(args.quality),

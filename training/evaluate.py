@@ -208,7 +208,7 @@ def _in_bundle(target: str, variant: str | None, threads: int, option: str) -> C
         return OnnxRuntimeEngine(files, threads=threads, name=name)
 
     identity = (bundle.folder.resolve(), name)
-    return Contender(spec, name, None, found.files["denoiser"].sha256, identity, threads, engine)
+    return Contender(spec, name, None, found.weights, identity, threads, engine)
 
 
 def evaluate(

@@ -11,14 +11,15 @@ from typing import Protocol
 import numpy as np
 
 from dcqfa_ros.bench.conditions import Conditions, no_garbage_collection, versions, watch_conditions
-from dcqfa_ros.bench.sizes import SizeRow, is_searched, sizes
+from dcqfa_ros.bench.sizes import SizeRow, is_smaller, sizes
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
+from dcqfa_ros.paths import cache_directory
 from dcqfa_ros.runtime.engine import ROLES
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, open_engine, runtime_facts
 from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.policy import PolicyRuntime
+from dcqfa_ros.runtime.policy import PolicyError, PolicyRuntime
 
 ENTRY_POINT_GROUP = "dcqfa.bench_engines"
 EAGER = "torch_eager"
@@ -44,7 +45,8 @@ class ReferenceEngine(Protocol):
 class Contender:
     """One thing to measure: ``run`` computes one whole chunk at batch 1.
 
-    ``weights`` is the SHA-256 of the variant's denoiser; None where no bundle's weights are run.
+    ``weights`` is the identity of the variant's files; None where no bundle's weights are run. ``close`` releases what
+    ``run`` needs.
     """
 
     engine: str
@@ -54,6 +56,7 @@ class Contender:
     steps: int
     run: Callable[[], object]
     weights: str | None = None
+    close: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ class EngineReport:
     Attributes:
         rows: latencies.
         ratios: how many times faster, within the first runtime and against PyTorch eager; None where a row is missing.
-            Those of a further runtime are prefixed with its name. ``searched`` is the fastest subnet that is smaller
-            than the policy or has mixed bits.
+            Those of a further runtime are prefixed with its name. ``w8a8`` and ``fp32`` are of the whole policy,
+            ``searched`` is the fastest variant that a search chose.
         sizes: bytes per variant.
         notes: what could not be compared, and why.
         conditions: load of the computer meanwhile.
@@ -109,13 +112,13 @@ def compare_engines(
     Args:
         bundle: the policy.
         variants: names; all where empty.
-        runtimes: names, the first of which the ratios are about; a variant that one cannot load becomes a note.
+        runtimes: names, the first of which the ratios are about; a variant that one cannot run becomes a note.
         steps: denoising steps; default: the bundle's.
         threads: threads of every engine.
         rounds: chunks per contender, at least 2.
 
     Raises:
-        BenchError: rounds or steps is out of range, there is no such variant, or a runtime can load none of them.
+        BenchError: rounds or steps is out of range, there is no such variant, or no runtime can run one.
         BundleError: a file is missing or altered.
         EngineError: a runtime is unknown.
         PolicyError: a variant cannot be run.
@@ -130,20 +133,25 @@ def compare_engines(
     for name in variants:
         if name not in known:
             raise BenchError(f"bundle {spec.name} has no variant {name!r}; it has {', '.join(known)}")
-    contenders: list[Contender] = []
-    notes: list[str] = []
     for runtime in runtimes:
         runtime_facts(runtime)
-        for name in variants or known:
-            try:
-                contenders.append(_engine(bundle, name, runtime, count, threads))
-            except EngineError as error:
-                notes.append(f"no row {runtime} {name}: {error}")
-        if not any(contender.engine == runtime for contender in contenders):
+    contenders: list[Contender] = []
+    notes: list[str] = []
+    try:
+        for runtime in runtimes:
+            for name in variants or known:
+                try:
+                    contenders.append(_engine(bundle, name, runtime, count, threads))
+                except (EngineError, PolicyError) as error:
+                    notes.append(f"no row {runtime} {name}: {error}")
+        if not contenders:
             raise BenchError("\n".join(notes))
-    references, more = _references(spec, count, threads)
-    conditions = watch_conditions()
-    rows = measure(contenders + references, rounds)
+        references, more = _references(spec, count, threads)
+        conditions = watch_conditions()
+        rows = measure(contenders + references, rounds)
+    finally:
+        for contender in contenders:
+            contender.close()
     return EngineReport(
         tuple(rows),
         _ratios(spec, rows, runtimes),
@@ -176,7 +184,8 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
 
 def _engine(bundle: Bundle, variant: str, runtime: str, steps: int, threads: int) -> Contender:
     files = {role: bundle.read(variant, role) for role in ROLES}
-    engine = open_engine(runtime, files, threads=threads, name=variant)
+    cache = cache_directory() / "engines"  # as the worker's: what is built here is there for the robot
+    engine = open_engine(runtime, files, threads=threads, name=variant, cache=cache)
     policy = PolicyRuntime(bundle.spec, engine)
     generator = np.random.default_rng(0)
     observation = {}
@@ -184,14 +193,24 @@ def _engine(bundle: Bundle, variant: str, runtime: str, steps: int, threads: int
         normalised = generator.uniform(-1.0, 1.0, (1, policy.observations.history, *key.shape))
         observation[key.name] = key.normalizer.denormalize(normalised)
     described = bundle.spec.variant(variant)
+
+    def run() -> object:
+        return policy.predict(observation, [0], [0], steps)
+
+    try:
+        run()  # some runtimes build or compile only now
+    except BaseException:
+        engine.close()
+        raise
     return Contender(
         runtime,
         variant,
         described.precision,
         threads,
         steps,
-        lambda: policy.predict(observation, [0], [0], steps),
-        described.files["denoiser"].sha256,
+        run,
+        described.weights,
+        engine.close,
     )
 
 
@@ -213,7 +232,8 @@ def _references(spec: BundleSpec, steps: int, threads: int) -> tuple[list[Conten
 
 def _ratios(spec: BundleSpec, rows: Sequence[Row], runtimes: Sequence[str]) -> dict[str, float | None]:
     kinds = {variant.name: variant.precision for variant in spec.variants}
-    searched = {variant.name for variant in spec.variants if is_searched(spec, variant)}
+    whole = {variant.name for variant in spec.variants if not is_smaller(spec, variant)}
+    searched = {variant.name for variant in spec.variants if variant.searched_for is not None}
     eager = next((row.p50_ms for row in rows if row.engine == EAGER), None)
     ratios: dict[str, float | None] = {}
     for place, runtime in enumerate(runtimes):
@@ -222,10 +242,11 @@ def _ratios(spec: BundleSpec, rows: Sequence[Row], runtimes: Sequence[str]) -> d
         def fastest(names: Callable[[str], bool], own: Sequence[Row] = own) -> float | None:
             return min((row.p50_ms for row in own if names(row.variant)), default=None)
 
-        w8a8 = fastest(lambda name: kinds[name] == "w8a8")
+        w8a8 = fastest(lambda name: name in whole and kinds[name] == "w8a8")
         prefix = "" if place == 0 else f"{runtime}."
         ratios[f"{prefix}w8a8_vs_torch_eager"] = _times_faster(eager, w8a8)
-        ratios[f"{prefix}w8a8_vs_fp32"] = _times_faster(fastest(lambda name: kinds[name] == "fp32"), w8a8)
+        fp32 = fastest(lambda name: name in whole and kinds[name] == "fp32")
+        ratios[f"{prefix}w8a8_vs_fp32"] = _times_faster(fp32, w8a8)
         ratios[f"{prefix}searched_vs_torch_eager"] = _times_faster(eager, fastest(lambda name: name in searched))
     return ratios
 

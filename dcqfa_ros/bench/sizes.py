@@ -58,8 +58,3 @@ def is_smaller(spec: BundleSpec, variant: VariantSpec) -> bool:
     return len(variant.blocks) < size.depth or any(
         (block.heads, block.ffn_dim) != (size.heads, size.ffn_dim) for block in variant.blocks
     )
-
-
-def is_searched(spec: BundleSpec, variant: VariantSpec) -> bool:
-    """Whether a variant is one that only a search finds: a smaller subnet, or one of mixed bits."""
-    return variant.subnet is not None and (variant.precision == "mixed" or is_smaller(spec, variant))

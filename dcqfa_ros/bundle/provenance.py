@@ -61,9 +61,8 @@ class ParityRecord(StrictModel):
             raise ValueError(f"export_rms {self.export_rms} exceeds tolerance_export_rms {self.tolerance_export_rms}")
         if (self.block_rms is None) != (self.tolerance_block_rms is None):
             raise ValueError("block_rms and tolerance_block_rms belong together")
-        if self.block_rms is not None and self.tolerance_block_rms is not None:
-            if self.block_rms > self.tolerance_block_rms:
-                raise ValueError(f"block_rms {self.block_rms} exceeds tolerance_block_rms {self.tolerance_block_rms}")
+        if (self.block_rms or 0.0) > (self.tolerance_block_rms or 0.0):
+            raise ValueError(f"block_rms {self.block_rms} exceeds tolerance_block_rms {self.tolerance_block_rms}")
         return self
 
 

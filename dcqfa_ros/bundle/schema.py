@@ -6,6 +6,7 @@ this module knows only the shape of the document. Arrays of numbers are tuples, 
 
 from __future__ import annotations
 
+import hashlib
 from enum import Enum
 from typing import Annotated, Literal
 
@@ -267,6 +268,7 @@ class VariantSpec(StrictModel):
         subnet: lossless name in the search space of the supernet that the variant is of, None for the policy itself.
         blocks: what a subnet keeps, None for the whole policy.
         training: where a subnet's weights come from, None for those of the bundle's training record.
+        searched_for: the device and budgets of the search that chose the subnet, None where none did.
     """
 
     name: Name
@@ -283,6 +285,16 @@ class VariantSpec(StrictModel):
     subnet: Text | None = None
     blocks: tuple[BlockSpec, ...] | None = Field(default=None, min_length=1)
     training: TrainingRecord | None = None
+    searched_for: Text | None = None
+
+    @property
+    def weights(self) -> str:
+        """Identity of what the variant computes: SHA-256 over those of its files, in the order a chunk needs them.
+
+        Records of latency and quality belong to it: keys and values, and the table of time steps, count as well.
+        """
+        files = (self.files["encoder"], self.files["timestep"], self.files["denoiser"])
+        return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
 
     @model_validator(mode="after")
     def _whole_or_subnet(self) -> VariantSpec:
@@ -335,7 +347,8 @@ class BundleSpec(StrictModel):
             raise ValueError("low_dim observations must share one history")
         for variant in self.variants:
             for block in variant.blocks or ():
-                if block.index >= self.architecture.depth or block.heads > self.architecture.heads:
+                size = self.architecture
+                if block.index >= size.depth or block.heads > size.heads or block.ffn_dim > size.ffn_dim:
                     raise ValueError(f"variant {variant.name!r}: block {block.index} does not fit the architecture")
         if self.architecture.horizon != self.action.horizon:
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle
+from dcqfa_ros.runtime.engines import ONNXRUNTIME
 
 if TYPE_CHECKING:
     from dcqfa_ros.bench.engine import EngineReport
@@ -125,7 +126,8 @@ def _at_hand(device: Device) -> list[str]:
     """Names of the runtimes that are installed and that this device can run, ONNX Runtime first."""
     from dcqfa_ros.devices.capabilities import runtimes
 
-    return [runtime.name for runtime in runtimes(device) if runtime.unavailable is None]
+    found = [runtime.name for runtime in runtimes(device) if runtime.unavailable is None]
+    return sorted(found, key=lambda name: name != ONNXRUNTIME)
 
 
 def _describe(bundle: Bundle, device: Device, report: EngineReport) -> Iterator[str]:

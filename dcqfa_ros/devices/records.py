@@ -93,7 +93,7 @@ def save_records(new: Iterable[LocalRecord], file: Path | None = None) -> Path:
 
 def records_of(variant: VariantSpec, local: LocalRecords) -> tuple[LatencyRecord, ...]:
     """Return what is known of a variant's latency: this computer's measurements first, then the bundle's records."""
-    weights = variant.files["denoiser"].sha256
+    weights = variant.weights
     own = tuple(r.record for r in local.records if r.weights == weights)
     return own + variant.latency
 

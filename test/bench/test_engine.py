@@ -12,6 +12,7 @@ import pytest
 
 from dcqfa_ros.bench import engine as bench
 from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.bundle.schema import BlockSpec
 from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.commands.bench import _engine
 from dcqfa_ros.devices.detect import detect
@@ -114,7 +115,7 @@ def test_a_variant_that_one_runtime_cannot_load_becomes_a_note(
 ) -> None:
     opened = bench.open_engine
 
-    def only_fp32(runtime: str, files: Any, *, threads: int, name: str) -> Any:
+    def only_fp32(runtime: str, files: Any, *, threads: int, name: str, cache: Path) -> Any:
         if runtime == "openvino" and name != "fp32":
             raise EngineError("denoiser.onnx: not for this runtime")
         return opened("onnxruntime", files, threads=threads, name=name)
@@ -129,6 +130,29 @@ def test_a_variant_that_one_runtime_cannot_load_becomes_a_note(
     assert "no row openvino w8a8: denoiser.onnx: not for this runtime" in report.notes
     assert report.ratios["openvino.w8a8_vs_fp32"] is None
     assert report.ratios["w8a8_vs_fp32"] is not None
+
+
+def test_ratios_are_of_the_whole_policy_and_of_what_a_search_chose() -> None:
+    spec, _ = tiny_spec()
+    fp32, w8a8 = spec.variants
+    size = spec.architecture
+    small = {"subnet": "x", "blocks": (BlockSpec(index=0, heads=1, ffn_dim=1),), "precision": "w8a8"}
+    assert (size.heads, size.ffn_dim, size.depth) != (1, 1, 1)
+    variants = (
+        fp32,
+        w8a8,
+        w8a8.model_copy(update=small | {"name": "small"}),
+        w8a8.model_copy(update=small | {"name": "found", "searched_for": "cpu, at most 3 ms"}),
+    )
+    spec = spec.model_copy(update={"variants": variants})
+    times = {"fp32": 30.0, "w8a8": 11.0, "small": 1.0, "found": 4.0}
+    rows = [bench.Row("onnxruntime", name, 1, 16, ms, ms, 5) for name, ms in times.items()]
+    rows.append(bench.Row("torch_eager", "fp32", 1, 16, 120.0, 120.0, 5))
+    assert bench._ratios(spec, rows, ["onnxruntime"]) == {
+        "w8a8_vs_torch_eager": pytest.approx(120 / 11, abs=1e-3),
+        "w8a8_vs_fp32": pytest.approx(30 / 11, abs=1e-3),
+        "searched_vs_torch_eager": pytest.approx(30.0),
+    }
 
 
 def test_contenders_take_turns_and_each_starts_a_round() -> None:
@@ -166,7 +190,7 @@ def test_command_prints_rows_and_ratios_as_json(
     assert set(printed["ratios"]) == {"w8a8_vs_torch_eager", "w8a8_vs_fp32", "searched_vs_torch_eager"}
     assert printed["device"]
     spec = load_bundle(folder).spec
-    assert [row["weights"] for row in printed["rows"]] == [v.files["denoiser"].sha256 for v in spec.variants]
+    assert [row["weights"] for row in printed["rows"]] == [v.weights for v in spec.variants]
     assert printed["fingerprint"] == detect().fingerprint
     assert printed["batch"] == 1
 

@@ -1,4 +1,4 @@
-"""Sizes against FP16, and which variants count as searched."""
+"""Sizes against FP16."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dcqfa_ros.bench.sizes import is_searched, sizes
+from dcqfa_ros.bench.sizes import sizes
 from dcqfa_ros.bundle.schema import BlockSpec, BundleSpec, VariantSpec
 from test.runtime.conftest import tiny_spec
 
@@ -28,16 +28,6 @@ def test_ratios_are_against_fp16_or_else_half_of_fp32() -> None:
     half = variant(spec, name="half", precision="fp16")
     with_half = spec.model_copy(update={"variants": (*spec.variants, half)})
     assert sizes(with_half, ["half"])[0].fp16_over_disk == 1.0
-
-
-def test_a_subnet_counts_as_searched_if_it_is_smaller_or_of_mixed_bits() -> None:
-    spec, _ = tiny_spec()
-    depth = spec.architecture.depth
-    assert not is_searched(spec, spec.variants[0])
-    uniform = variant(spec, subnet="w8a8.all", blocks=blocks(spec, depth), precision="w8a8")
-    assert not is_searched(spec, uniform)
-    assert is_searched(spec, uniform.model_copy(update={"precision": "mixed"}))
-    assert is_searched(spec, uniform.model_copy(update={"blocks": blocks(spec, depth, 1)}))
 
 
 def test_a_smaller_network_is_no_yardstick() -> None:

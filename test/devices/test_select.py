@@ -20,6 +20,8 @@ from dcqfa_ros.devices.select import BudgetError, Choice, budget_for, choose
 from dcqfa_ros.runtime.errors import EngineError
 
 MIB = 2**20
+VERSIONS = {"tensorrt": "10.3.0"}
+"""Those that are not 1.31.1."""
 INT4, INT8 = Bits(weight=4, activation=4, kind="int"), Bits(weight=8, activation=8, kind="int")
 
 
@@ -58,7 +60,8 @@ def spec(tiny_bundle: Callable[..., Path]) -> BundleSpec:
 
 def installed(device: Device, *names: str) -> tuple[Runtime, ...]:
     """Return the device's runtimes, of which only ``names`` (default: ONNX Runtime) are installed, all as 1.31.1."""
-    return real_runtimes(device, lambda package: "1.31.1" if package in (names or ("onnxruntime",)) else None)
+    found = names or ("onnxruntime",)
+    return real_runtimes(device, lambda package: VERSIONS.get(package, "1.31.1") if package in found else None, bool)
 
 
 def decide(
@@ -149,7 +152,7 @@ def test_a_prediction_may_leave_the_version_open(spec, recorded) -> None:
 
 def test_records_in_the_users_cache_count_for_the_same_weights_only(spec, recorded) -> None:
     device = recorded("cpu_vnni")
-    weights = spec.variant("fp32").files["denoiser"].sha256
+    weights = spec.variant("fp32").weights
     own = LocalRecord(variant="fp32", weights=weights, record=latency(device, 5.0, 6.0))
     foreign = LocalRecord(variant="w8a8", weights="0" * 64, record=latency(device, 1.0, 1.0))
     choice = decide(spec, device, LocalRecords(records=(own, foreign)))
@@ -289,13 +292,47 @@ def test_the_runtime_is_chosen_with_the_variant(spec, recorded) -> None:
 def test_a_runtime_of_which_nothing_is_known_ranks_behind_a_measured_one(spec, recorded) -> None:
     device = recorded("rtx_4090")
     packages = ("onnxruntime", "tensorrt")
-    assert decide(spec, device, packages=packages).runtime == "tensorrt"
     spec = with_variant(spec, "w8a8", latency=(latency(device, 9.0),))
     choice = decide(spec, device, packages=packages)
     assert order(choice)[:2] == ["onnxruntime/w8a8", "onnxruntime/fp32"]
     assert "nothing is measured here on tensorrt, which therefore rank last" in choice.reason
-    on_gpu = (latency(device, 9.0), latency(device, 2.0, runtime="tensorrt 1.31.1", threads=4))
+    on_gpu = (latency(device, 9.0), latency(device, 2.0, runtime="tensorrt 10.3.0", threads=4))
     assert decide(with_variant(spec, "w8a8", latency=on_gpu), device, packages=packages).runtime == "tensorrt"
+
+
+def test_a_runtime_that_nobody_has_executed_ranks_behind_and_says_so(spec, recorded) -> None:
+    device = recorded("rtx_4090")
+    packages = ("onnxruntime", "tensorrt")
+    choice = decide(spec, device, packages=packages)
+    assert [c.runtime for c in choice.ranking] == ["onnxruntime", "onnxruntime", "tensorrt", "tensorrt"]
+    assert choice.ranking[2].relative_time < choice.ranking[0].relative_time
+    assert "nothing is measured here on tensorrt, which therefore rank last" in choice.reason
+    caveat = "tensorrt was compiled, never executed by its authors"
+    assert caveat in reason(choice, "w8a8", "tensorrt")
+    alone = decide(spec, device, packages=("tensorrt",))
+    assert alone.runtime == "tensorrt"
+    assert caveat in alone.reason
+    measured = with_variant(spec, "fp32", latency=(latency(device, 2.0, runtime="tensorrt 10.3.0"),))
+    choice = decide(measured, device, packages=packages)
+    assert choice.runtime == "tensorrt"
+    assert caveat not in reason(choice, "w8a8", "tensorrt")
+
+
+def test_layers_in_fp32_of_a_reduced_variant_run_in_fp16_on_a_gpu_and_this_is_said(spec, recorded) -> None:
+    fp32 = Bits(weight=32, activation=32, kind="float")
+    layer = spec.variant("w8a8").layers[0]
+    head = layer.model_copy(update={"layer": "head", "searched": fp32, "exported": fp32, "executed": {}})
+    mixed = with_variant(with_layers(spec, "w8a8", INT8, {}), "w8a8", layers=(layer, head))
+    choice = decide(mixed, recorded("rtx_4090"), packages=("onnxruntime", "tensorrt", "torch"))
+    for name in ("tensorrt", "torch_cuda"):
+        assert "executes FP32 as FP16" in reason(choice, "w8a8", name)
+        assert "executes FP32 as FP16" not in reason(choice, "fp32", name)
+    assert "executes FP32" not in reason(choice, "w8a8")
+    recorded_bits = head.model_copy(update={"executed": {"tensorrt": fp32}})
+    kept = decide(
+        with_variant(mixed, "w8a8", layers=(layer, recorded_bits)), recorded("rtx_4090"), packages=("tensorrt",)
+    )
+    assert "executes FP32" not in reason(kept, "w8a8", "tensorrt")
 
 
 def test_only_the_given_runtime_is_considered(spec, recorded) -> None:
@@ -304,7 +341,7 @@ def test_only_the_given_runtime_is_considered(spec, recorded) -> None:
     assert {c.runtime for c in choice.ranking} == {"onnxruntime"}
     missing = decide(spec, device, runtime="openvino")
     assert missing.variant is None
-    assert "openvino: the Python package openvino is not installed: pip install openvino" in missing.reason
+    assert "openvino: the Python package openvino is not installed: pip install --no-deps" in missing.reason
     with pytest.raises(EngineError, match="runtime 'tensorflow' is unknown; there are onnxruntime"):
         decide(spec, device, runtime="tensorflow")
 

@@ -145,7 +145,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(dcqfa: list[str], argument
 
 
 def test_the_result_names_the_weights_it_belongs_to(bundle: Path, trained_run: Path) -> None:
-    expected = load_bundle(bundle).spec.variant("w8a8").files["denoiser"].sha256
+    expected = load_bundle(bundle).spec.variant("w8a8").weights
     assert evaluate(str(bundle), "w8a8", SEEDS[:1], steps=1)["weights"] == expected
     assert evaluate(str(trained_run), None, SEEDS[:1], steps=1)["weights"] is None
 

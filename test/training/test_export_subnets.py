@@ -20,6 +20,7 @@ from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import Bits, LatencyRecord
 from dcqfa_ros.bundle.verify import verify_bundle
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from test.training.conftest import write_teacher
 from training.draws import stratified_subnet
 from training.export import subnets as subnets_module
 from training.export.block_parity import block_errors
@@ -27,12 +28,14 @@ from training.export.blocks import blocks_of
 from training.export.bundle import ExportOptions, export_bundle
 from training.export.diffusion_policy_t import Rest, export_graphs
 from training.export.fronts import chosen_of
+from training.export.records import Result
 from training.export.subnets import SubnetOptions, export_subnets
 from training.export.variant import ExportError
 from training.space_counts import paper_bytes, parameters
 from training.subnet import Precision
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.torch_engine import TorchEngine
+from training.trained import load_trained
 from training.warm_start import state_sha256
 
 UNEVEN = "int.1h32w4a8.4h64w8a4"  # two blocks that differ in everything
@@ -240,9 +243,63 @@ def test_an_export_whose_blocks_disagree_is_not_written(
 ) -> None:
     before = (bundle / "bundle.yaml").read_bytes()
     monkeypatch.setattr(subnets_module, "block_errors", lambda *_: [0.0, 0.5])
-    with pytest.raises(ExportError, match=r"variant w8a8: a block .* differs .* by 0.5"):
+    with pytest.raises(ExportError, match=r"variant w8a8: block .* differs .* by 0.5"):
         export_subnets(supernet_run, bundle, SubnetOptions(subnets={"w8a8": "w8a8"}))
     assert (bundle / "bundle.yaml").read_bytes() == before
+
+
+def test_a_bundle_of_other_weights_is_refused_though_all_else_is_the_same(
+    supernet_files: Any, supernet_run: Path, tmp_path: Path
+) -> None:
+    write_teacher(tmp_path / "teacher", load_trained(supernet_files.teacher).config, seed=1)
+    export_bundle(tmp_path / "teacher", tmp_path / "other", ExportOptions(variants=("fp32",), calibration=8))
+    with pytest.raises(ExportError, match=r"is not the one that .* was trained from"):
+        export_subnets(supernet_run, tmp_path / "other", SubnetOptions(subnets={"w8a8": "w8a8"}))
+
+
+def test_results_are_recorded_without_an_export_and_those_of_another_device_stay(
+    supernet_run: Path, bundle: Path
+) -> None:
+    spec = export_subnets(supernet_run, bundle, SubnetOptions(subnets={"w8a8": "w8a8"}))
+    record = LatencyRecord(
+        device="here", runtime="onnxruntime 1", kind="measured", threads=1, steps=4, p50_ms=1.0,
+        command="dcqfa bench engine --bundle tried --steps 4",
+    )  # fmt: skip
+    weights = spec.variant("w8a8").weights
+    for device, p50 in (("here", 1.0), ("there", 2.0), ("here", 3.0)):
+        new = record.model_copy(update={"device": device, "p50_ms": p50})
+        options = SubnetOptions(subnets={}, latency={"w8a8": (Result(new, weights, Path("bench.json"), "tried"),)})
+        spec = export_subnets(supernet_run, bundle, options)
+    found = spec.variant("w8a8").latency
+    assert [(r.device, r.p50_ms) for r in found] == [("here", 3.0), ("there", 2.0)]
+    assert {r.command for r in found} == {f"dcqfa bench engine --bundle {spec.name} --steps 4"}
+    assert load_bundle(bundle).read("w8a8", "denoiser")
+
+
+@pytest.mark.parametrize(("variant", "weights", "text"), [("w8a8", "0", "other weights"), ("none", "0", "no row of")])
+def test_results_that_are_of_nothing_here_are_refused(
+    supernet_run: Path, bundle: Path, variant: str, weights: str, text: str
+) -> None:
+    record = LatencyRecord(
+        device="here", runtime="onnxruntime 1", kind="measured", threads=1, steps=4, p50_ms=1.0, command="bench"
+    )
+    latency = {variant: (Result(record, weights, Path("bench.json"), "tried"),)}
+    with pytest.raises(ExportError, match=text):
+        export_subnets(supernet_run, bundle, SubnetOptions(subnets={"w8a8": "w8a8"}, latency=latency))
+    with pytest.raises(ExportError, match="no bundle to record results in"):
+        export_subnets(supernet_run, bundle / "none", SubnetOptions(subnets={}, latency=latency))
+
+
+def test_a_wrong_table_of_time_steps_is_not_written(
+    supernet_run: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(network: Any, timesteps: int, rest: Rest) -> dict[str, bytes]:
+        graphs = export_graphs(network, timesteps, rest)
+        return graphs | {"timestep": export_graphs(load_supernet(supernet_run).subnet("w8a4")[1], 100)["timestep"]}
+
+    monkeypatch.setattr(subnets_module, "export_graphs", wrong)
+    with pytest.raises(ExportError, match="variant w8a8: the table of time steps on ONNX Runtime differs"):
+        export_subnets(supernet_run, bundle, SubnetOptions(subnets={"w8a8": "w8a8"}))
 
 
 def front(path: Path, supernet: TrainedSupernet, **changes: Any) -> Path:
@@ -251,6 +308,11 @@ def front(path: Path, supernet: TrainedSupernet, **changes: Any) -> Path:
         "run": "runs/x",
         "network_sha256": state_sha256(supernet.network.state_dict()),
         "device": "cpu",
+        "fingerprint": "made up",
+        "modelled": True,
+        "steps": 4,
+        "latency_budget_ms": 3.0,
+        "memory_budget_bytes": None,
         "subnets": [
             {"name": UNEVEN, "latency_ms": 1.0, "chosen": True},
             {"name": ONE_BLOCK, "latency_ms": 0.5, "chosen": False},
@@ -275,6 +337,9 @@ def test_the_chosen_network_of_a_search_is_exported_by_its_front(
         ("tiny", supernet.space.name(supernet.space.parse(ONE_BLOCK))),
         ("searched", supernet.space.name(supernet.space.parse(UNEVEN))),
     ]
+    spec = load_bundle(bundle).spec
+    assert spec.variant("searched").searched_for == "cpu (modelled), made up, at most 3 ms, 4 steps"
+    assert spec.variant("tiny").searched_for is None
 
 
 @pytest.mark.parametrize(
@@ -302,6 +367,7 @@ def test_a_front_that_does_not_fit_is_refused(
         (("--subnet", "d9-h1-m1-w4a4"), "d9"),
         (("--subnet", "1x=w8a8"), "1x"),
         (("--variants", "w8a8"), "holds a supernet"),
+        ((), "no subnet is named"),
         (("--default", "nobody"), "nobody"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dcqfa_ros.bundle.load import BUNDLE_YAML, load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec, LatencyRecord, QualityRecord
 from dcqfa_ros.bundle.write import write_bundle
 from training.config import override
@@ -23,9 +24,9 @@ from training.export.variant import (
     LayerRow,
     Tolerance,
     bits_of,
-    check_weights,
     entry,
     parity,
+    recorded,
     versions,
 )
 from training.export.weights import LinearWeights
@@ -60,8 +61,7 @@ class ExportOptions:
         calibration: observations that activation scales are found on.
         data: path of the demonstrations; None for the one the run used.
         quality: evaluations to record per variant; they must be of the weights that are written.
-        latency: measured latencies to record per variant, likewise; those of variants that are not exported are left
-            out.
+        latency: measured latencies to record per variant, likewise.
         threads: PyTorch threads.
     """
 
@@ -83,11 +83,6 @@ class ExportOptions:
             raise ExportError(f"--variants {','.join(self.variants)}: a variant is named twice")
         if self.calibration < 1:
             raise ExportError(f"--calibration: expected at least 1, got {self.calibration}")
-        absent = sorted(set(self.quality) - set(self.variants))
-        if absent:
-            raise ExportError(
-                f"--quality {absent[0]}: that variant is not exported (--variants {','.join(self.variants)})"
-            )
 
 
 def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> BundleSpec:
@@ -131,7 +126,6 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
         graphs = export_graphs(exported, diffusion.train_timesteps)
         document, files = entry(name, DESCRIPTIONS[name], name, graphs, _rows(exported))
         contents.update(files)
-        check_weights(name, document["files"]["denoiser"]["sha256"], options.quality, options.latency)
         variants.append(
             {
                 **document,
@@ -141,8 +135,6 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
                     "disk_bytes": sum(len(data) for data in graphs.values()),
                 },
                 "calibration": calibration,
-                "latency": [result.record.model_dump(mode="json") for result in options.latency.get(name, ())],
-                "quality": [result.record.model_dump(mode="json") for result in options.quality.get(name, ())],
                 "parity": parity(
                     name,
                     graphs,
@@ -162,6 +154,8 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
         "variants": variants,
     }
     spec = BundleSpec.model_validate_json(json.dumps(whole), strict=True)
+    old = load_bundle(folder, verify=False).spec if (folder / BUNDLE_YAML).exists() else None
+    spec = recorded(spec, old, options.quality, options.latency)
     write_bundle(folder, spec, contents)
     return spec
 

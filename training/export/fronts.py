@@ -26,11 +26,21 @@ class _Front(StrictModel):
     schema_version: Literal[1]
     run: str
     network_sha256: str
+    device: str
+    fingerprint: str
+    modelled: bool
+    steps: int
+    latency_budget_ms: float | None
+    memory_budget_bytes: float | None
     subnets: tuple[_Subnet, ...]
 
 
-def chosen_of(file: Path, checkpoint: Path) -> str:
-    """Name of the subnet that the search whose ``front.json`` is ``file`` has chosen for the supernet ``checkpoint``.
+def chosen_of(file: Path, checkpoint: Path) -> tuple[str, str]:
+    """Name of the subnet that a search has chosen for the supernet ``checkpoint``, and what the search was for.
+
+    Args:
+        file: the search's ``front.json``.
+        checkpoint: run folder or checkpoint of the supernet.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -52,4 +62,8 @@ def chosen_of(file: Path, checkpoint: Path) -> str:
     chosen = [subnet.name for subnet in front.subnets if subnet.chosen]
     if len(chosen) != 1:
         raise ExportError(f"--front {file}: {len(chosen)} networks are chosen, expected 1; search again")
-    return chosen[0]
+    limits = [f"at most {front.latency_budget_ms:g} ms"] if front.latency_budget_ms is not None else []
+    if front.memory_budget_bytes is not None:
+        limits.append(f"at most {front.memory_budget_bytes / 1e6:g} MB")
+    kind = " (modelled)" if front.modelled else ""
+    return chosen[0], ", ".join([f"{front.device}{kind}, {front.fingerprint}", *limits, f"{front.steps} steps"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,21 @@ class RecordError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Result(Generic[Record]):
-    """A record with the file it comes from and the SHA-256 of the denoiser it was taken with."""
+    """A record with the file it comes from, the weights it was taken with and the bundle they were in."""
 
     record: Record
     weights: str
     file: Path
+    bundle: str
+
+    def of(self, bundle: str) -> Record:
+        """The record, its command about the bundle called ``bundle``, which holds the same weights."""
+        command = " ".join(bundle if word == self.bundle else word for word in self.record.command.split(" "))
+        return self.record.model_copy(update={"command": command})
+
+
+Results = Mapping[str, tuple[Result[Record], ...]]
+"""Results by variant."""
 
 
 def read_quality(arguments: Sequence[str]) -> dict[str, tuple[Result[QualityRecord], ...]]:
@@ -56,7 +66,7 @@ def read_latency(files: Sequence[Path]) -> dict[str, tuple[Result[LatencyRecord]
         document = _load(file, "dcqfa bench engine --json")
         with _fields_of(file, "dcqfa bench engine --json"):
             for row in bench_records(document):
-                result = Result(row.record, row.weights, file)
+                result = Result(row.record, row.weights, file, document["bundle"])
                 records[row.variant] = (*records.get(row.variant, ()), result)
     return records
 
@@ -82,7 +92,7 @@ def _record(variant: str, file: Path) -> Result[QualityRecord]:
             command=f"dcqfa eval {document['policy']} --variant {variant} --seeds {len(seeds)} --first-seed {first} "
             f"--steps {steps}",
         )
-        return Result(record, weights, file)
+        return Result(record, weights, file, document["policy"])
 
 
 def _load(file: Path, source: str) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from dcqfa_ros.bundle.load import BUNDLE_YAML, Bundle, load_bundle
 from dcqfa_ros.bundle.schema import Bits, BundleSpec, DiffusionSpec, LatencyRecord, QualityRecord
 from dcqfa_ros.bundle.types import NAME_PATTERN
 from dcqfa_ros.bundle.write import write_bundle
+from dcqfa_ros.runtime.engine import ROLES
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from training.checkpoint_engine import refuse_images
 from training.config import override
 from training.data.episodes import read_demonstrations
@@ -31,7 +33,17 @@ from training.export.bundle import PARITY_SAMPLES, PARITY_SEED
 from training.export.calibration import Float, denoise_chunks, training_observations
 from training.export.diffusion_policy_t import Rest, export_graphs
 from training.export.records import Result
-from training.export.variant import ExportError, LayerRow, Tolerance, bits_of, check_weights, entry, parity, versions
+from training.export.variant import (
+    ExportError,
+    LayerRow,
+    Tolerance,
+    bits_of,
+    entry,
+    parity,
+    recorded,
+    rms_error,
+    versions,
+)
 from training.export.weights import LinearWeights
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
@@ -41,6 +53,8 @@ from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.torch_engine import TorchEngine
 from training.warm_start import policy_beside, read_policy_weights
 
+SAME_SAMPLES = 4
+SAME_RMS = 1e-4  # normalised units; the exporter's own bound for full precision is 1e-5
 BLOCK_SAMPLES = 16
 BLOCK_TIMESTEP = 48
 TOLERANCE_BLOCK_RMS = 0.01  # of a block's output
@@ -69,6 +83,7 @@ class SubnetOptions:
 
     Attributes:
         subnets: variant's name -> subnet's name.
+        searched: variant's name -> the device and budgets of the search that chose it.
         default: the bundle's default variant; None for the one it has, or the first of a new bundle.
         data: path of the demonstrations; None for the one the run used.
         quality: evaluations to record per variant; they must be of the weights that are written.
@@ -77,6 +92,7 @@ class SubnetOptions:
     """
 
     subnets: Mapping[str, str]
+    searched: Mapping[str, str] = field(default_factory=dict)
     default: str | None = None
     data: str | None = None
     quality: Mapping[str, tuple[Result[QualityRecord], ...]] = field(default_factory=dict)
@@ -84,7 +100,7 @@ class SubnetOptions:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if not self.subnets:
+        if not (self.subnets or self.default or self.quality or self.latency):
             raise ExportError("--subnet: no subnet is named; name one, as in --subnet w8a8 or --subnet fast=NAME")
         if "fp32" in self.subnets:
             raise ExportError("--subnet fp32: that name is of the full-precision policy; write NAME=fp32")
@@ -112,6 +128,8 @@ def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> Bu
     specification = meaning.specification()
     if there is not None:
         _check_same_policy(folder, there.spec, specification, supernet.path)
+    if there is None and not options.subnets:
+        raise ExportError(f"{folder}: no bundle to record results in; name a subnet with --subnet")
     _check_names(options, None if there is None else there.spec)
     for name in options.subnets.values():
         supernet.space.parse(name)  # all of them before the first is exported
@@ -121,6 +139,8 @@ def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> Bu
     torch.set_num_threads(options.threads)
     policy = _policy(supernet)
     reference = denoise_chunks(TorchEngine(policy, options.threads), specification.diffusion, policy.config, inputs)
+    if there is not None:
+        _check_same_weights(there, supernet, specification.diffusion, inputs, reference)
 
     fields = meaning.fields()
     training = None if there is None else fields["training"]
@@ -129,15 +149,17 @@ def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> Bu
         work = _Export(supernet, specification.diffusion, inputs, reference, options)
         document, files = work.variant(name, subnet)
         document["training"] = training
-        documents.append(_with_records(document, there, options))
+        documents.append(document)
         contents.update(files)
-    whole = fields | {"created_by": versions(), "default_variant": options.default or documents[0]["name"]}
-    if there is not None:
+    if there is None:
+        whole = fields | {"created_by": versions(), "default_variant": options.default or documents[0]["name"]}
+    else:
         kept = there.spec.model_dump(mode="json")
         whole = kept | {"created_by": versions(), "default_variant": options.default or kept["default_variant"]}
         documents, files = _merged(kept["variants"], documents, there)
         contents = files | contents
     spec = BundleSpec.model_validate_json(json.dumps(whole | {"variants": documents}), strict=True)
+    spec = recorded(spec, None if there is None else there.spec, options.quality, options.latency)
     write_bundle(folder, spec, contents)
     return spec
 
@@ -196,6 +218,7 @@ class _Export:
         engine = _AsStored(network, rest, self.diffusion.train_timesteps, threads)
         chunks = denoise_chunks(engine, self.diffusion, network.config, self.inputs)
         document, files = entry(name, _described(subnet), _precision(subnet), graphs, _rows(network, subnet, rest))
+        parts = self._parts(name, graphs, engine, network)
         agreement = parity(
             name,
             graphs,
@@ -219,17 +242,33 @@ class _Export:
                 "paper_bytes": paper_bytes(shape, subnet),
                 "disk_bytes": sum(len(data) for data in graphs.values()),
             },
-            "parity": agreement | self._blocks(name, network),
+            "searched_for": self.options.searched.get(name),
+            "parity": agreement | parts,
         }
         return document, files
 
-    def _blocks(self, name: str, network: ElasticDiffusionPolicyT) -> dict[str, float]:
-        count = min(BLOCK_SAMPLES, len(self.inputs))
-        noisy = np.random.default_rng(PARITY_SEED).standard_normal(self.reference[:count].shape).astype(np.float32)
-        worst = max(block_errors(network, blocks_of(network), noisy, np.array([BLOCK_TIMESTEP]), self.inputs[:count]))
+    def _parts(
+        self, name: str, graphs: Mapping[str, bytes], stored: _AsStored, network: ElasticDiffusionPolicyT
+    ) -> dict[str, float]:
+        """Largest relative error of encoder, table and every block, each from the training-side network's inputs."""
+        inputs = self.inputs[: min(BLOCK_SAMPLES, len(self.inputs))]
+        noisy = np.random.default_rng(PARITY_SEED).standard_normal(self.reference[: len(inputs)].shape)
+        blocks = block_errors(network, blocks_of(network), noisy.astype(np.float32), np.array([BLOCK_TIMESTEP]), inputs)
+        errors = {f"block {index}": error for index, error in enumerate(blocks)}
+        engine = OnnxRuntimeEngine(graphs, name=name)
+        try:
+            steps = np.arange(self.diffusion.train_timesteps)
+            for part, found, expected in (
+                ("the encoder", engine.observation_kv(inputs), stored.observation_kv(inputs)),
+                ("the table of time steps", engine.timestep_kv(steps), stored.timestep_kv(steps)),
+            ):
+                errors[part] = rms_error(found, expected) / max(1e-12, rms_error(expected, np.zeros_like(expected)))
+        finally:
+            engine.close()
+        part, worst = max(errors.items(), key=lambda item: item[1])
         if not worst <= TOLERANCE_BLOCK_RMS:
             raise ExportError(
-                f"variant {name}: a block on ONNX Runtime differs from the training-side one by {worst:.3g} of its "
+                f"variant {name}: {part} on ONNX Runtime differs from the training-side one by {worst:.3g} of its "
                 f"output; allowed is {TOLERANCE_BLOCK_RMS:g}. Nothing was written"
             )
         return {"block_rms": worst, "tolerance_block_rms": TOLERANCE_BLOCK_RMS}
@@ -288,26 +327,33 @@ def _check_same_policy(folder: Path, there: BundleSpec, ours: BundleSpec, path: 
     for name in ("backbone", "architecture", "observations", "action", "diffusion"):
         if getattr(there, name) != getattr(ours, name):
             raise ExportError(
-                f"{folder}: its {name} is not that of {path}: the bundle is of another policy; give another --out. "
-                "Nothing was written"
+                f"{folder}: its {name} is not that of {path}: the bundle is of another policy; give another "
+                "--out. Nothing was written"
             )
 
 
-def _with_records(document: dict[str, Any], there: Bundle | None, options: SubnetOptions) -> dict[str, Any]:
-    """Add latencies and evaluations: those given, and those that were taken with exactly these files."""
-    name = document["name"]
-    check_weights(name, document["files"]["denoiser"]["sha256"], options.quality, options.latency)
-    old = None if there is None else next((v for v in there.spec.variants if v.name == name), None)
-    same = old is not None and all(
-        entry["sha256"] == old.files[role].sha256 for role, entry in document["files"].items()
-    )
-    records: dict[str, Any] = {}
-    for key, given in (("latency", options.latency), ("quality", options.quality)):
-        new = [result.record.model_dump(mode="json") for result in given.get(name, ())]
-        kept = [record.model_dump(mode="json") for record in getattr(old, key)] if same and old is not None else []
-        commands = {record["command"] for record in new}
-        records[key] = [record for record in kept if record["command"] not in commands] + new
-    return document | records
+def _check_same_weights(
+    there: Bundle, supernet: TrainedSupernet, diffusion: DiffusionSpec, inputs: Float, reference: Float
+) -> None:
+    """Refuse a bundle whose full-precision variant, if it has one, computes other chunks than the supernet's teacher.
+
+    Values are compared and not bytes: weights that were read back from a bundle may differ in their last bit.
+    """
+    whole = next((v.name for v in there.spec.variants if v.precision == "fp32" and v.subnet is None), None)
+    if whole is None:
+        return
+    count = min(SAME_SAMPLES, len(inputs))
+    engine = OnnxRuntimeEngine({role: there.read(whole, role) for role in ROLES}, name=whole)
+    try:
+        error = rms_error(denoise_chunks(engine, diffusion, supernet.network.config, inputs[:count]), reference[:count])
+    finally:
+        engine.close()
+    if not error <= SAME_RMS:
+        raise ExportError(
+            f"{there.folder}: its full-precision policy (variant {whole}) is not the one that {supernet.path} was "
+            f"trained from: their chunks differ by rms {error:.3g} (normalised units); give another --out. "
+            "Nothing was written"
+        )
 
 
 def _merged(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dcqfa_ros.bundle.schema import Bits, DiffusionSpec, LatencyRecord, QualityRecord
+from dcqfa_ros.bundle.schema import Bits, BundleSpec, DiffusionSpec, LatencyRecord, QualityRecord
 from dcqfa_ros.bundle.write import file_spec
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
@@ -18,7 +18,7 @@ from training.export.calibration import Float, denoise_chunks
 from training.export.diffusion_policy_t import graph_weights
 from training.export.executed import bits_in, executed
 from training.export.graph import OPSET
-from training.export.records import Result
+from training.export.records import Results
 from training.export.weights import LinearWeights, Rounding
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 
@@ -144,24 +144,52 @@ def rms_error(values: Float, reference: Float) -> float:
     return float(np.sqrt(np.square((values - reference).astype(np.float64)).mean()))
 
 
-def check_weights(
-    name: str,
-    weights: str,
-    quality: Mapping[str, tuple[Result[QualityRecord], ...]],
-    latency: Mapping[str, tuple[Result[LatencyRecord], ...]],
-) -> None:
-    """Refuse results that were obtained with other weights than those about to be written.
+def recorded(
+    spec: BundleSpec, old: BundleSpec | None, quality: Results[QualityRecord], latency: Results[LatencyRecord]
+) -> BundleSpec:
+    """``spec`` with its variants' latencies and evaluations: those given, and those of ``old`` with the same weights.
+
+    A given record takes the place of an older one of the same conditions.
 
     Raises:
-        ExportError: there is one.
+        ExportError: a result is of a variant that is not there, or of other weights than are about to be written.
     """
-    for option, results in (("--quality", quality), ("--latency", latency)):
-        for result in results.get(name, ()):
-            if result.weights != weights:
-                raise ExportError(
-                    f"{option} {result.file}: was obtained with other weights of variant {name} (denoiser "
-                    f"{result.weights[:12]}..., now {weights[:12]}...); repeat it with this export. Nothing was written"
-                )
+    known = {variant.name for variant in spec.variants}
+    for name in sorted(set(quality) - known):
+        raise ExportError(
+            f"--quality {name}: no such variant; there are {', '.join(sorted(known))}. Nothing was written"
+        )
+    if latency and not set(latency) & known:
+        raise ExportError(
+            f"--latency {next(iter(latency.values()))[0].file}: holds no row of {', '.join(sorted(known))}. "
+            "Nothing was written"
+        )
+    variants = []
+    for variant in spec.variants:
+        for option, results in (("--quality", quality), ("--latency", latency)):
+            for result in results.get(variant.name, ()):
+                if result.weights != variant.weights:
+                    raise ExportError(
+                        f"{option} {result.file}: was obtained with other weights of variant {variant.name} "
+                        f"({result.weights[:12]}..., now {variant.weights[:12]}...); repeat it with this export. "
+                        "Nothing was written"
+                    )
+        same = [v for v in (*(old.variants if old else ()), variant) if v.weights == variant.weights]
+        scores = {_quality_key(r): r for v in same for r in v.quality}
+        scores |= {_quality_key(r.record): r.of(spec.name) for r in quality.get(variant.name, ())}
+        times = {_latency_key(r): r for v in same for r in v.latency}
+        times |= {_latency_key(r.record): r.of(spec.name) for r in latency.get(variant.name, ())}
+        update = {"quality": tuple(scores.values()), "latency": tuple(times.values())}
+        variants.append(variant.model_copy(update=update))
+    return spec.model_copy(update={"variants": tuple(variants)})
+
+
+def _quality_key(record: QualityRecord) -> tuple[str, int, int, int]:
+    return record.metric, record.first_seed, record.seeds, record.steps
+
+
+def _latency_key(record: LatencyRecord) -> tuple[str, str, str, int, int]:
+    return record.device, record.runtime.partition(" ")[0], record.kind, record.threads, record.steps
 
 
 def versions() -> dict[str, str]:
