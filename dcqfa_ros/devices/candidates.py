@@ -11,7 +11,7 @@ from dcqfa_ros.devices import modelled
 from dcqfa_ros.devices.budget import Budget
 from dcqfa_ros.devices.capabilities import Runtime
 from dcqfa_ros.devices.detect import Device
-from dcqfa_ros.devices.precisions import Execution, label
+from dcqfa_ros.devices.precisions import PRECISIONS, Execution, label
 from dcqfa_ros.devices.quality import Quality
 from dcqfa_ros.devices.records import LocalRecords, is_of_version, matches, records_of
 
@@ -69,9 +69,15 @@ class Conditions:
 
 
 def candidate(
-    variant: VariantSpec, spec: BundleSpec, runtime: Runtime, budget: Budget, conditions: Conditions, quality: Quality
+    variant: VariantSpec,
+    spec: BundleSpec,
+    runtime: Runtime,
+    budget: Budget,
+    conditions: Conditions,
+    quality: Quality,
+    untried: bool = False,
 ) -> Candidate:
-    """Judge one variant of ``spec`` on one runtime that is available."""
+    """Judge one variant of ``spec`` on one runtime that is available; the reason says where that is ``untried``."""
     executions = _executions(variant, runtime)
     refusal = next((f"layer {name}: {e.note}" for name, e in executions if e.bits is None), None)
     record, unused = _record(variant, runtime, conditions)
@@ -93,7 +99,8 @@ def candidate(
     )
     if refusal:
         return replace(found, reason=refusal)
-    notes = [*_replaced(variant, executions), *unused, *([quality.note] if quality.note else [])]
+    caveat = f"{runtime.name} was {runtime.caveat}" if untried else ""
+    notes = [*_replaced(variant, executions), *unused, *(note for note in (quality.note, caveat) if note)]
     figure = ""
     if record is not None:
         figure = f"{record.kind} {'p99' if record.p99_ms else 'p50'} {latency:.1f} ms per chunk on this device"
@@ -107,6 +114,14 @@ def candidate(
         reason = f"{figure}, the budget is {budget.latency_ms:.1f} ms ({budget.latency_reason})"
         notes = [note for note in (held_still(latency, budget), *notes) if note]
     return replace(found, accepted=True, reason="; ".join([reason, *notes]))
+
+
+def is_untried(runtime: Runtime, spec: BundleSpec, conditions: Conditions) -> bool:
+    """Tell whether nobody has executed a runtime: neither its authors, nor this bundle's variants on this device."""
+    return bool(runtime.caveat) and not any(
+        record is not None and record.kind == "measured"
+        for record, _ in (_record(variant, runtime, conditions) for variant in spec.variants)
+    )
 
 
 def held_still(latency_ms: float | None, budget: Budget) -> str:
@@ -159,8 +174,16 @@ def _problems(found: Candidate, figure: str, budget: Budget) -> list[tuple[float
 
 
 def _executions(variant: VariantSpec, runtime: Runtime) -> list[tuple[str, Execution]]:
-    """Return layer -> how it is executed; what the bundle records of this runtime comes before what was exported."""
-    return [(r.layer, runtime.executes(r.executed.get(runtime.name, r.exported))) for r in variant.layers]
+    """Return layer -> how it is executed; what the bundle records of this runtime comes before what was exported.
+
+    Runtimes on a GPU execute layers in FP32 in FP16 where the variant reduces any layer. Records say that already.
+    """
+    asked = [r.executed.get(runtime.name, r.exported) for r in variant.layers]
+    reduced = any(runtime.executes(bits).bits not in (None, PRECISIONS["fp32"]) for bits in asked)
+    return [
+        (r.layer, runtime.executes(bits, reduced and runtime.name not in r.executed))
+        for r, bits in zip(variant.layers, asked, strict=True)
+    ]
 
 
 def _replaced(variant: VariantSpec, executions: Sequence[tuple[str, Execution]]) -> list[str]:

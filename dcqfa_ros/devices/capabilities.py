@@ -9,22 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from dcqfa_ros.bundle.schema import Bits
 from dcqfa_ros.devices import modelled
 from dcqfa_ros.devices.detect import Device, Gpu
 from dcqfa_ros.devices.precisions import (
-    GPU_CAPABILITY,
     PRECISIONS,
     Execution,
-    dotted,
     on_onnxruntime,
     on_openvino,
     on_tensorrt,
     on_torch_cuda,
     rtx_refusal,
 )
+from dcqfa_ros.runtime.capability import GPU_CAPABILITY, dotted
 from dcqfa_ros.runtime.engines import (
     ONNXRUNTIME,
     OPENVINO,
@@ -34,9 +33,19 @@ from dcqfa_ros.runtime.engines import (
     TORCH_CUDA,
     RuntimeFacts,
     installed_version,
+    torch_without_cuda,
+    version_refusal,
 )
 
 _CPU_ONLY_BUILD = "+cpu"
+
+
+class Executes(Protocol):
+    """How a runtime executes some bits on a device."""
+
+    def __call__(self, bits: Bits, reduced: bool = False) -> Execution:
+        """Return what it makes of ``bits``; ``reduced``: in a variant some layer of which is below FP32."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,7 @@ class Runtime:
         unavailable: why no variant can run on it now, or None.
         caveat: what was never checked about it, or empty.
         time_source: where the modelled times come from.
-        executes: bits -> how they are executed here.
+        executes: bits, and whether the variant reduces any layer -> how they are executed here.
         relative_time: executed bits -> modelled time of one layer, FP32 on ONNX Runtime = 1.
     """
 
@@ -60,7 +69,7 @@ class Runtime:
     unavailable: str | None
     caveat: str
     time_source: str
-    executes: Callable[[Bits], Execution]
+    executes: Executes
     relative_time: Callable[[Bits], float]
 
     @property
@@ -110,22 +119,29 @@ class Runtime:
         }
 
 
-def runtimes(device: Device, version: Callable[[str], str | None] | None = None) -> tuple[Runtime, ...]:
+def runtimes(
+    device: Device,
+    version: Callable[[str], str | None] | None = None,
+    without_cuda: Callable[[], bool] = torch_without_cuda,
+) -> tuple[Runtime, ...]:
     """Return every runtime of this software as it is on ``device``, in the order in which equal ones are preferred.
 
     Args:
         device: what was detected.
         version: distribution -> installed version or None; for tests.
+        without_cuda: whether the installed torch is a build without CUDA; for tests.
     """
-    return tuple(_runtime(facts, device, installed_version(facts, version)) for facts in RUNTIMES.values())
+    return tuple(
+        _runtime(facts, device, installed_version(facts, version), without_cuda) for facts in RUNTIMES.values()
+    )
 
 
-def _runtime(facts: RuntimeFacts, device: Device, version: str | None) -> Runtime:
+def _runtime(facts: RuntimeFacts, device: Device, version: str | None, without_cuda: Callable[[], bool]) -> Runtime:
     return Runtime(
         facts.name,
         version,
         facts.runs_on,
-        _unavailable(facts, device, version),
+        _unavailable(facts, device, version, without_cuda),
         facts.caveat,
         modelled.MODELS[facts.name].source,
         _executes(facts.name, device),
@@ -133,20 +149,26 @@ def _runtime(facts: RuntimeFacts, device: Device, version: str | None) -> Runtim
     )
 
 
-def _executes(name: str, device: Device) -> Callable[[Bits], Execution]:
+def _executes(name: str, device: Device) -> Executes:
     if name == ONNXRUNTIME:
         return partial(on_onnxruntime, processor=device.processor)
     if name == OPENVINO:
         return partial(on_openvino, processor=device.processor)
     if device.gpu is None:
-        return lambda _: Execution(None, "needs a CUDA device")
+        return _without_gpu
     capability = device.gpu.compute_capability
     if name == TORCH_CUDA:
         return partial(on_torch_cuda, capability=capability)
     return partial(on_tensorrt, capability=capability, rtx=name == TENSORRT_RTX)
 
 
-def _unavailable(facts: RuntimeFacts, device: Device, version: str | None) -> str | None:
+def _without_gpu(bits: Bits, reduced: bool = False) -> Execution:  # noqa: ARG001 - one signature
+    return Execution(None, "needs a CUDA device")
+
+
+def _unavailable(
+    facts: RuntimeFacts, device: Device, version: str | None, without_cuda: Callable[[], bool]
+) -> str | None:
     if facts.runs_on == "gpu":
         if device.gpu is None:
             return "needs a CUDA device, and none was found"
@@ -155,9 +177,9 @@ def _unavailable(facts: RuntimeFacts, device: Device, version: str | None) -> st
             return refusal
     if version is None:
         return f"the Python package {facts.distributions[0]} is not installed: {facts.install}"
-    if facts.name == TORCH_CUDA and version.endswith(_CPU_ONLY_BUILD):
+    if facts.name == TORCH_CUDA and (version.endswith(_CPU_ONLY_BUILD) or without_cuda()):
         return f"torch {version} is a build without CUDA: {facts.install}"
-    return None
+    return version_refusal(facts, version)
 
 
 def _gpu_refusal(name: str, gpu: Gpu) -> str | None:

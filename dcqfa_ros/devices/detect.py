@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dcqfa_ros.runtime.processor import Processor, processor_of
+
 Kind = Literal["jetson", "gpu", "cpu"]
 
 JETSON_MODULES = {
@@ -25,36 +27,10 @@ JETSON_MODULES = {
 }
 """Module number in the device tree -> (name, memory in GB)."""
 
-DOT_PRODUCT_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
-"""Processor features that multiply 8-bit integers into 32 bits exactly, most capable first."""
-
 _ORIN_COMPUTE_CAPABILITY = (8, 7)
-_ARM_PARTS = {
-    "0xd03": "Cortex-A53",
-    "0xd08": "Cortex-A72",
-    "0xd0b": "Cortex-A76",
-    "0xd0c": "Neoverse-N1",
-    "0xd40": "Neoverse-V1",
-    "0xd42": "Cortex-A78AE",
-    "0xd4f": "Neoverse-V2",
-}
 _KIB = 1024
 _NOT_RECORDED = "the recorded device has an NVIDIA driver, whose GPU no file describes: only NVML does, on the device"
 _NO_NVML = "an NVIDIA driver is loaded but the Python package nvidia-ml-py is not installed: the GPU is not described"
-
-
-@dataclass(frozen=True, slots=True)
-class Processor:
-    """The CPU: ``features`` are those of :data:`DOT_PRODUCT_FEATURES` it has; ``cores`` counts logical processors.
-
-    ``avx2`` says whether an x86 processor has the AVX2 instructions.
-    """
-
-    model: str
-    architecture: str
-    cores: int
-    features: tuple[str, ...]
-    avx2: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +84,7 @@ def detect(root: Path = Path("/"), gpus: GpuProbe | None = None) -> Device:
             where it holds a driver.
     """
     notes: list[str] = []
-    processor = _processor(_read(root, "proc/cpuinfo"))
+    processor = processor_of(_read(root, "proc/cpuinfo"))
     if not processor.cores:
         notes.append("the processor is unknown: /proc/cpuinfo could not be read")
     memory, available = _memory(_read(root, "proc/meminfo"))
@@ -214,28 +190,6 @@ def _read(root: Path, name: str) -> str:
         return (root / name).read_bytes().decode("utf-8", "replace")
     except OSError:
         return ""
-
-
-def _processor(cpuinfo: str) -> Processor:
-    fields: dict[str, str] = {}
-    cores = 0
-    for line in cpuinfo.splitlines():
-        key, colon, value = line.partition(":")
-        if colon:
-            cores += key.strip() == "processor"
-            fields.setdefault(key.strip().lower(), value.strip())
-    words = set(f"{fields.get('flags', '')} {fields.get('features', '')}".split())
-    features = tuple(f for f in DOT_PRODUCT_FEATURES if f in words)
-    if "vendor_id" in fields:
-        model = " ".join(fields.get("model name", "unknown processor").split())
-        # Virtual machines and pre-production parts hide the product: family and model number tell them apart.
-        if not re.search(r"\d{3}", model):
-            model += f" family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-        return Processor(model, "x86_64", cores, features, "avx2" in words)
-    if "cpu part" in fields:
-        part = fields["cpu part"].lower()
-        return Processor(_ARM_PARTS.get(part, f"ARM part {part}"), "aarch64", cores, features)
-    return Processor("unknown processor", "unknown architecture", cores, features)
 
 
 def _memory(meminfo: str) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dcqfa_ros.bundle.schema import Bits
-from dcqfa_ros.devices.detect import Processor
 from dcqfa_ros.devices.precisions import is_weight_only
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, OPENVINO, TENSORRT, TENSORRT_RTX, TORCH_CUDA
+from dcqfa_ros.runtime.processor import Processor
 
 MIB = 2**20
 

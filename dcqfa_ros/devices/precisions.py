@@ -1,14 +1,14 @@
 """How each runtime executes a precision on given hardware: as it is, in other bits (which it says), or not at all.
 
-Sources: NVIDIA's support matrices by compute capability (INT8 from 7.5, INT4 weights from 8.0, FP8 from 8.9, FP4 from
-10.0; TensorRT from 10.5 on needs 7.5; TensorRT-RTX builds for 7.5, 8.0, 8.6, 8.9 and 12.0 only); onnxruntime pull
-request 12088 for 8-bit products on x86 without VNNI: they saturate unless the session asks for exact ones, as the
-engine does; those take AVX2 and more time; OpenVINO's page on saturation: without VNNI its 8-bit products can saturate,
-and nothing makes them exact; its page on the CPU device: quantized types on x86 only.
+The limits are those the engines themselves go by: :mod:`dcqfa_ros.runtime.processor` for exact 8-bit products on
+processors, :mod:`dcqfa_ros.runtime.capability` for GPUs; their sources stand there.
 
 No runtime multiplies 4-bit activations. A W4A4 variant holds its activation codes within +-7 in 8 bits, so every
 runtime with 8-bit products executes it as W8A8: W4A4 accuracy at the speed and memory of W8A8 (INT8 containers). A
 variant of 4-bit weights alone (W4A16) is a precision of its own.
+
+Runtimes on a GPU type everything FP16 in a variant that multiplies any layer in fewer bits than FP32 (a reduced one):
+its layers in FP32 are executed in FP16, and this is said.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dcqfa_ros.bundle.schema import Bits
-from dcqfa_ros.devices.detect import Processor
+from dcqfa_ros.runtime.capability import (
+    GPU_CAPABILITY,
+    MINIMUM_CAPABILITY,
+    TENSORRT_RTX_CAPABILITIES,
+    dotted,
+)
+from dcqfa_ros.runtime.processor import X86, Processor, onnxruntime_refusal, openvino_refusal
 
 PRECISIONS: Mapping[str, Bits] = {
     "fp32": Bits(weight=32, activation=32, kind="float"),
@@ -30,18 +36,13 @@ PRECISIONS: Mapping[str, Bits] = {
 }
 """Named precisions for reports."""
 
-TENSORRT_RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0))
-"""What TensorRT-RTX's builder accepts: desktop GPUs, neither Orin (8.7) nor Hopper (9.0)."""
-
-GPU_CAPABILITY = (7, 5)
-"""The least compute capability on which a GPU runtime of this software runs."""
-
 _FP32, _FP16, _W8A8 = PRECISIONS["fp32"], PRECISIONS["fp16"], PRECISIONS["w8a8"]
-_MINIMUM_CAPABILITY: Mapping[str, tuple[int, int]] = {
-    "fp32": GPU_CAPABILITY, "fp16": GPU_CAPABILITY, "w8a8": (7, 5), "w4a16": (8, 0), "fp8": (8, 9), "fp4": (10, 0),
+_ELEMENTS: Mapping[str, str] = {
+    "fp32": "fp32", "fp16": "fp16", "w8a8": "int8", "w4a16": "int4", "fp8": "fp8", "fp4": "fp4",
 }  # fmt: skip
 _CONTAINERS = "4-bit codes in INT8 containers: W4A4 accuracy at the speed and memory of W8A8"
 _WIDENED = "weights are widened to FP32: smaller files, no gain in speed"
+_REDUCED = "runtimes on a GPU type all of a variant FP16 that reduces any layer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +65,13 @@ def label(bits: Bits) -> str:
     return f"W{bits.weight}A{bits.activation}"
 
 
-def dotted(capability: tuple[int, int]) -> str:
-    """Return a compute capability as people write it: ``8.7``."""
-    return f"{capability[0]}.{capability[1]}"
-
-
 def is_weight_only(bits: Bits) -> bool:
     """Whether only the weights are quantized."""
     return bits.kind == "int" and bits.activation >= 16
 
 
-def on_onnxruntime(bits: Bits, processor: Processor) -> Execution:
-    """Return how ONNX Runtime's CPU provider executes ``bits``."""
+def on_onnxruntime(bits: Bits, reduced: bool = False, *, processor: Processor) -> Execution:  # noqa: ARG001 - one signature
+    """Return how ONNX Runtime's CPU provider executes ``bits``; layers in FP32 stay so in ``reduced`` variants."""
     if bits.kind == "float":
         if bits == _FP32:
             return Execution(bits)
@@ -86,17 +82,16 @@ def on_onnxruntime(bits: Bits, processor: Processor) -> Execution:
         return Execution(_FP32, f"integer {_WIDENED}")
     if bits.activation == 16 or bits.weight > 8:
         return _refused(bits, "ONNX Runtime has no such products")
-    if processor.features or (processor.architecture == "x86_64" and processor.avx2):
+    refusal = onnxruntime_refusal(processor)
+    if refusal:
+        return _refused(bits, refusal)
+    if processor.features or processor.architecture == X86:
         return _in_containers(bits)  # with AVX2 alone: products in 16 bits without saturation, exact, but slower
-    if processor.architecture == "x86_64":
-        return _refused(
-            bits, "this processor has neither VNNI nor AVX2, which ONNX Runtime's exact 8-bit products need"
-        )
     return _refused(bits, f"{processor.model} has no 8-bit dot product (asimddp, i8mm) that this software knows")
 
 
-def on_openvino(bits: Bits, processor: Processor) -> Execution:
-    """Return how OpenVINO's CPU plugin executes ``bits``."""
+def on_openvino(bits: Bits, reduced: bool = False, *, processor: Processor) -> Execution:  # noqa: ARG001 - one signature
+    """Return how OpenVINO's CPU plugin executes ``bits``; layers in FP32 stay so in ``reduced`` variants."""
     if bits.kind == "float":
         if bits == _FP32:
             return Execution(bits)
@@ -107,28 +102,30 @@ def on_openvino(bits: Bits, processor: Processor) -> Execution:
         return Execution(_FP32, f"integer {_WIDENED}")
     if bits.activation == 16 or bits.weight > 8:
         return _refused(bits, "OpenVINO has no such products")
-    if processor.architecture != "x86_64":
-        return _refused(bits, f"OpenVINO has 8-bit products for x86 only, this is {processor.architecture}")
-    if not processor.features:
-        return _refused(bits, "without VNNI or AMX OpenVINO's 8-bit products can saturate, which changes results")
-    return _in_containers(bits)
+    refusal = openvino_refusal(processor)
+    return _refused(bits, refusal) if refusal else _in_containers(bits)
 
 
-def on_tensorrt(bits: Bits, capability: tuple[int, int], rtx: bool = False) -> Execution:
-    """Return how TensorRT, or TensorRT-RTX, executes ``bits`` on a GPU."""
+def on_tensorrt(bits: Bits, reduced: bool = False, *, capability: tuple[int, int], rtx: bool = False) -> Execution:
+    """Return how TensorRT, or TensorRT-RTX, executes ``bits`` on a GPU, alone or in a ``reduced`` variant."""
     title = "TensorRT-RTX" if rtx else "TensorRT"
     if rtx and capability not in TENSORRT_RTX_CAPABILITIES:
         return _refused(bits, f"{rtx_refusal(capability)}")
-    return _on_gpu(bits, capability, f"stock {title} does not execute it")
+    return _on_gpu(bits, reduced, capability, f"stock {title} does not execute it")
 
 
-def on_torch_cuda(bits: Bits, capability: tuple[int, int]) -> Execution:
-    """Return how the torch engine executes ``bits`` on a GPU: INT8 and FP8 products, no 4-bit ones."""
+def on_torch_cuda(bits: Bits, reduced: bool = False, *, capability: tuple[int, int]) -> Execution:
+    """Return how the torch engine executes ``bits`` on a GPU: INT8 and FP8 products, no 4-bit ones.
+
+    Alone or in a ``reduced`` variant.
+    """
     if bits == PRECISIONS["fp4"]:
         return _refused(bits, "the torch engine has no such products")
     if is_weight_only(bits) and capability >= GPU_CAPABILITY:
+        if reduced:
+            return Execution(_FP16, f"integer weights are widened to FP16: {_REDUCED}")
         return Execution(_FP32, f"integer {_WIDENED}")
-    return _on_gpu(bits, capability, "the torch engine does not execute it")
+    return _on_gpu(bits, reduced, capability, "the torch engine does not execute it")
 
 
 def rtx_refusal(capability: tuple[int, int]) -> str | None:
@@ -139,7 +136,7 @@ def rtx_refusal(capability: tuple[int, int]) -> str | None:
     return f"TensorRT-RTX builds for compute capability {known} only, this GPU has {dotted(capability)}"
 
 
-def _on_gpu(bits: Bits, capability: tuple[int, int], otherwise: str) -> Execution:
+def _on_gpu(bits: Bits, reduced: bool, capability: tuple[int, int], otherwise: str) -> Execution:
     asked = bits
     if is_weight_only(bits) and bits.weight in (4, 8):
         name = "w4a16" if bits.weight == 4 else "w8a8"
@@ -147,11 +144,13 @@ def _on_gpu(bits: Bits, capability: tuple[int, int], otherwise: str) -> Executio
         name, bits = "w8a8", _W8A8
     else:
         name = next((known for known, other in PRECISIONS.items() if other == bits), "")
-    needed = _MINIMUM_CAPABILITY.get(name)
-    if needed is None:
+    if name not in _ELEMENTS:
         return _refused(asked, otherwise)
+    needed = MINIMUM_CAPABILITY[_ELEMENTS[name]]
     if capability < needed:
         return _refused(asked, f"needs compute capability {dotted(needed)}, this GPU has {dotted(capability)}")
+    if reduced and bits == _FP32:
+        return Execution(_FP16, _REDUCED)
     return Execution(bits, "" if bits == asked else _CONTAINERS)
 
 

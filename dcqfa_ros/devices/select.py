@@ -1,23 +1,24 @@
 """Choose variant and runtime for a device: the fastest that this device executes within the budgets, and why.
 
-In this order: recorded quality (:mod:`dcqfa_ros.devices.quality`), runtimes with a measurement before runtimes that
-nothing is known of here, latency. Latencies measured on this device decide where every variant that fits has one.
-Otherwise what is missing is modelled: parameters x relative time of the layers as executed, scaled by a latency that is
-known. A modelled time is not held against a budget in milliseconds; the choice then says ``modelled``, which variant is
-not measured, and how to measure. Equal ones are ordered by what is known of them, size, the bundle's default, and their
-order in bundle and runtimes, so that the same facts always give the same choice.
+In this order: recorded quality (:mod:`dcqfa_ros.devices.quality`), runtimes that somebody has executed before those
+that neither their authors have nor a measurement on this device shows to run, runtimes with a measurement before
+runtimes that nothing is known of here, latency. Latencies measured on this device decide where every variant that fits
+has one. Otherwise what is missing is modelled: parameters x relative time of the layers as executed, scaled by a
+latency that is known. A modelled time is not held against a budget in milliseconds; the choice then says ``modelled``,
+which variant is not measured, and how to measure. Equal ones are ordered by what is known of them, size, the bundle's
+default, and their order in bundle and runtimes, so that the same facts always give the same choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.devices.advice import measure_command, profile_command
 from dcqfa_ros.devices.budget import Budget, BudgetError, budget_for
-from dcqfa_ros.devices.candidates import BASIS_ORDER, Basis, Candidate, Conditions, candidate, scaled
+from dcqfa_ros.devices.candidates import BASIS_ORDER, Basis, Candidate, Conditions, candidate, is_untried, scaled
 from dcqfa_ros.devices.capabilities import Runtime, runtimes
 from dcqfa_ros.devices.detect import Device
 from dcqfa_ros.devices.quality import LOWER, MARGIN, judge
@@ -111,17 +112,23 @@ def choose(
     quality = judge(spec, conditions.steps, quality_margin)
     considered = [r for r in (runtimes(device) if available is None else available) if runtime in (AUTO, r.name)]
     usable = [r for r in considered if r.unavailable is None]
-    found = [candidate(v, spec, r, budget, conditions, quality[v.name]) for r in usable for v in spec.variants]
+    untried = frozenset(r.name for r in usable if is_untried(r, spec, conditions))
+    found = [
+        candidate(v, spec, r, budget, conditions, quality[v.name], r.name in untried)
+        for r in usable
+        for v in spec.variants
+    ]
     fitting = [c for c in found if c.accepted]
     unmeasured = _unmeasured(fitting)
-    accepted = sorted(scaled(fitting, budget), key=lambda c: _rank(c, spec, usable, unmeasured))
+    known_of = {r.name: (r.name in untried, r.name in unmeasured) for r in usable}
+    accepted = sorted(scaled(fitting, budget), key=lambda c: _rank(c, spec, usable, known_of))
     rejected = [c for c in found if not c.accepted]
     left_out = {r.name: r.unavailable for r in considered if r.unavailable is not None}
     known = _is_known(spec, conditions)
     best = accepted[0] if accepted else None
     basis, reason = None, _why_none(rejected, left_out)
     if best is not None:
-        basis, reason = _explain(best, accepted, unmeasured, spec, conditions, known)
+        basis, reason = _explain(best, accepted, known_of, spec, conditions, known)
     return Choice(
         best.variant if best else None,
         best.runtime if best else None,
@@ -139,14 +146,16 @@ def choose(
     )
 
 
-def _rank(one: Candidate, spec: BundleSpec, usable: Sequence[Runtime], unmeasured: frozenset[str]) -> tuple[Any, ...]:
+def _rank(
+    one: Candidate, spec: BundleSpec, usable: Sequence[Runtime], known_of: Mapping[str, tuple[bool, bool]]
+) -> tuple[Any, ...]:
     """Sort key. Either all candidates have a latency or none has."""
     time = one.relative_time if one.latency_ms is None else one.latency_ms
     variant = spec.variant(one.variant)
     return (
         one.quality_tier,
         -one.score if one.quality_tier == LOWER and one.score is not None else 0.0,
-        one.runtime in unmeasured,
+        known_of[one.runtime],
         round(time, _SAME_MS),
         BASIS_ORDER[one.basis],
         variant.size.disk_bytes,
@@ -174,22 +183,24 @@ def _is_known(spec: BundleSpec, conditions: Conditions) -> bool:
 def _explain(
     best: Candidate,
     accepted: Sequence[Candidate],
-    unmeasured: frozenset[str],
+    known_of: Mapping[str, tuple[bool, bool]],
     spec: BundleSpec,
     conditions: Conditions,
     known: bool,
 ) -> tuple[Basis, str]:
     """Return the basis of a choice and why it was made."""
-    last = best.runtime in unmeasured
-    compared = [c for c in accepted if c.quality_tier == best.quality_tier and (c.runtime in unmeasured) == last]
+    compared = [
+        c for c in accepted if c.quality_tier == best.quality_tier and known_of[c.runtime] == known_of[best.runtime]
+    ]
     basis = max(compared, key=lambda c: BASIS_ORDER[c.basis]).basis
     parts = [f"{best.variant} on {best.runtime}: {best.reason}"]
     faster = [c for c in accepted if c.quality_tier > best.quality_tier and _time(c) < _time(best)]
     if faster:
         parts.append(f"not chosen for latency alone: {', '.join(c.engine for c in faster)} (see there)")
-    if unmeasured:
-        parts.append(f"nothing is measured here on {', '.join(sorted(unmeasured))}, which therefore rank last")
     measure = measure_command(spec, conditions.steps, conditions.threads)
+    behind = sorted({c.runtime for c in accepted if any(known_of[c.runtime])})
+    if behind:
+        parts.append(f"nothing is measured here on {', '.join(behind)}, which therefore rank last")
     if basis == "modelled" and not known:
         profile = profile_command(spec, conditions.device, conditions.threads)
         parts.append(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from onnx import TensorProto, ValueInfoProto
 
+from dcqfa_ros.runtime.engine import ROLES
 from dcqfa_ros.runtime.errors import EngineError
 
 Axes = tuple[str | int, ...]
@@ -49,6 +50,17 @@ def declared(values: Iterable[ValueInfoProto]) -> dict[str, Value]:
         )
         for value in values
     }
+
+
+def require_roles(files: Mapping[str, bytes], name: str) -> None:
+    """Refuse a variant without one of its three graphs.
+
+    Raises:
+        EngineError: names the engine and the missing roles.
+    """
+    missing = [role for role in ROLES if role not in files]
+    if missing:
+        raise EngineError(f"engine {name}: files lack {', '.join(missing)}")
 
 
 def check_contract(role: str, inputs: Mapping[str, Value], outputs: Mapping[str, Value], dims: dict[str, int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class RuntimeFacts:
         install: what to do where the package is missing.
         start_timeout_s: time a worker may take until it is ready, seconds; a first start may build the engine.
         caveat: what was never checked, empty where the engine has been executed by its authors.
+        oldest: the least version, major and minor, that the engine takes; None where none is known to be too old.
     """
 
     name: str
@@ -55,6 +57,7 @@ class RuntimeFacts:
     install: str
     start_timeout_s: float = _SECONDS_TO_LOAD
     caveat: str = ""
+    oldest: tuple[int, int] | None = None
 
 
 RUNTIMES: Mapping[str, RuntimeFacts] = {
@@ -76,7 +79,7 @@ RUNTIMES: Mapping[str, RuntimeFacts] = {
             "OpenVinoEngine",
             "openvino",
             ("openvino",),
-            "pip install openvino",
+            "pip install --no-deps -r requirements/openvino.txt",
         ),
         RuntimeFacts(
             TENSORRT,
@@ -85,9 +88,10 @@ RUNTIMES: Mapping[str, RuntimeFacts] = {
             "TensorRtEngine",
             "tensorrt",
             ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
-            "on a Jetson install JetPack's python3-libnvinfer, elsewhere NVIDIA's TensorRT 10.3 or later",
+            "on a Jetson install python3-libnvinfer of JetPack 6.1 or later, elsewhere NVIDIA's TensorRT 10.3 or later",
             _SECONDS_TO_BUILD,
             f"{_NEVER_EXECUTED} (graphs are built by TensorRT-RTX, whose interface is nearly the same)",
+            (10, 3),
         ),
         RuntimeFacts(
             TENSORRT_RTX,
@@ -107,7 +111,7 @@ RUNTIMES: Mapping[str, RuntimeFacts] = {
             "TorchCudaEngine",
             "torch",
             ("torch",),
-            "pip install a build of torch with CUDA",
+            "install a build of torch with CUDA (pytorch.org/get-started, on a Jetson NVIDIA's wheel for its JetPack)",
             180.0,
             _NEVER_EXECUTED,
         ),
@@ -145,6 +149,28 @@ def distribution_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def version_refusal(facts: RuntimeFacts, version: str) -> str | None:
+    """Return why an installed version of a runtime's package is too old, or None."""
+    numbers = re.match(r"(\d+)(?:\.(\d+))?", version)
+    if facts.oldest is None or numbers is None or (int(numbers[1]), int(numbers[2] or 0)) >= facts.oldest:
+        return None
+    oldest = ".".join(map(str, facts.oldest))
+    return f"expected {facts.package} {oldest} or newer, found {version}: {facts.install}"
+
+
+def torch_without_cuda() -> bool:
+    """Tell, without importing it, whether the installed torch says of itself that it was built without CUDA.
+
+    A build for processors may carry a plain version (PyPI's for ARM and macOS do), but every build writes the CUDA it
+    is for to ``torch/version.py``. Where that file cannot be read or does not say, the build may have CUDA.
+    """
+    try:
+        text = Path(str(metadata.distribution("torch").locate_file("torch/version.py"))).read_text(encoding="utf-8")
+    except (metadata.PackageNotFoundError, OSError, UnicodeDecodeError):
+        return False
+    return re.search(r"^cuda\b[^=\n]*=\s*None\s*$", text, re.MULTILINE) is not None
 
 
 def open_engine(

@@ -28,3 +28,9 @@ class WorkerDiedError(PolicyError):
         """Hold the message for the user and the exit status."""
         super().__init__(message)
         self.returncode = returncode
+
+
+def first_line(error: BaseException) -> str:
+    """First line of what an exception says, its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from dcqfa_ros.runtime.errors import LoweringError
-from dcqfa_ros.runtime.lowering_weights import place_weights
+from dcqfa_ros.runtime.lowering_weights import INTEGERS, place_weights, quantized_type
 
 _ZERO_POINT = 128
 # Operators that only move elements: a code passes through them unchanged.
@@ -59,6 +59,14 @@ def parse_model(data: bytes, label: str) -> ModelProto:
 def is_quantized(model: ModelProto) -> bool:
     """Tell whether the graph quantizes activations (holds a QuantizeLinear node)."""
     return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+
+
+def quantizes_to_integers(model: ModelProto) -> bool:
+    """Tell whether the graph quantizes activations to 8-bit integers, and so multiplies such."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    return any(
+        quantized_type(node, constants) in INTEGERS for node in model.graph.node if node.op_type == "QuantizeLinear"
+    )
 
 
 def lower_for_onnxruntime_cpu(model: ModelProto, label: str) -> int:

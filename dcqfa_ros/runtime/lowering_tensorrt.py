@@ -27,6 +27,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from dcqfa_ros.bundle.schema import Bits
 from dcqfa_ros.runtime.errors import LoweringError
+from dcqfa_ros.runtime.lowering_weights import eight_bit_codes
 from dcqfa_ros.runtime.tensorrt_graph import Graph, attribute, node_name
 from dcqfa_ros.runtime.tensorrt_half import HALF_SUFFIX, to_half
 
@@ -190,7 +191,7 @@ class _Quantizers:
 
     def _to_container(self, node: NodeProto, codes: np.ndarray) -> None:
         """4-bit codes in INT8: the name of the weight stays."""
-        self.graph.set_constant(node.input[0], codes.astype(np.int8))
+        self.graph.set_constant(node.input[0], eight_bit_codes(codes))
         if len(node.input) > 2:
             del node.input[2:]  # INT8 and 0 are what a missing zero point means
 

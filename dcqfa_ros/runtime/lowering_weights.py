@@ -7,15 +7,31 @@ float32 values once, at loading, and not at every product.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from dcqfa_ros.runtime.errors import LoweringError
 
-_INTEGERS = frozenset({TensorProto.INT4, TensorProto.INT8, TensorProto.UINT8})
+INTEGERS = frozenset({TensorProto.INT4, TensorProto.INT8, TensorProto.UINT8})
+FOUR_BITS = frozenset({TensorProto.INT4, TensorProto.UINT4})
+
+
+def eight_bit_codes(codes: NDArray[Any]) -> NDArray[Any]:
+    """Widen integer codes of 4 bits to int8 or uint8 ones of the same values; those of 8 bits stay as they are."""
+    return codes.astype(np.uint8 if codes.dtype in (ml_dtypes.uint4, np.uint8) else np.int8)
+
+
+def quantized_type(quantizer: NodeProto, constants: Mapping[str, TensorProto]) -> int:
+    """Return the ONNX element type of the codes that a QuantizeLinear writes."""
+    if len(quantizer.input) > 2 and quantizer.input[2] in constants:
+        return constants[quantizer.input[2]].data_type
+    return next((a.i for a in quantizer.attribute if a.name == "output_dtype"), 0) or TensorProto.UINT8
 
 
 def place_weights(model: ModelProto, label: str) -> int:
@@ -45,6 +61,9 @@ class _Placing:
         for node in model.graph.node:
             for name in node.input:
                 self.readers[name].append(node)
+        self.reads = Counter(name for node in model.graph.node for name in node.input)
+        self.reads.update(value.name for value in model.graph.output)
+        self.names = {*self.constants, *self.producers, *(value.name for value in model.graph.input)}
 
     def run(self) -> int:
         folded: dict[str, str] = {}  # value of a dequantizer that goes -> the constant in its place
@@ -53,14 +72,13 @@ class _Placing:
             stored = self.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
             if stored is None:
                 continue
-            if stored.data_type in _INTEGERS and all(self._reads_codes(r, node) for r in self.readers[node.output[0]]):
+            if stored.data_type in INTEGERS and all(self._reads_codes(r, node) for r in self.readers[node.output[0]]):
                 if stored.data_type == TensorProto.INT4:
                     self._widen(node, stored)
                     widened += 1
             else:
-                stored.CopyFrom(numpy_helper.from_array(self._values(node, stored), stored.name))
-                folded[node.output[0]] = stored.name
-        if folded:
+                folded[node.output[0]] = self._replaced(stored, self._values(node, stored))
+        if folded or widened:
             self._read_constants(folded)
         return widened + len(folded)
 
@@ -70,23 +88,37 @@ class _Placing:
             return False
         real = self.producers.get(reader.input[0])
         codes = None if real is None or real.op_type != "DequantizeLinear" else self.producers.get(real.input[0])
-        return codes is not None and codes.op_type == "QuantizeLinear" and self._element(codes) in _INTEGERS
-
-    def _element(self, quantizer: NodeProto) -> int:
-        """Element type that a quantizer writes."""
-        if len(quantizer.input) > 2 and quantizer.input[2] in self.constants:
-            return self.constants[quantizer.input[2]].data_type
-        return next((a.i for a in quantizer.attribute if a.name == "output_dtype"), TensorProto.UINT8)
+        return (
+            codes is not None
+            and codes.op_type == "QuantizeLinear"
+            and quantized_type(codes, self.constants) in INTEGERS
+        )
 
     def _widen(self, node: NodeProto, stored: TensorProto) -> None:
         """INT4 codes as INT8 codes, with the zero points that ONNX Runtime's fusions look for."""
         shape = self._scale(node).shape
-        stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored).astype(np.int8), stored.name))
-        zero = numpy_helper.from_array(np.zeros(shape, np.int8), f"{stored.name}_zero")
-        self.graph.initializer.append(zero)
-        inputs = [*node.input[:2], zero.name]
+        codes = self._replaced(stored, eight_bit_codes(numpy_helper.to_array(stored)))
+        zero = self._constant(f"{codes}_zero", np.zeros(shape, np.int8))
+        inputs = [codes, node.input[1], zero]
         del node.input[:]
         node.input.extend(inputs)
+
+    def _replaced(self, stored: TensorProto, array: NDArray[Any]) -> str:
+        """Name of the constant that one dequantizer's weight becomes: the old one, unless others read those codes."""
+        if self.reads[stored.name] > 1:
+            return self._constant(stored.name, array)
+        stored.CopyFrom(numpy_helper.from_array(array, stored.name))
+        return stored.name
+
+    def _constant(self, name: str, array: NDArray[Any]) -> str:
+        """Store a new constant under ``name``, or a name like it that is free; returns the name."""
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        tensor = self.graph.initializer.add()
+        tensor.CopyFrom(numpy_helper.from_array(array, name))
+        self.constants[name] = tensor
+        return name
 
     def _values(self, node: NodeProto, stored: TensorProto) -> NDArray[np.float32]:
         """What the dequantizer makes of the codes."""

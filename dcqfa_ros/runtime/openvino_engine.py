@@ -25,18 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
 
-from dcqfa_ros.runtime.contract import DTYPES, INPUTS, OUTPUTS, check_contract, declared
+from dcqfa_ros.runtime.contract import DTYPES, INPUTS, OUTPUTS, check_contract, declared, require_roles
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
-from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.lowering import parse_model, serialize
-from dcqfa_ros.runtime.ort_engine import _first_line
+from dcqfa_ros.runtime.engines import OPENVINO, runtime_facts
+from dcqfa_ros.runtime.errors import EngineError, first_line
+from dcqfa_ros.runtime.lowering import parse_model, quantizes_to_integers, serialize
+from dcqfa_ros.runtime.lowering_weights import FOUR_BITS, eight_bit_codes
+from dcqfa_ros.runtime.processor import openvino_refusal, this_processor
 
-RUNTIME = "openvino"
 _CACHED_SHAPES = 4  # of each graph: every one holds weights of its own
 _FLOAT8 = frozenset(
     {TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ}
 )
-_FOUR_BITS = {TensorProto.INT4: np.int8, TensorProto.UINT4: np.uint8}
 _INTEGERS = frozenset({"i8", "u8"})
 
 
@@ -71,8 +71,8 @@ def lower_for_openvino(model: ModelProto, label: str) -> int:
         )
     changed = 0
     for tensor in model.graph.initializer:
-        if tensor.data_type in _FOUR_BITS:
-            codes = numpy_helper.to_array(tensor).astype(_FOUR_BITS[tensor.data_type])
+        if tensor.data_type in FOUR_BITS:
+            codes = eight_bit_codes(numpy_helper.to_array(tensor))
             tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
             changed += 1
     return changed
@@ -127,19 +127,23 @@ class OpenVinoEngine:
 
         Raises:
             EngineError: OpenVINO is not installed, a role is missing, a graph cannot be parsed, lowered or read, its
-                inputs and outputs are not those of the contract, or the processor has no bfloat16.
+                inputs and outputs are not those of the contract, it quantizes to 8-bit integers, which OpenVINO does
+                not multiply exactly on this processor, or the processor has no bfloat16.
         """
         if threads < 1:
             raise EngineError(f"threads: expected at least 1, got {threads}")
-        missing = [role for role in ROLES if role not in files]
-        if missing:
-            raise EngineError(f"engine {name}: files lack {', '.join(missing)}")
-        self.name = f"{RUNTIME}/{name}"
+        require_roles(files, name)
+        self.name = f"{OPENVINO}/{name}"
         self.threads = threads
         self.dims: dict[str, int] = {}
         graphs = {role: _Graph(files[role], f"{role}.onnx", threads, precision) for role in ROLES}
+        refusal = openvino_refusal(this_processor())
         for role, graph in graphs.items():
             check_contract(role, declared(graph.inputs), declared(graph.outputs), self.dims)
+            if refusal and graph.multiplies_integers:
+                raise EngineError(
+                    f"{role}.onnx: {refusal}; choose a variant in floating point, or the runtime onnxruntime"
+                )
         self._graphs = graphs
         self._requests: dict[str, OrderedDict[tuple[int, ...], _Request]] = {role: OrderedDict() for role in ROLES}
         self._closed = False
@@ -196,7 +200,7 @@ class OpenVinoEngine:
         try:
             return request.run()
         except Exception as error:  # OpenVINO raises RuntimeError, and others for numbers it cannot convert
-            raise EngineError(f"engine {self.name}: {role}.onnx failed: {_first_line(error)}") from error
+            raise EngineError(f"engine {self.name}: {role}.onnx failed: {first_line(error)}") from error
 
     def _bind(self, role: str, key: tuple[int, ...], sizes: Mapping[str, int]) -> _Request:
         def shape(axes: tuple[str | int, ...]) -> tuple[int, ...]:
@@ -220,6 +224,7 @@ class _Graph:
         module = _openvino()
         model = parse_model(data, label)
         lower_for_openvino(model, label)
+        self.multiplies_integers = quantizes_to_integers(model)
         self.inputs: list[ValueInfoProto] = list(model.graph.input)
         self.outputs: list[ValueInfoProto] = list(model.graph.output)
         self._core = module.Core()
@@ -257,7 +262,7 @@ class _Graph:
 
     def _refused(self, error: Exception) -> EngineError:
         version = openvino_version()
-        return EngineError(f"{self._label}: OpenVINO {version} cannot load it: {_first_line(error)}")
+        return EngineError(f"{self._label}: OpenVINO {version} cannot load it: {first_line(error)}")
 
 
 class _Request:
@@ -294,7 +299,6 @@ def _openvino() -> Any:
         import openvino
     except ImportError as error:
         raise EngineError(
-            "openvino is not installed; install it with pip install --no-deps -r requirements/openvino.txt, "
-            "or choose the runtime onnxruntime"
+            f"openvino is not installed: {runtime_facts(OPENVINO).install}, or choose the runtime onnxruntime"
         ) from error
     return openvino

@@ -7,11 +7,8 @@ Spinning is off because an idle engine must leave the cores to the control tick.
 
 from __future__ import annotations
 
-import platform
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,18 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dcqfa_ros.runtime.contract import INPUTS, OUTPUTS, check_contract, declared
+from dcqfa_ros.runtime.contract import INPUTS, OUTPUTS, check_contract, declared, require_roles
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
-from dcqfa_ros.runtime.errors import EngineError
+from dcqfa_ros.runtime.errors import EngineError, first_line
 from dcqfa_ros.runtime.fusion import fuse_for_onnxruntime_cpu
-from dcqfa_ros.runtime.lowering import is_quantized, lower_for_onnxruntime_cpu, parse_model, serialize
+from dcqfa_ros.runtime.lowering import (
+    is_quantized,
+    lower_for_onnxruntime_cpu,
+    parse_model,
+    quantizes_to_integers,
+    serialize,
+)
+from dcqfa_ros.runtime.processor import adds_products_in_16_bits, onnxruntime_refusal, this_processor
 
 # MatMulAddFusion makes Gemm of MatMul and bias before Q/DQ fusion looks for MatMul: integer products would be float.
 _DISABLED_IF_QUANTIZED = ("MatMulAddFusion",)
@@ -42,24 +46,9 @@ def session_options(threads: int = 1) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3  # warnings about folded initializers are not for users
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if adds_products_in_16_bits():
+    if adds_products_in_16_bits(this_processor()):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
-
-
-def adds_products_in_16_bits(machine: str = "", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Tell whether this processor adds pairs of uint8 x int8 products in 16 bits, where they can saturate.
-
-    True for x86 without VNNI, and for x86 whose flags cannot be read. ONNX Runtime can then be told to be exact; where
-    VNNI is exact anyway, that option costs half of the speed (ONNX Runtime 1.31: 24.5 against 16.7 ms a chunk).
-    """
-    if (machine or platform.machine()).lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    except OSError:
-        return True
-    return flags is None or not {"avx512_vnni", "avx_vnni"} & set(flags[1].split())
 
 
 def open_session(model: onnx.ModelProto, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -106,14 +95,13 @@ class OnnxRuntimeEngine:
             name: the variant, for reports.
 
         Raises:
-            EngineError: a role is missing, a graph cannot be parsed, lowered or loaded, or its inputs and outputs are
-                not those of the contract (:mod:`dcqfa_ros.runtime.contract`); the message names the file.
+            EngineError: a role is missing, a graph cannot be parsed, lowered or loaded, its inputs and outputs are not
+                those of the contract (:mod:`dcqfa_ros.runtime.contract`), or it quantizes to 8-bit integers, which
+                this processor does not multiply exactly; the message names the file.
         """
         if threads < 1:
             raise EngineError(f"threads: expected at least 1, got {threads}")
-        missing = [role for role in ROLES if role not in files]
-        if missing:
-            raise EngineError(f"engine {name}: files lack {', '.join(missing)}")
+        require_roles(files, name)
         self.name = f"onnxruntime/{name}"
         self.threads = threads
         self.quantizers: dict[str, int] = {}
@@ -171,15 +159,16 @@ class OnnxRuntimeEngine:
         label = f"{role}.onnx"
         model = parse_model(data, label)
         check_contract(role, declared(model.graph.input), declared(model.graph.output), self.dims)
+        refusal = onnxruntime_refusal(this_processor()) if quantizes_to_integers(model) else None
+        if refusal:
+            raise EngineError(f"{label}: {refusal}; choose a variant in floating point")
         self.quantizers[role] = lower_for_onnxruntime_cpu(model, label)
         if self.quantizers[role]:
             fuse_for_onnxruntime_cpu(model)
         try:
             return open_session(model, session_options(self.threads))
         except Exception as error:  # as above
-            raise EngineError(
-                f"{label}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}"
-            ) from error
+            raise EngineError(f"{label}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
 
     def _bind(self, batch: int, tokens: int) -> _DenoiserBinding:
         self._require_open()
@@ -206,9 +195,4 @@ class OnnxRuntimeEngine:
             raise EngineError(f"engine {self.name} is closed")
 
     def _failed(self, role: str, error: Exception) -> EngineError:
-        return EngineError(f"engine {self.name}: {role}.onnx failed: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        return EngineError(f"engine {self.name}: {role}.onnx failed: {first_line(error)}")

@@ -15,13 +15,10 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from dcqfa_ros.runtime.capability import MINIMUM_CAPABILITY, dotted
+from dcqfa_ros.runtime.engines import RUNTIMES, TENSORRT, TENSORRT_RTX, version_refusal
 from dcqfa_ros.runtime.errors import EngineError
 
-# NVIDIA's hardware support matrix; below 7.5 nothing runs (TensorRT-RTX, and TensorRT since 10.5).
-MINIMUM_CAPABILITY: Mapping[str, tuple[int, int]] = {
-    "fp32": (7, 5), "fp16": (7, 5), "int8": (7, 5), "int4": (8, 0), "fp8": (8, 9),
-}  # fmt: skip
-OLDEST_TENSORRT = (10, 3)
 _MESSAGES = 20
 _building = threading.Lock()  # TensorRT has one logger per process: messages of two builds would mix
 
@@ -33,29 +30,17 @@ class Flavour:
     Attributes:
         runtime: its name in bundles and reports.
         module: the Python module, imported when it is needed.
-        install: what to do where it is missing.
         names_capability: whether a build names the compute capabilities it is for.
     """
 
     runtime: str
     module: str
-    install: str
     names_capability: bool
 
 
 FLAVOURS: Mapping[str, Flavour] = {
-    "tensorrt": Flavour(
-        "tensorrt",
-        "tensorrt",
-        "TensorRT 10.3 or newer: it comes with JetPack 6.1 and newer, on other computers from NVIDIA's packages",
-        names_capability=False,
-    ),
-    "tensorrt_rtx": Flavour(
-        "tensorrt_rtx",
-        "tensorrt_rtx_bindings",
-        "pip install --no-deps -r requirements/tensorrt_rtx.txt",
-        names_capability=True,
-    ),
+    TENSORRT: Flavour(TENSORRT, RUNTIMES[TENSORRT].package, names_capability=False),
+    TENSORRT_RTX: Flavour(TENSORRT_RTX, RUNTIMES[TENSORRT_RTX].package, names_capability=True),
 }
 
 
@@ -68,15 +53,14 @@ def load_flavour(name: str) -> tuple[Flavour, ModuleType]:
     flavour = FLAVOURS.get(name)
     if flavour is None:
         raise EngineError(f"flavour: expected one of {', '.join(FLAVOURS)}, got {name!r}")
+    facts = RUNTIMES[name]
     try:
         module = importlib.import_module(flavour.module)
     except (ImportError, OSError) as error:  # OSError: a library of another CUDA or C library
-        raise EngineError(f"runtime {name} is not installed ({error}); install: {flavour.install}") from error
-    version = str(module.__version__)
-    if not flavour.names_capability and _numbers(version) < OLDEST_TENSORRT:
-        raise EngineError(
-            f"runtime {name}: expected version 10.3 or newer, found {version}; install: {flavour.install}"
-        )
+        raise EngineError(f"runtime {name} is not installed ({error}): {facts.install}") from error
+    refusal = version_refusal(facts, str(module.__version__))
+    if refusal:
+        raise EngineError(f"runtime {name}: {refusal}")
     return flavour, module
 
 
@@ -100,11 +84,6 @@ def require_capability(capability: tuple[int, int], needs: Iterable[str], label:
                 f"{label}: {name.upper()} needs compute capability {dotted(minimum)} or newer, this build is for "
                 f"{dotted(capability)}; choose another variant"
             )
-
-
-def dotted(capability: tuple[int, int]) -> str:
-    """``8.6`` for (8, 6)."""
-    return f"{capability[0]}.{capability[1]}"
 
 
 def build_target(flavour: Flavour, module: Any, capability: tuple[int, int], label: str) -> Any:
@@ -244,7 +223,3 @@ def _network_flags(module: Any) -> int:
 def _parser_error(error: Any) -> str:
     node = error.node_name() or error.node_operator()
     return f"{node}: {error.desc()}" if node else str(error.desc())
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

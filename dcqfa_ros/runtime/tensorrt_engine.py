@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.schema import Bits
-from dcqfa_ros.runtime.contract import DTYPES, INPUTS, OUTPUTS, check_contract, declared
+from dcqfa_ros.runtime.contract import DTYPES, INPUTS, OUTPUTS, check_contract, declared, require_roles
 from dcqfa_ros.runtime.cudart import CudaError, CudaRuntime
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
@@ -77,9 +77,7 @@ class TensorRtEngine:
             EngineError: a role, the runtime, the CUDA runtime or the device is missing; a graph cannot be lowered, is
                 not as the contract says, or multiplies a type that the device lacks.
         """
-        missing = [role for role in ROLES if role not in files]
-        if missing:
-            raise EngineError(f"engine {name}: files lack {', '.join(missing)}")
+        require_roles(files, name)
         self._flavour, self._module = load_flavour(flavour)
         self._cuda = cuda or CudaRuntime()
         if self._cuda.device_count() < 1:

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto
 from torch import Tensor
 
+from dcqfa_ros.runtime.contract import DTYPES
 from dcqfa_ros.runtime.engine import Float32
-from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.torch_nodes import first_line
+from dcqfa_ros.runtime.errors import EngineError, first_line
 from dcqfa_ros.runtime.torch_program import Network, Shapes
 
 _WARM_UP_RUNS = 3  # libraries choose kernels and take their workspaces before a capture, which allows neither
@@ -45,9 +44,8 @@ class HostBinding:
             EngineError: the graph cannot take these shapes.
         """
         self._program = network.program(shapes)
-        self.arrays = {
-            name: np.zeros(shape, np.int64 if network.graph.inputs[name].element == TensorProto.INT64 else np.float32)
-            for name, shape in shapes.items()
+        self.arrays: dict[str, NDArray[Any]] = {
+            name: np.zeros(shape, DTYPES[network.graph.inputs[name][0]]) for name, shape in shapes.items()
         }
         self._tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
         self._output = torch.zeros(self._program.output_shape)

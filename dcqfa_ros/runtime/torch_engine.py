@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dcqfa_ros.runtime.contract import INPUTS, check_contract
+from dcqfa_ros.runtime.contract import INPUTS, check_contract, require_roles
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
-from dcqfa_ros.runtime.errors import EngineError
+from dcqfa_ros.runtime.engines import TORCH_CUDA, runtime_facts
+from dcqfa_ros.runtime.errors import EngineError, first_line
 from dcqfa_ros.runtime.torch_graph import read_graph
-from dcqfa_ros.runtime.torch_nodes import FLOAT, Graph, first_line
+from dcqfa_ros.runtime.torch_nodes import FLOAT, Graph
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from dcqfa_ros.runtime.torch_binding import Binding
     from dcqfa_ros.runtime.torch_program import Network
 
-RUNTIME = "torch_cuda"
 _CACHED_BINDINGS = 8  # of each graph
 Activations = Literal["float16", "float32"]
 
@@ -65,9 +65,7 @@ class TorchCudaEngine:
                 is missing, a graph holds what the exporter does not write or breaks the contract, or the device cannot
                 multiply a layer.
         """
-        missing = [role for role in ROLES if role not in files]
-        if missing:
-            raise EngineError(f"engine {name}: files lack {', '.join(missing)}")
+        require_roles(files, name)
         if activations not in (None, "float16", "float32"):
             raise EngineError(f"activations: expected float16 or float32, got {activations!r}")
         self._torch = _import_torch()
@@ -75,12 +73,8 @@ class TorchCudaEngine:
         graphs = {role: read_graph(files[role], f"{role}.onnx") for role in ROLES}
         self.dims: dict[str, int] = {}
         for role, graph in graphs.items():
-            inputs, outputs = (
-                {name: (value.element, value.axes) for name, value in values.items()}
-                for values in (graph.inputs, graph.outputs)
-            )
-            check_contract(role, inputs, outputs, self.dims)
-        self.name = f"{RUNTIME if captured else 'torch_cpu'}/{name}"
+            check_contract(role, graph.inputs, graph.outputs, self.dims)
+        self.name = f"{TORCH_CUDA if captured else 'torch_cpu'}/{name}"
         self.activations = activations or ("float16" if captured and _is_reduced(graphs.values()) else "float32")
         self.linears = {role: self._kinds(role, graph) for role, graph in graphs.items()}
         self._bindings: dict[str, OrderedDict[tuple[int, ...], Binding]] = {role: OrderedDict() for role in ROLES}
@@ -218,8 +212,7 @@ def place_of(device: str) -> tuple[torch.device, bool]:
     otherwise = "or choose the runtime onnxruntime"
     if torch.version.cuda is None:
         raise EngineError(
-            f"device {device!r}: torch {torch.__version__} was built without CUDA; install a build with CUDA "
-            f"(pytorch.org/get-started, on a Jetson NVIDIA's wheel for its JetPack), {otherwise}"
+            f"device {device!r}: torch {torch.__version__} was built without CUDA: {_install()}, {otherwise}"
         )
     if not torch.cuda.is_available():
         raise EngineError(
@@ -237,12 +230,13 @@ def _is_reduced(graphs: Any) -> bool:
     return any(kind != FLOAT for graph in graphs for kind in graph.linears.values())
 
 
+def _install() -> str:
+    return runtime_facts(TORCH_CUDA).install
+
+
 def _import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise EngineError(
-            "torch is not installed; install a build with CUDA (pytorch.org/get-started, on a Jetson NVIDIA's wheel "
-            "for its JetPack), or choose the runtime onnxruntime"
-        ) from error
+        raise EngineError(f"torch is not installed: {_install()}, or choose the runtime onnxruntime") from error
     return torch

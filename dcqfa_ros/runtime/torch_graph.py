@@ -20,9 +20,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from dcqfa_ros.runtime.contract import declared
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.lowering import parse_model
-from dcqfa_ros.runtime.torch_nodes import CODE_RANGE, FLOAT, FP8, HALF, INTEGER, Graph, GraphValue, LinearLayer, Node
+from dcqfa_ros.runtime.lowering_weights import eight_bit_codes
+from dcqfa_ros.runtime.torch_nodes import CODE_RANGE, FLOAT, FP8, HALF, INTEGER, Graph, LinearLayer, Node
 
 # What the exporter writes. Anything else is refused: this is no general interpreter of ONNX.
 OPERATORS = frozenset(
@@ -55,8 +57,8 @@ class _Reader:
     def __init__(self, graph: onnx.GraphProto, label: str) -> None:
         self.label = label
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}
-        self.inputs = {value.name: _value(value) for value in graph.input if value.name not in self.tensors}
-        self.outputs = {value.name: _value(value) for value in graph.output}
+        self.inputs = declared(value for value in graph.input if value.name not in self.tensors)
+        self.outputs = declared(graph.output)
         self.nodes = [self._node(node) for node in graph.node]
         self.producers = {name: node for node in self.nodes for name in node.outputs}
         self.uses = Counter(name for node in self.nodes for name in node.inputs)
@@ -161,7 +163,7 @@ class _Reader:
                 "INT8, INT4 or FLOAT8E4M3FN"
             )
         codes = self._array(name)
-        codes = codes.view(np.uint8) if kind == FP8 else codes.astype(np.int8)
+        codes = codes.view(np.uint8) if kind == FP8 else eight_bit_codes(codes)
         scale = self._scale(node)
         if codes.ndim != 2 or scale.shape != codes.shape[1:] or node.attributes.get("axis", 1) not in (1, -1):
             raise EngineError(
@@ -294,8 +296,3 @@ def _make_float(layer: dict[str, Any]) -> None:
     if layer["kind"] in (INTEGER, FP8):
         layer["weight"] *= layer.pop("weight_scale")
     layer["kind"] = FLOAT
-
-
-def _value(value: onnx.ValueInfoProto) -> GraphValue:
-    kind = value.type.tensor_type
-    return GraphValue(kind.elem_type, tuple(d.dim_param if d.dim_param else d.dim_value for d in kind.shape.dim))

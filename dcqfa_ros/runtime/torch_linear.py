@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.torch_nodes import FLOAT, FP8, HALF, INTEGER, LinearLayer, first_line
+from dcqfa_ros.runtime.capability import MINIMUM_CAPABILITY, dotted
+from dcqfa_ros.runtime.errors import EngineError, first_line
+from dcqfa_ros.runtime.torch_nodes import FLOAT, FP8, HALF, INTEGER, LinearLayer
 
-FP8_CAPABILITY = (8, 9)  # tensor cores with FP8: Ada, Hopper and later
 _FP8_LARGEST = 448.0
 _INTEGER_ROWS, _INTEGER_MULTIPLE, _FP8_MULTIPLE = 17, 8, 16
 
@@ -181,10 +181,10 @@ def check_products(kinds: set[str], device: torch.device) -> None:
     """
     if FP8 in kinds and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if tuple(capability) < FP8_CAPABILITY:
+        if tuple(capability) < MINIMUM_CAPABILITY["fp8"]:
             raise EngineError(
-                f"FP8 products need compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; "
-                f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Choose an INT8 variant"
+                f"FP8 products need compute capability {dotted(MINIMUM_CAPABILITY['fp8'])}; "
+                f"{torch.cuda.get_device_name(device)} has {dotted(capability)}. Choose an INT8 variant"
             )
     generator = np.random.default_rng(0)
     for kind, function in ((INTEGER, "_int_mm"), (FP8, "_scaled_mm")):

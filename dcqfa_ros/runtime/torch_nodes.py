@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dcqfa_ros.runtime.contract import Value
+
 INTEGER, FP8, HALF, FLOAT = "int8", "fp8", "float16", "float"  # how a linear layer is multiplied
 CODE_RANGE = (-128, 127)
 
@@ -55,20 +57,12 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class GraphValue:
-    """An input or output of a graph: ONNX element type and axes (a size, or the name of a symbolic one)."""
-
-    element: int
-    axes: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Graph:
     """A recognised graph, nodes in an order in which they can run; ``label`` is what errors call the file."""
 
     label: str
-    inputs: Mapping[str, GraphValue]
-    outputs: Mapping[str, GraphValue]
+    inputs: Mapping[str, Value]
+    outputs: Mapping[str, Value]
     constants: Mapping[str, NDArray[Any]]
     nodes: tuple[Node, ...]
 
@@ -76,9 +70,3 @@ class Graph:
     def linears(self) -> dict[str, str]:
         """Name of every linear layer's weight -> how it is multiplied; ``FLOAT`` is in the type of activations."""
         return {node.layer.weight_name: node.layer.kind for node in self.nodes if node.layer is not None}
-
-
-def first_line(error: Exception) -> str:
-    """First line of what an exception says, its type where it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -15,9 +15,9 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from dcqfa_ros.runtime.errors import EngineError
+from dcqfa_ros.runtime.errors import EngineError, first_line
 from dcqfa_ros.runtime.torch_linear import Linear, check_products, fitting, make_linear
-from dcqfa_ros.runtime.torch_nodes import Graph, Node, first_line
+from dcqfa_ros.runtime.torch_nodes import Graph, Node
 from dcqfa_ros.runtime.torch_operators import OPERATORS_IN_TORCH, Function, Site
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -100,8 +100,8 @@ class Program:
         self._examples: list[Tensor] = []
         self._folded: dict[str, Tensor] = {}
         calls: list[tuple[Function, tuple[int, ...], tuple[int, ...]]] = []
-        for name, value in graph.inputs.items():
-            example = torch.zeros(shapes[name], dtype=_INPUT_TYPES[value.element], device=network.device)
+        for name, (element, _) in graph.inputs.items():
+            example = torch.zeros(shapes[name], dtype=_INPUT_TYPES[element], device=network.device)
             self._place(name, example.to(network.dtype) if example.is_floating_point() else example)
         for node in graph.nodes:
             try:

@@ -19,11 +19,11 @@ AS_FP32 = {"fp16": "fp32", "fp8": "fp32", "w4a16": "fp32"}
 
 
 def installed(_: str) -> str:
-    return "1.0"
+    return "11.0"
 
 
-def runtime(device, name: str, version=installed) -> Runtime:
-    return next(r for r in runtimes(device, version) if r.name == name)
+def runtime(device, name: str, version=installed, without_cuda=bool) -> Runtime:
+    return next(r for r in runtimes(device, version, without_cuda) if r.name == name)
 
 
 def native(found: Runtime) -> set[str]:
@@ -126,7 +126,7 @@ def test_tensorrt_rtx_runs_on_desktop_gpus_only(recorded, device: str, runs: boo
     assert (found.unavailable is None) == runs
     assert ("w8a8" in native(found)) == runs
     if not runs:
-        assert "7.5, 8.0, 8.6, 8.9, 12.0 only" in found.unavailable
+        assert "7.5, 8.0, 8.6, 8.9, 12.0, 12.1 only" in found.unavailable
 
 
 @pytest.mark.parametrize("device", ["rtx_4090", "h200"])
@@ -148,7 +148,7 @@ def test_every_runtime_is_listed_with_what_keeps_it_from_running(recorded) -> No
 def test_a_missing_package_on_a_gpu_says_what_to_install(recorded) -> None:
     found = {r.name: r.unavailable for r in runtimes(recorded("rtx_4090"), lambda _: None)}
     assert "JetPack" in found["tensorrt"]
-    assert "pip install --no-deps tensorrt-rtx-cu13-libs" in found["tensorrt_rtx"]
+    assert "pip install --no-deps -r requirements/tensorrt_rtx.txt" in found["tensorrt_rtx"]
     assert "torch with CUDA" in found["torch_cuda"]
 
 
@@ -156,6 +156,26 @@ def test_a_build_of_torch_for_processors_cannot_run_on_a_gpu(recorded) -> None:
     found = runtime(recorded("rtx_4090"), "torch_cuda", lambda _: "2.13.0+cpu")
     assert "torch 2.13.0+cpu is a build without CUDA" in found.unavailable
     assert runtime(recorded("rtx_4090"), "torch_cuda", lambda _: "2.13.0").unavailable is None
+    plain = runtime(recorded("rtx_4090"), "torch_cuda", lambda _: "2.13.0", lambda: True)
+    assert "torch 2.13.0 is a build without CUDA" in plain.unavailable
+
+
+@pytest.mark.parametrize(("version", "runs"), [("8.6.1", False), ("10.2.0", False), ("10.3.0", True), ("11.0", True)])
+def test_a_tensorrt_that_the_engine_refuses_is_not_offered(recorded, version: str, runs: bool) -> None:
+    found = runtime(recorded("orin_nx_16"), "tensorrt", lambda _: version)
+    assert (found.unavailable is None) == runs
+    if not runs:
+        assert f"expected tensorrt 10.3 or newer, found {version}: on a Jetson install" in found.unavailable
+
+
+@pytest.mark.parametrize(("name", "weight_only"), [("tensorrt", "w4a16"), ("torch_cuda", "fp16")])
+def test_a_reduced_variant_has_no_layer_in_fp32_on_a_gpu(recorded, name: str, weight_only: str) -> None:
+    found = runtime(recorded("rtx_4090"), name)
+    assert found.executes(PRECISIONS["fp32"], True).bits == PRECISIONS["fp16"]
+    assert "FP16" in found.executes(PRECISIONS["fp32"], True).note
+    assert found.executes(PRECISIONS["fp32"]).bits == PRECISIONS["fp32"]
+    assert found.executes(PRECISIONS["w4a16"], True).bits == PRECISIONS[weight_only]
+    assert runtime(recorded("rtx_4090"), "openvino").executes(PRECISIONS["fp32"], True).bits == PRECISIONS["fp32"]
 
 
 def test_mixed_layers_are_judged_by_their_own_bits(recorded) -> None:

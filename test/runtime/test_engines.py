@@ -20,6 +20,7 @@ from dcqfa_ros.runtime.engines import (
     installed_version,
     open_engine,
     runtime_facts,
+    torch_without_cuda,
 )
 from dcqfa_ros.runtime.errors import EngineError
 from test.runtime.conftest import tiny_files
@@ -94,7 +95,7 @@ def test_a_package_that_cannot_be_imported_is_refused_with_its_own_words(
         raise ImportError("libopenvino.so: cannot open shared object file")
 
     monkeypatch.setattr("importlib.import_module", broken)
-    with pytest.raises(EngineError, match=r"runtime openvino.*libopenvino\.so.*pip install openvino"):
+    with pytest.raises(EngineError, match=r"runtime openvino.*libopenvino\.so.*requirements/openvino\.txt"):
         open_engine("openvino", {}, name="fp32")
 
 
@@ -121,3 +122,30 @@ def test_versions_come_from_the_first_distribution_that_is_installed() -> None:
 def test_what_was_never_executed_says_so() -> None:
     never = {name for name, facts in RUNTIMES.items() if "never executed by its authors" in facts.caveat}
     assert never == {"tensorrt", "tensorrt_rtx", "torch_cuda"}
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("from typing import Optional\ncuda: Optional[str] = None\nhip: Optional[str] = None\n", True),
+        ("cuda = None\n", True),
+        ("cuda: Optional[str] = '12.6'\nhip: Optional[str] = None\n", False),
+        ("__version__ = '2.13.0'\n", False),
+        (None, False),
+    ],
+)
+def test_a_torch_without_cuda_is_known_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, without: bool
+) -> None:
+    (tmp_path / "torch").mkdir()
+    if text is not None:
+        (tmp_path / "torch/version.py").write_text(text)
+    found = types.SimpleNamespace(locate_file=lambda path: tmp_path / path)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: found)
+    assert torch_without_cuda() is without
+
+
+def test_no_engine_of_the_processor_imports_the_other() -> None:
+    code = "import sys, dcqfa_ros.runtime.openvino_engine\nprint('onnxruntime' in sys.modules, 'torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert answer.stdout.split() == ["False", "False"]

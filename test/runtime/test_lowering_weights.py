@@ -91,3 +91,42 @@ def test_what_is_not_canonical_is_refused_by_node() -> None:
         place_weights(model(weight, np.ones(3, np.float32), quantized=False, zero=1), "g.onnx")
     with pytest.raises(LoweringError, match="w_real has scales per block"):
         place_weights(model(weight, np.ones((2, 3), np.float32), quantized=False, axis=0, block_size=2), "g.onnx")
+
+
+def two_readers(*, first: bool, second: bool) -> onnx.ModelProto:
+    """Two dequantizers of other scales share one INT4 weight; each product is of integers or not."""
+    weight = np.arange(-6, 6).reshape(4, 3).astype(np.int8).astype(ml_dtypes.int4)
+    constants = {"w": weight, "s": np.float32(0.05), "z": np.int8(0)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["real"]),
+    ]
+    for number, quantized in enumerate((first, second)):
+        constants[f"s{number}"] = np.array([0.5, 0.25, 2.0], np.float32) * (number + 1)
+        constants[f"w_z{number}"] = np.zeros(3, np.int8).astype(ml_dtypes.int4)
+        inputs = ["w", f"s{number}", f"w_z{number}"]
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [f"w{number}"], f"w{number}", axis=1))
+        nodes.append(helper.make_node("MatMul", ["real" if quantized else "x", f"w{number}"], [f"y{number}"]))
+    nodes.append(helper.make_node("Add", ["y0", "y1"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_a_weight_that_two_dequantizers_share_is_scaled_once_in_each(first: bool, second: bool) -> None:
+    graph = two_readers(first=first, second=second)
+    x = np.array([[1.0, -2.0, 3.0, 0.5]], np.float32)
+    before = evaluate(graph, x)
+    assert place_weights(graph, "g.onnx") == 2
+    onnx.checker.check_model(graph, full_check=True)
+    np.testing.assert_allclose(evaluate(graph, x), before, rtol=1e-6)
+    names = [tensor.name for tensor in graph.graph.initializer]
+    assert len(names) == len(set(names))
+    assert TensorProto.INT4 not in {tensor.data_type for tensor in graph.graph.initializer}

@@ -10,10 +10,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, reference
 
+from dcqfa_ros.runtime import openvino_engine
 from dcqfa_ros.runtime.engine import Engine
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.openvino_engine import OpenVinoEngine, integer_weights, lower_for_openvino, openvino_version
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.processor import Processor
 from test.runtime.conftest import ACTED, HISTORY, OBSERVED, ROWS, WIDTH, denoiser_model, encoder_model, tiny_files
 
 pytest.importorskip("openvino", reason="not exercised: OpenVINO is not installed (requirements/openvino.txt)")
@@ -228,3 +230,16 @@ def test_a_missing_openvino_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r"openvino is not installed.*requirements/openvino\.txt"):
         OpenVinoEngine(tiny_files())
+
+
+def test_integers_are_refused_where_their_products_can_saturate_and_floats_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for processor, reason in (
+        (Processor("old", "x86_64", 2, (), avx2=True), "can saturate"),
+        (Processor("arm", "aarch64", 2, ("asimddp",)), "for x86 only, this is aarch64"),
+    ):
+        monkeypatch.setattr(openvino_engine, "this_processor", lambda processor=processor: processor)
+        with pytest.raises(EngineError, match=rf"denoiser\.onnx: .*{reason}.*the runtime onnxruntime"):
+            OpenVinoEngine(tiny_files(quantized=True))
+        OpenVinoEngine(tiny_files()).close()

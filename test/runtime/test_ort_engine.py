@@ -7,9 +7,11 @@ import onnx
 import pytest
 from onnx import reference
 
+from dcqfa_ros.runtime import ort_engine
 from dcqfa_ros.runtime.engine import Engine
 from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine, adds_products_in_16_bits
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.processor import Processor
 from test.runtime.conftest import ACTED, HISTORY, OBSERVED, denoiser_model, encoder_model, tiny_files
 
 
@@ -123,18 +125,11 @@ def test_threads_below_one_are_refused() -> None:
         OnnxRuntimeEngine(tiny_files(), threads=0)
 
 
-@pytest.mark.parametrize(
-    ("machine", "flags", "saturates"),
-    [
-        ("x86_64", "fpu avx2 avx512_vnni", False),
-        ("AMD64", "fpu avx2 avx_vnni", False),
-        ("x86_64", "fpu avx2 avx512f", True),
-        ("x86_64", None, True),
-        ("aarch64", "fp asimd", False),
-    ],
-)
-def test_exact_products_are_asked_for_only_where_the_processor_would_saturate(tmp_path, machine, flags, saturates):
-    cpuinfo = tmp_path / "cpuinfo"
-    if flags is not None:
-        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    assert adds_products_in_16_bits(machine, cpuinfo) is saturates
+def test_integers_on_x86_without_exact_products_are_refused_and_floats_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_engine, "this_processor", lambda: Processor("old", "x86_64", 2, ()))
+    with pytest.raises(EngineError, match=r"denoiser\.onnx: .*neither VNNI nor AVX2.*floating point"):
+        OnnxRuntimeEngine(tiny_files(quantized=True))
+    OnnxRuntimeEngine(tiny_files()).close()
+    for other in (Processor("old", "x86_64", 2, (), avx2=True), Processor("arm", "aarch64", 2, ())):
+        monkeypatch.setattr(ort_engine, "this_processor", lambda other=other: other)
+        OnnxRuntimeEngine(tiny_files(quantized=True)).close()

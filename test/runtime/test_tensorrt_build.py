@@ -14,8 +14,7 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper
 
-from dcqfa_ros.devices import precisions
-from dcqfa_ros.runtime import tensorrt_build
+from dcqfa_ros.runtime.capability import TENSORRT_RTX_CAPABILITIES
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.lowering import parse_model
 from dcqfa_ros.runtime.lowering_tensorrt import TensorRtLowering, fix_sizes, lower_for_tensorrt, wants_half
@@ -167,10 +166,11 @@ def test_types_are_refused_below_the_capability_that_multiplies_them(
         require_capability(capability, {name}, "w.onnx")
 
 
-def test_the_selector_knows_the_same_limits() -> None:
-    names = {"fp32": "fp32", "fp16": "fp16", "w8a8": "int8", "w4a16": "int4", "fp8": "fp8"}
-    for precision, element in names.items():
-        assert precisions._MINIMUM_CAPABILITY[precision] == tensorrt_build.MINIMUM_CAPABILITY[element]
+@on_x86_linux
+def test_the_selector_offers_tensorrt_rtx_on_the_gpus_that_it_builds_for() -> None:
+    members = load_flavour("tensorrt_rtx")[1].ComputeCapability.__members__
+    found = {(int(name[2:-1]), int(name[-1])) for name in members if name.startswith("SM")}
+    assert found == set(TENSORRT_RTX_CAPABILITIES)
 
 
 @pytest.mark.parametrize(("flavour", "hint"), [("tensorrt", "JetPack 6.1"), ("tensorrt_rtx", "pip install --no-deps")])
@@ -185,7 +185,7 @@ def test_an_old_tensorrt_and_an_unknown_flavour_are_refused(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     for version in ("8.6.1", "10.2.0"):
         module.__version__ = version
-        with pytest.raises(EngineError, match=f"expected version 10.3 or newer, found {version}"):
+        with pytest.raises(EngineError, match=f"expected tensorrt 10.3 or newer, found {version}"):
             load_flavour("tensorrt")
     for version in ("10.3.0", "10.16.1", "11.0.0"):
         module.__version__ = version

@@ -166,13 +166,13 @@ def test_activations_of_another_type_are_refused() -> None:
 
 def test_a_missing_torch_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(EngineError, match=r"torch is not installed; install a build with CUDA .* onnxruntime"):
+    with pytest.raises(EngineError, match=r"torch is not installed: install a build of torch with CUDA .* onnxruntime"):
         TorchCudaEngine(variant("fp32"))
 
 
 def test_a_torch_that_cannot_use_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(EngineError, match=r"device 'cuda': torch .* was built without CUDA; install"):
+    with pytest.raises(EngineError, match=r"device 'cuda': torch .* was built without CUDA: install"):
         TorchCudaEngine(variant("fp32"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
