@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 CONFIG = "config/training/pusht_keypoints_supernet.yaml"
 MODELLED = ("orin_nx_16gb", "orin_nx_8gb", "orin_nano_8gb", "agx_orin_64gb", "rtx_4090", "h200")
 """Names of ``training.device_peaks.DEVICES``, here because help texts must not wait for what that imports."""
+DEFAULTS = {"runs": 100, "warm_ups": 20, "subnets": 30, "seed": 1}
+IGNORED = {
+    "measure": ("table", "plot", "seed"),
+    "model": ("table", "plot", "seed", "runtime", "threads", "name", "runs", "warm_ups", "subnets"),
+    "validate": ("model", "out", "name", "subnets"),
+}
+"""Options that would change nothing, by what is done; they are refused."""
+WHY = {
+    "measure": "is for --validate N",
+    "model": "--model measures nothing, and a modelled table is called as its device",
+    "validate": "--validate N compares N subnets with an existing table and writes none",
+}
 
 
 def profile(subparsers: Any) -> None:
@@ -50,11 +62,9 @@ def profile(subparsers: Any) -> None:
         help="action tokens computed per step (default: those up to the last executed action, and the whole horizon; "
         "with --validate the former)",
     )
-    parser.add_argument("--runs", type=int, default=100, metavar="N", help="timed chunks per network (default: 100)")
-    parser.add_argument("--warm-ups", type=int, default=20, metavar="N", help="chunks before (default: 20)")
-    parser.add_argument(
-        "--subnets", type=int, default=30, metavar="N", help="random subnets to check a new table on (default: 30)"
-    )
+    parser.add_argument("--runs", type=int, metavar="N", help="timed chunks per network (default: 100)")
+    parser.add_argument("--warm-ups", type=int, metavar="N", help="chunks before (default: 20)")
+    parser.add_argument("--subnets", type=int, metavar="N", help="random subnets to check a new table on (default: 30)")
     parser.add_argument("--model", metavar="DEVICE", help=f"model this device instead of measuring; one of {modelled}")
     group = parser.add_argument_group("validation of an existing table")
     group.add_argument(
@@ -66,7 +76,7 @@ def profile(subparsers: Any) -> None:
     group.add_argument(
         "--table", type=Path, help="table of this device (default: the configuration's first that was measured here)"
     )
-    group.add_argument("--seed", type=int, default=1, metavar="N", help="of the draw of subnets (default: 1)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the draw of subnets (default: 1)")
     group.add_argument("--plot", type=Path, metavar="PNG", help="the picture (default: beside the table)")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.set_defaults(func=_profile)
@@ -80,15 +90,16 @@ def _profile(args: argparse.Namespace) -> int:
     if args.config is None:
         args.config = share_directory() / CONFIG
     config = load_config(args.config)
+    purpose = "validate" if args.validate is not None else "model" if args.model is not None else "measure"
+    for option in IGNORED[purpose]:
+        if getattr(args, option) is not None:
+            raise ArgumentError(f"--{option.replace('_', '-')}: {WHY[purpose]}; leave it out")
+    for option, value in DEFAULTS.items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
     if args.validate is not None:
-        for option in ("out", "model", "name"):
-            if getattr(args, option) is not None:
-                raise ArgumentError(f"--{option}: --validate writes no table; leave it out")
         check_least(args, validate=2)
         return _validate(args, config)
-    for option in ("table", "plot"):
-        if getattr(args, option) is not None:
-            raise ArgumentError(f"--{option}: is for --validate N; leave it out")
     if args.out is None:
         raise ArgumentError("--out: expected the file of the table to write")
     return _write(args, config)
@@ -98,15 +109,16 @@ def _write(args: argparse.Namespace, config: TrainConfig) -> int:
     from training.lut import merged, save_table
 
     spaces = [_space(config, args.config, tokens) for tokens in _tokens(args.tokens, config)]
-    progress = [args.out.with_name(f".{args.out.name}.{s.shape.blocks[-1].tokens}_tokens.progress") for s in spaces]
     if args.model is not None:
-        tables = [_model(args.model, space) for space in spaces]
+        table = merged([_model(args.model, space) for space in spaces])
+        save_table(args.out, table)
     else:
-        tables = [_measure(args, config, space, file) for space, file in zip(spaces, progress, strict=True)]
-    table = merged(tables)
-    save_table(args.out, table)
-    for file in progress:
-        file.unlink(missing_ok=True)
+        progress = [args.out.with_name(f".{args.out.name}.{s.shape.blocks[-1].tokens}_tokens.progress") for s in spaces]
+        parts = zip(spaces, progress, strict=True)
+        table = merged([_measure(args, config, space, file) for space, file in parts])
+        save_table(args.out, table)
+        for file in progress:
+            file.unlink(missing_ok=True)
     _report(args, table)
     return 0
 
@@ -117,15 +129,13 @@ def _validate(args: argparse.Namespace, config: TrainConfig) -> int:
     from training.commands import ArgumentError
     from training.lut import load_table
     from training.profile_plot import plot_report
-    from training.profile_runtime import profiled_runtime
-    from training.profile_validate import check_table, runtime_of, validate
+    from training.profile_tables import checked_runtime
+    from training.profile_validate import validate
 
     device = detect()
     file = args.table or _table_of_this_device(config, device.fingerprint, args.runtime, args.threads)
     table = load_table(file)
-    check_table(table, device, threads=args.threads)
-    runtime = profiled_runtime(args.runtime or runtime_of(table), device)
-    check_table(table, device, runtime, args.threads)
+    runtime = checked_runtime(table, device, args.runtime, args.threads)
     tokens = _tokens(args.tokens, config)
     if args.tokens is not None and len(tokens) > 1:
         raise ArgumentError(f"--tokens {args.tokens}: expected one number with --validate")
@@ -140,20 +150,16 @@ def _validate(args: argparse.Namespace, config: TrainConfig) -> int:
 
 def _table_of_this_device(config: TrainConfig, fingerprint: str, runtime: str | None, threads: int | None) -> Path:
     from training.commands import ArgumentError
-    from training.lut import load_table
-    from training.profile_validate import runtime_of
-    from training.tables_at_hand import tables_at_hand
+    from training.profile_tables import runtime_of, tables_measured_here
 
-    others = []
-    for path in tables_at_hand(config)[0]:
-        table = load_table(path)
-        here = not table.modelled and table.device.fingerprint == fingerprint
-        if here and runtime in (None, runtime_of(table)) and threads in (None, table.threads):
+    here, others = tables_measured_here(config, fingerprint)
+    for path, table in here:
+        if runtime in (None, runtime_of(table)) and threads in (None, table.threads):
             return path
-        others.append(f"{path.stem} ({'modelled' if table.modelled else table.device.fingerprint}, {table.runtime})")
+    names = [f"{p.stem} ({'modelled' if t.modelled else t.device.fingerprint}, {t.runtime})" for p, t in here + others]
     raise ArgumentError(
         f"--validate: no table at hand was measured on this device ({fingerprint}); there is "
-        f"{', '.join(others) or 'none'}. Measure one with `dcqfa profile --out FILE`, or give --table FILE"
+        f"{', '.join(names) or 'none'}. Measure one with `dcqfa profile --out FILE`, or give --table FILE"
     )
 
 
@@ -258,6 +264,8 @@ def _report(args: argparse.Namespace, table: LookUpTable) -> None:
 
 def _report_validation(args: argparse.Namespace, file: Path, plot: Path, table: LookUpTable, report: Report) -> None:
     facts = report.as_dict()
+    for note in report.notes:
+        print(f"{file}: {note}", file=sys.stderr)
     if args.json:
         networks = [
             {
@@ -277,12 +285,10 @@ def _report_validation(args: argparse.Namespace, file: Path, plot: Path, table: 
     for label, row in (("all", facts), *facts["forms"].items()):
         print(
             f"  {label}, {row['n']} random subnets: latency off by {row['mape']:.1%} in the mean, {row['worst']:.1%} "
-            f"at most, memory by {row['memory_mape']:.1%} in the mean, {row['memory_worst']:.1%} at most"
+            f"at most (at the present speed {row['present_mape']:.1%} and {row['present_worst']:.1%}), memory by "
+            f"{row['memory_mape']:.1%} in the mean, {row['memory_worst']:.1%} at most"
         )
     for form, part in facts["forms"].items():
-        print(
-            f"  {form}: the computer takes {part['speed']:.3f} times what it took for the table, which is allowed for; "
-            f"without that latency is off by {part['present_mape']:.1%} in the mean"
-        )
+        print(f"  {form}: the computer takes {part['speed']:.3f} times what it took for the table")
     busy = "; the computer is busy: validate again when it is idle" if facts["busy"] else ""
     print(f"  the references varied by {facts['reference_spread']:.1%} (interquartile range / median){busy}")

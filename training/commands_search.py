@@ -96,7 +96,9 @@ def _search(args: argparse.Namespace) -> int:
     out = args.out or Path("searches") / config.name
     if args.verify is not None and not any(out.glob("distances-*.jsonl")):
         raise _nothing_known(out)
-    closest = closest_network(supernet.space, wanted)
+    closest = closest_network(wanted)
+    if not wanted.fits(closest):
+        raise infeasible(wanted, closest)
     proposals = [closest, *_proposals(supernet, conditions, wanted, args.seed)]
     with search_session(supernet, config, out, args.samples, executor) as session:
         asked = {
@@ -112,8 +114,6 @@ def _search(args: argparse.Namespace) -> int:
         folder = out / _folder_name(asked)
         plan = _plan(args, folder, session.cache, supernet.space)
         outcome = _run(session, wanted, plan, proposals)
-    if not outcome.front:
-        raise infeasible(wanted, closest)
     facts = {
         "run": str(args.run),
         "step": supernet.meaning.step,

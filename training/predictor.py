@@ -20,6 +20,7 @@ from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 TOTALS = 5  # blocks skipped, heads, MLP channels, weight bits and activation bits given up
 SCALE_PAIRS = 1024  # latest pairs that say what size of loss is usual
+LEAST_JUDGED = 8  # fewer judged pairs say nothing
 
 
 class AdvantageError(UserError, ValueError):
@@ -226,12 +227,10 @@ class AdvantagePredictor:
         return slope
 
     def correlation(self) -> float:
-        """Spearman's correlation of the recent pairs with predictions made before they were fitted; 0 if too few."""
-        if len(self._judged) < 8:
+        """Spearman's correlation of the recent pairs with predictions made before they were fitted, or 0."""
+        if len(self._judged) < LEAST_JUDGED:
             return 0.0
-        ranks = self._judged.argsort(dim=0).argsort(dim=0).double()
-        ranks = ranks - ranks.mean(dim=0)
-        return float((ranks[:, 0] * ranks[:, 1]).sum() / ranks.square().sum(dim=0).prod().sqrt())
+        return rank_correlation(*self._judged.T.tolist()) or 0.0
 
     def pairs(self) -> tuple[list[Subnet], list[float]]:
         """The logged subnets and their losses against the largest, oldest first."""
@@ -288,6 +287,24 @@ class AdvantagePredictor:
         quadratic = total[:, self._rows] * total[:, self._columns]
         whole = (precisions[:, None] == torch.arange(len(self.whole))).double()
         return torch.cat([linear, adjacent, quadratic, whole, torch.ones(len(numbers), 1, dtype=torch.float64)], dim=1)
+
+
+def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> float | None:
+    """Spearman's correlation; None for fewer than 3 pairs or where all of one side are equal."""
+    if len(predicted) < 3:
+        return None
+    ranks = torch.stack([_ranks(predicted), _ranks(measured)])
+    ranks = ranks - ranks.mean(dim=1, keepdim=True)
+    norm = float(ranks.square().sum(dim=1).prod().sqrt())
+    return float((ranks[0] * ranks[1]).sum()) / norm if norm > 0.0 else None
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    """Ranks (N,) float64, ties at their mean."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    below = (tensor[None, :] < tensor[:, None]).sum(dim=1)
+    equal = (tensor[None, :] == tensor[:, None]).sum(dim=1)
+    return below.double() + 0.5 * (equal.double() - 1.0)
 
 
 def _layer_tables(space: SearchSpace, index: ChoiceIndex) -> tuple[Tensor, Tensor]:

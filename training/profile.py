@@ -23,9 +23,9 @@ from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.devices.detect import Device, detect
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engines import ONNXRUNTIME
-from training.cost import activation_bytes, cost
+from training.cost import activation_bytes
 from training.lut import DeviceFacts, LookUpTable, StoredBits, write_atomically
-from training.profile_check import Measured, random_subnet, validation, with_working_set
+from training.profile_check import Measured, random_subnet, reference_ms, validation, with_working_set
 from training.profile_conditions import clocks
 from training.profile_graphs import INTEGER, BlockSize, PolicyGraphs
 from training.profile_networks import TOGETHER, Networks, Workbench, at_speed_of, groups_of
@@ -283,6 +283,6 @@ class _Measurement:
         """Random subnets with their milliseconds per chunk, at the speed at which the entries of ``table`` hold."""
         subnets = self._random_subnets(precision)
         groups = [results[f"subnets {precision.value} {i}"] for i in range(0, len(subnets), TOGETHER)]
-        reference = self._bench.reference(precision)
-        expected = cost(table, self._space.shape, reference, self._settings.diffusion.steps).latency_ms
+        steps = self._settings.diffusion.steps
+        expected = reference_ms(table, self._space.shape, self._bench.reference(precision), steps)
         return list(zip(subnets, at_speed_of(expected, groups), strict=True))

@@ -50,6 +50,26 @@ def relative_errors(
     return predicted / np.array([ms for _, ms in measured]) - 1.0
 
 
+def reference_ms(table: LookUpTable, shape: PolicyShape, reference: Subnet, steps: int) -> float:
+    """Milliseconds of a chunk of the context network when ``table`` was measured.
+
+    They are the sum of its entries exactly, because the fixed parts are what is left of that network. A working-set
+    term is left out: it is fitted afterwards, to other networks, and tells how far sums are off for those.
+
+    Args:
+        table: measured, with a working-set term or without.
+        shape: the policy.
+        reference: the context network (:meth:`training.profile_networks.Workbench.reference`).
+        steps: denoising steps of a chunk.
+
+    Raises:
+        TableError: the table lacks an entry of it.
+    """
+    without = {"working_set_bytes": None, "working_set_ms_per_mb": None}
+    rows = tuple(row.model_copy(update=without) for row in table.fixed)
+    return cost(table.model_copy(update={"fixed": rows}), shape, reference, steps).latency_ms
+
+
 def with_working_set(
     table: LookUpTable, shape: PolicyShape, measured: Sequence[Measured], steps: int
 ) -> tuple[LookUpTable, Sequence[Measured]]:

@@ -60,7 +60,12 @@ def plot_report(report: Report, title: str, path: Path) -> None:
         axis.set_ylim(line)
         axis.set_aspect("equal")
         axis.grid(alpha=0.3, linewidth=0.4)
-    axes[0].set_title(f"one chunk: off by {report.mape:.1%} in the mean, {report.worst:.1%} at most", fontsize=9)
+    errors = (
+        f"one chunk: off by {report.mape:.1%} in the mean, {report.worst:.1%} at most",
+        f"at the present speed: {report.present_mape:.1%} in the mean, {report.present_worst:.1%} at most",
+        *(f"not comparable: {note.split(': ')[1]} at another speed than the table's" for note in report.notes),
+    )
+    axes[0].set_title("\n".join(errors), fontsize=9)
     axes[1].set_title(f"engine: off by {report.memory_mape:.1%} in the mean", fontsize=9)
     axes[0].legend(fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=10)

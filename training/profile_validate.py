@@ -1,9 +1,9 @@
 """Prediction against measurement: random networks, end to end, on the device of an existing table.
 
 No table is written. The networks are others than those a table was checked on, and every one is a whole chunk of
-denoising steps on the robot's engine, timed in turn with a reference network that is known exactly: by how much that
-takes longer than predicted, the computer is slower than when the table was measured, and measured latencies are divided
-by it. They are reported without that, too. Memory is measured in processes of its own.
+denoising steps on the robot's engine, timed in turn with a reference network that the entries of the table add up to
+exactly: by how much that takes longer now, the computer is slower than when the table was measured, and measured
+latencies are divided by it. They are reported without that, too. Memory is measured in processes of its own.
 """
 
 from __future__ import annotations
@@ -16,24 +16,21 @@ import numpy as np
 from torch import Generator
 from tqdm import tqdm
 
-from dcqfa_ros.devices.detect import Device
 from dcqfa_ros.errors import UserError
 from training.cost import Cost, cost
 from training.lut import LookUpTable
-from training.profile_check import random_subnet
+from training.profile_check import random_subnet, reference_ms
 from training.profile_networks import Workbench, at_speed_of, groups_of
-from training.profile_runtime import ProfiledRuntime
 from training.profile_table import UNSTEADY, GroupTimes, reference_spread
 from training.profile_timing import time_in_turn
 from training.subnet import Subnet
 
 LEAST = 2
-_NOT_TIMED = frozenset({"numpy"})
-_EARLIER_NAMES = {"onnxruntime cpu": "onnxruntime"}  # what tables called a runtime before all had names
+OTHER_SPEED = 0.1  # a steady reference further from its time for the table is not explained by noise
 
 
 class ValidationError(UserError, ValueError):
-    """A table that cannot be validated here; the message names it, what differs and what to do."""
+    """A validation that cannot be made; the message names the option and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +95,31 @@ class Report:
         return _errors(self.points)["worst"]
 
     @property
+    def present_mape(self) -> float:
+        """Mean absolute relative error of latency as it is now."""
+        return _errors(self.points)["present_mape"]
+
+    @property
+    def present_worst(self) -> float:
+        """Greatest absolute relative error of latency as it is now."""
+        return _errors(self.points)["present_worst"]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why the errors should not be believed: a reference that holds steady at another speed than the table's.
+
+        Where it varies, the computer is busy, which is told by itself.
+        """
+        if self.spread > UNSTEADY:
+            return ()
+        return tuple(
+            f"not comparable: {form}: the reference network takes {speed:.3f} times what it took for the table, and "
+            f"steadily ({self.spread:.1%}): other clocks, or something else runs all the time; measure the table again"
+            for form, speed in self.speed.items()
+            if abs(speed - 1.0) > OTHER_SPEED
+        )
+
+    @property
     def memory_mape(self) -> float:
         """Mean absolute relative error of memory."""
         return _errors(self.points)["memory_mape"]
@@ -113,57 +135,15 @@ class Report:
             },
             "reference_spread": round(self.spread, 4),
             "busy": self.spread > UNSTEADY,
+            "notes": list(self.notes),
         }
-
-
-def check_table(
-    table: LookUpTable, device: Device, runtime: ProfiledRuntime | None = None, threads: int | None = None
-) -> None:
-    """Refuse a table that was not measured on this device, with this runtime, its version and these threads.
-
-    Args:
-        table: to compare with.
-        device: this computer.
-        runtime: that measures; None to leave it out.
-        threads: of the runtime; None for those of the table.
-
-    Raises:
-        ValidationError: naming what differs.
-    """
-    again = f"measure one here: dcqfa profile --threads {threads or table.threads} --out FILE"
-    if table.modelled:
-        raise ValidationError(f"table {table.name}: modelled, not measured; there is nothing to compare with; {again}")
-    if table.device.fingerprint != device.fingerprint:
-        raise ValidationError(
-            f"table {table.name}: measured on another device ({table.device.fingerprint}); this one is "
-            f"{device.fingerprint}; {again}"
-        )
-    if threads is not None and table.threads != threads:
-        raise ValidationError(
-            f"table {table.name}: measured with {table.threads} threads, asked for {threads}; {again}"
-        )
-    if runtime is None:
-        return
-    if runtime_of(table) != runtime.name:
-        raise ValidationError(f"table {table.name}: measured on {runtime_of(table)}, not {runtime.name}; {again}")
-    for package in (set(table.versions) | set(runtime.versions)) - _NOT_TIMED:
-        then, now = table.versions.get(package, "none"), runtime.versions.get(package, "none")
-        if then != now:
-            raise ValidationError(
-                f"table {table.name}: measured with {package} {then}, here is {now}; {again}, or install that version"
-            )
-
-
-def runtime_of(table: LookUpTable) -> str:
-    """Name of the runtime that a table was measured on."""
-    return _EARLIER_NAMES.get(table.runtime, table.runtime)
 
 
 def validate(table: LookUpTable, bench: Workbench, count: int, seed: int = 1, quiet: bool = True) -> Report:
     """Compare predicted with measured costs of ``count`` random networks, spread evenly over executed forms.
 
     Args:
-        table: of this device (:func:`check_table`).
+        table: of this device (:func:`training.profile_tables.checked_runtime`).
         bench: the space, runtime and settings; each network is timed as often as one of a table.
         count: of networks, at least 2.
         seed: of the draw; 0 is that of the networks a table is checked on while it is measured.
@@ -191,7 +171,7 @@ def validate(table: LookUpTable, bench: Workbench, count: int, seed: int = 1, qu
     with tqdm(total=2 * count, unit="network", disable=quiet, desc=f"validate {table.name}") as bar:
         for precision, subnets in drawn.items():
             executed = bench.runtime.forms[precision].executed
-            reference = cost(table, shape, bench.reference(precision), settings.diffusion.steps).latency_ms
+            reference = reference_ms(table, shape, bench.reference(precision), settings.diffusion.steps)
             groups = []
             for part in groups_of(subnets):
                 times = time_in_turn(bench.subnets(part), settings.rounds, settings.warm_ups)

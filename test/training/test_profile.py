@@ -326,7 +326,10 @@ def test_the_command_measures_the_executed_tokens_and_the_whole_horizon(
 
 def test_the_command_models_a_device(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "orin_nx_16gb.json"
+    begun = tmp_path / ".orin_nx_16gb.json.5_tokens.progress"
+    begun.write_text("of a measurement")
     assert run("profile", "--config", config, "--model", "orin_nx_16gb", "--tokens", 5, "--out", out) == 0
+    assert begun.read_text() == "of a measurement"
     load_table(out).check(SPACE)
     assert "modelled" in capsys.readouterr().out
 
@@ -337,7 +340,13 @@ def test_the_command_models_a_device(tmp_path: Path, config: Path, capsys: pytes
         (("--model", "abacus"), "--model abacus: unknown; there is orin_nx_16gb, orin_nx_8gb"),
         (("--runtime", "abacus"), "runtime 'abacus' is unknown; there are onnxruntime, openvino"),
         (("--table", "x.json"), "--table: is for --validate N"),
-        (("--validate", "2"), "--out: --validate writes no table"),
+        (("--validate", "2"), "--out: --validate N compares N subnets with an existing table and writes none"),
+        (("--validate", "2", "--subnets", "3"), "--(out|subnets): --validate N compares"),
+        (("--seed", "2"), "--seed: is for --validate N"),
+        *(
+            (("--model", "orin_nx_16gb", option, "3"), f"{option}: --model measures nothing")
+            for option in ("--threads", "--runtime", "--runs", "--warm-ups", "--subnets", "--name", "--seed")
+        ),
         (("--tokens", "five"), "--tokens five: expected whole numbers"),
         (("--tokens", "7"), "--tokens 7: expected numbers from 1 to the horizon 6"),
         (("--threads", "0"), "threads: expected at least 1, got 0"),

@@ -20,14 +20,16 @@ from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.profile import measure
+from training.profile_check import reference_ms
 from training.profile_graphs import FLOAT, INTEGER, BlockSize, DiffusionPolicyTGraphs
 from training.profile_memory import MeasurementError, engine_growth
 from training.profile_networks import Workbench
 from training.profile_plot import PlotError, plot_report
 from training.profile_runtime import ProfiledRuntime, profiled_runtime
 from training.profile_table import ProfileSettings
+from training.profile_tables import check_table, checked_runtime
 from training.profile_timing import BURST, Timing, variant_of
-from training.profile_validate import Compared, Report, ValidationError, check_table, validate
+from training.profile_validate import Compared, Report, ValidationError, validate
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.subnet import Precision
@@ -72,26 +74,46 @@ def test_each_network_is_compared_in_latency_and_memory(
     assert all(part["speed"] > 0 for part in facts["forms"].values())
 
 
-def test_the_reference_is_predicted_exactly_and_a_slower_computer_is_allowed_for(
-    table: LookUpTable, runtime: ProfiledRuntime, no_processes: None, monkeypatch: pytest.MonkeyPatch
+def with_term(table: LookUpTable, ms_per_mb: float) -> LookUpTable:
+    """The table with a working-set term for every network of float32."""
+    term = {"working_set_bytes": 0, "working_set_ms_per_mb": ms_per_mb}
+    rows = [row.model_copy(update=term if row.precision is Precision.FP32 else {}) for row in table.fixed]
+    return table.model_copy(update={"fixed": tuple(rows)})
+
+
+@pytest.mark.parametrize("ms_per_mb", [0.0, 40.0])
+def test_the_entries_add_up_to_the_reference_and_a_slower_computer_is_allowed_for(
+    table: LookUpTable,
+    runtime: ProfiledRuntime,
+    no_processes: None,
+    monkeypatch: pytest.MonkeyPatch,
+    ms_per_mb: float,
 ) -> None:
-    """Times are made up: everything takes twice what the table says."""
+    """Times are made up: everything takes twice what it did, with or without a working-set term in the table."""
     bench = Workbench(SPACE, GRAPHS, SETTINGS, runtime)
-    asked: list[Any] = []
+    fitted = with_term(table, ms_per_mb)
 
-    def subnets(self: Workbench, part: Any) -> list[Any]:
-        asked[:] = [self.reference(part[0].precision), *part]
-        return asked
-
-    def twice(runs: Any, *_: int) -> list[Timing]:
-        return [Timing(2 * cost(table, SPACE.shape, subnet, 16).latency_ms, 0.0) for subnet in runs]
+    def subnets(self: Workbench, part: Any) -> list[float]:
+        reference = cost(table, SPACE.shape, self.reference(part[0].precision), 16)
+        assert reference_ms(fitted, SPACE.shape, self.reference(part[0].precision), 16) == reference.latency_ms
+        return [reference.latency_ms, *(cost(fitted, SPACE.shape, subnet, 16).latency_ms for subnet in part)]
 
     monkeypatch.setattr(Workbench, "subnets", subnets)
-    monkeypatch.setattr(profile_validate, "time_in_turn", twice)
-    facts = validate(table, bench, 6).as_dict()
+    monkeypatch.setattr(profile_validate, "time_in_turn", lambda runs, *_: [Timing(2 * ms, 0.0) for ms in runs])
+    facts = validate(fitted, bench, 6).as_dict()
     assert facts["mape"] == facts["worst"] == 0
     assert facts["present_mape"] == 0.5
     assert facts["forms"][INTEGER]["speed"] == facts["forms"][FLOAT]["speed"] == 2.0
+    assert [note.split(": the")[0] for note in facts["notes"]] == ["not comparable: int8", "not comparable: float32"]
+
+
+def test_only_a_steady_reference_at_another_speed_is_not_comparable() -> None:
+    costs = Cost(1.0, 1e6)
+    point = Compared(SPACE.smallest(), INTEGER, costs, costs, 1.0)
+    assert not Report((point,), {INTEGER: 1.09}, 0.01).notes
+    assert not Report((point,), {INTEGER: 1.5}, 0.2).notes  # busy
+    (note,) = Report((point,), {INTEGER: 0.8}, 0.01).notes
+    assert note.startswith("not comparable: int8: the reference network takes 0.800 times what it took")
 
 
 def test_errors_are_those_of_the_points() -> None:
@@ -125,14 +147,33 @@ def test_tables_of_other_conditions_are_refused_by_name(table: LookUpTable, runt
     elsewhere = table.device.model_copy(update={"fingerprint": "another, 64 cores"})
     for other, message in (
         ({"device": elsewhere}, r"measured on another device \(another, 64 cores\); this one is "),
-        ({"versions": {**table.versions, "onnxruntime": "0.1"}}, "measured with onnxruntime 0.1, here is "),
+        ({"versions": {**table.versions, "onnxruntime": "0.1"}}, "measured with onnxruntime 0.1, installed is "),
         ({"runtime": "tensorrt"}, "measured on tensorrt, "),
         ({"threads": 7}, "measured with 7 threads, "),
     ):
-        with pytest.raises(ValidationError, match=f"table here: {message}"):
+        with pytest.raises(TableError, match=f"table here: {message}"):
             check_table(table.model_copy(update=other), here, runtime, 1)
-    with pytest.raises(ValidationError, match="table orin_nx_16gb: modelled, not measured"):
+    with pytest.raises(TableError, match="table orin_nx_16gb: modelled, not measured"):
         check_table(modelled_table(ORIN_NX_16GB, SPACE), here, runtime)
+    with pytest.raises(TableError, match="table here: measured on onnxruntime, not openvino"):
+        checked_runtime(table, here, "openvino")
+
+
+def test_another_driver_and_a_runtime_that_is_gone_are_refused_by_name(
+    table: LookUpTable, runtime: ProfiledRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = detect()
+    assert checked_runtime(table, here, "onnxruntime", 1).name == "onnxruntime"
+    newer = replace(runtime, versions={**runtime.versions, "driver": "581.2"})
+    older = table.model_copy(update={"versions": {**table.versions, "driver": "570.1"}})
+    check_table(older, here, replace(newer, versions=older.versions))
+    with pytest.raises(TableError, match=r"measured with driver 570\.1, installed is 581\.2"):
+        check_table(older, here, newer)
+    monkeypatch.setattr("training.profile_runtime.distribution_version", lambda _: None)
+    with pytest.raises(
+        TableError, match=r"FILE: measured on this .* onnxruntime, .* the Python package onnxruntime is not"
+    ):
+        checked_runtime(table, here, label="FILE")
 
 
 def test_fewer_than_two_networks_and_a_foreign_space_are_refused(
@@ -204,6 +245,7 @@ def test_the_command_finds_the_table_of_this_device_and_draws(
     assert file.read_bytes() == before
     code, out, _ = run(*options, "--plot", tmp_path / "other.svg")
     assert "all, 4 random subnets: latency off by" in out
+    assert "at most (at the present speed " in out
     assert b"<svg" in (tmp_path / "other.svg").read_bytes()
 
 

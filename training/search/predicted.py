@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from training.predictor import AdvantagePredictor
 from training.space import SearchSpace
 from training.subnet import Subnet
@@ -38,21 +36,3 @@ class DistancePredictor:
             return []
         logs: list[float] = (self._predictor.predict(subnets) + self._offset).tolist()
         return [math.exp(value) for value in logs]
-
-
-def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> float | None:
-    """Spearman's correlation; None for fewer than 3 pairs or where all of one side are equal."""
-    if len(predicted) < 3:
-        return None
-    ranks = torch.stack([_ranks(predicted), _ranks(measured)])
-    ranks = ranks - ranks.mean(dim=1, keepdim=True)
-    norm = float(ranks.square().sum(dim=1).prod().sqrt())
-    return float((ranks[0] * ranks[1]).sum()) / norm if norm > 0.0 else None
-
-
-def _ranks(values: Sequence[float]) -> torch.Tensor:
-    """Ranks (N,) float64, ties at their mean."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    below = (tensor[None, :] < tensor[:, None]).sum(dim=1)
-    equal = (tensor[None, :] == tensor[:, None]).sum(dim=1)
-    return below.double() + 0.5 * (equal.double() - 1.0)

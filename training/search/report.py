@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,4 +106,5 @@ def print_result(facts: Mapping[str, Any]) -> None:
         f"chosen  {best['name']}: {best['latency_ms']:.3f} ms, {best['memory_bytes'] / MEGA:.2f} MB, distance "
         f"{best['distance']:.5f}"
     )
-    print(f"export it  dcqfa export {facts['run']} --subnet {best['name']}")
+    front = Path(facts["result"]).with_name(FRONT)
+    print(f"export it  dcqfa export {shlex.quote(facts['run'])} --out BUNDLE --front {shlex.quote(str(front))}")

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from training.conditions import Condition
 from training.draws import stratified_subnet
+from training.predictor import rank_correlation
 from training.schedules import step_seed
 from training.search.front import Point, front, hypervolumes
 from training.search.nsga import Genetics, evolve
-from training.search.predicted import DistancePredictor, rank_correlation
+from training.search.predicted import DistancePredictor
 from training.search.session import KnownDistances
 from training.space import SearchSpace
 from training.space_counts import mean_bits

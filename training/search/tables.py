@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dcqfa_ros.devices.detect import detect
 from training.config import TrainConfig
 from training.lut import LookUpTable, TableError, load_table
-from training.tables_at_hand import DeviceError, device_table, tables_at_hand
+from training.profile_tables import checked_runtime, runtime_of, tables_measured_here
+from training.tables_at_hand import DeviceError, device_table
 
 HERE = "here"
-NOT_TIMED = ("numpy",)  # in the versions of a table, but without influence on what a runtime takes
 
 
 def search_table(device: str, config: TrainConfig) -> tuple[Path, LookUpTable]:
@@ -21,11 +20,13 @@ def search_table(device: str, config: TrainConfig) -> tuple[Path, LookUpTable]:
     A table measured elsewhere may be searched; that is said on standard error.
 
     Raises:
-        DeviceError: no such table, or ``here`` and none of the tables at hand was measured on this machine.
+        DeviceError: no such table, or ``here`` and none or several of the tables at hand were measured on this machine;
+            the message lists them.
         TableError: the table cannot be read, is that of another device than its file's name says, or was measured
-            on this machine with other versions than are installed now.
+            on this machine with a runtime that is missing now, or with other versions or another driver.
     """
-    fingerprint = detect().fingerprint
+    machine = detect()
+    fingerprint = machine.fingerprint
     file = _table_of_this_machine(config, fingerprint) if device == HERE else device_table(device, config)
     table = load_table(file)
     if not (table.name.startswith(file.stem) or file.stem.startswith(table.name)) and not Path(device).is_file():
@@ -35,7 +36,7 @@ def search_table(device: str, config: TrainConfig) -> tuple[Path, LookUpTable]:
         )
     if not table.modelled:
         if table.device.fingerprint == fingerprint:
-            check_versions(file, table)
+            checked_runtime(table, machine, label=str(file))
         else:
             print(
                 f"{file}: measured on another machine than this one ({table.device.fingerprint}); the networks are for "
@@ -45,38 +46,15 @@ def search_table(device: str, config: TrainConfig) -> tuple[Path, LookUpTable]:
     return file, table
 
 
-def check_versions(file: Path, table: LookUpTable) -> None:
-    """Refuse a table of this machine whose runtime was exchanged since.
-
-    Raises:
-        TableError: naming both versions.
-    """
-    for name, measured in table.versions.items():
-        try:
-            installed = version(name)
-        except PackageNotFoundError:  # not a package of its own, or a runtime that this environment lacks
-            continue
-        if name not in NOT_TIMED and not _same(measured, installed):
-            raise TableError(
-                f"{file}: measured with {name} {measured}, installed is {installed}; measure it again "
-                f"(dcqfa profile --threads {table.threads} --out {file}), or install that version"
-            )
-
-
-def _same(measured: str, installed: str) -> bool:
-    """Whether two versions are one, but for what is told of the build."""
-    return measured == installed or measured.startswith((f"{installed}-", f"{installed}+"))
-
-
 def _table_of_this_machine(config: TrainConfig, fingerprint: str) -> Path:
-    found, _ = tables_at_hand(config)
-    others = []
-    for path in found:
-        table = load_table(path)
-        if not table.modelled and table.device.fingerprint == fingerprint:
-            return path
-        others.append(f"{path.stem} ({'modelled, ' if table.modelled else ''}{table.device.name})")
+    here, others = tables_measured_here(config, fingerprint)
+    if len(here) == 1:
+        return here[0][0]
+    if here:
+        names = ", ".join(f"{path.stem} ({runtime_of(table)}, threads: {table.threads})" for path, table in here)
+        raise DeviceError(f"--device {HERE}: {len(here)} tables were measured on this machine: {names}; name one")
+    names = ", ".join(f"{p.stem} ({'modelled, ' if t.modelled else ''}{t.device.name})" for p, t in others)
     raise DeviceError(
-        f"--device {HERE}: no table was measured on this machine ({fingerprint}); at hand: "
-        f"{', '.join(others) or 'none'}. Make one with `dcqfa profile` and give its file"
+        f"--device {HERE}: no table was measured on this machine ({fingerprint}); at hand: {names or 'none'}. Make one "
+        "with `dcqfa profile` and give its file"
     )

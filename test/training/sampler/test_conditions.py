@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from training.conditions import BudgetError, Conditions, condition_batch, largest_subnet, smallest_subnet
+from training.conditions import (
+    BudgetError,
+    Conditions,
+    cheapest_subnet,
+    condition_batch,
+    largest_subnet,
+    smallest_subnet,
+)
 from training.cost import CostTensors
 from training.space import SearchSpace
 
@@ -40,13 +49,15 @@ def test_a_batch_holds_costs_relative_to_budgets(space: SearchSpace, conditions:
     assert (drawn.least <= 1.0 + 1e-5).all() and (drawn.greatest >= 1.0 - 1e-5).all()
 
 
-def test_a_budget_below_the_smallest_subnet_is_refused_with_what_would_do(
+def test_a_budget_below_the_least_network_is_refused_with_what_would_do(
     space: SearchSpace, conditions: Conditions
 ) -> None:
     low = conditions.between("orin", 0.0)
     named = conditions.condition("orin", low.latency_ms, low.memory_bytes)
     assert named.fits(smallest_subnet(space))
-    with pytest.raises(BudgetError, match=r"orin: latency budget .* is below the .* ms of the smallest subnet \(d2-"):
+    with pytest.raises(
+        BudgetError, match=r"orin: latency budget .* is below the .* ms of the network that takes least \(d2-"
+    ):
         conditions.condition("orin", 0.9 * low.latency_ms, low.memory_bytes)
     with pytest.raises(BudgetError, match=r"orin: memory budget .* give at least that much"):
         conditions.condition("orin", low.latency_ms, 0.9 * low.memory_bytes)
@@ -63,3 +74,17 @@ def test_unknown_devices_and_none_at_all_are_refused(
         Conditions(space, devices, held_out="abacus")
     with pytest.raises(BudgetError, match="no device is left"):
         Conditions(space, {"orin": devices["orin"]}, held_out="orin")
+
+
+def test_a_device_that_is_slow_at_four_bits_takes_budgets_that_its_smallest_subnet_exceeds(
+    space: SearchSpace, devices: dict[str, CostTensors]
+) -> None:
+    latency = devices["orin"].latency.clone()
+    latency[..., 0, :] *= 2.0
+    slow = replace(devices["orin"], latency=latency)
+    conditions = Conditions(space, {"orin": slow})
+    cheapest, least = cheapest_subnet(slow, slow.latency)
+    assert least < slow.total(smallest_subnet(space)).latency_ms
+    assert conditions.condition("orin", least, 1e12).fits(cheapest)
+    with pytest.raises(BudgetError, match=r"of the network that takes least \(\S*w8"):
+        conditions.condition("orin", 0.9 * least, 1e12)

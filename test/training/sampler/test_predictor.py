@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.draws import stratified_subnet
-from training.predictor import AdvantageError, AdvantagePredictor, ChoiceIndex
+from training.predictor import AdvantageError, AdvantagePredictor, ChoiceIndex, rank_correlation
 from training.space import SearchSpace
 from training.subnet import Subnet
 
@@ -104,3 +104,17 @@ def test_losses_that_are_not_finite_are_refused_by_the_subnets_name(space: Searc
 def test_a_state_of_another_space_is_refused(space: SearchSpace, small_space: SearchSpace) -> None:
     with pytest.raises(AdvantageError, match=r"5 blocks, this space has .* over 8"):
         AdvantagePredictor(space).load_state_dict(AdvantagePredictor(small_space).state_dict())
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 300.0]) == pytest.approx(1.0)
+    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    assert rank_correlation([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 2.0, 3.0]) == pytest.approx(1.0)
+    assert rank_correlation([1.0, 1.0, 1.0], [3.0, 2.0, 1.0]) is None
+    assert rank_correlation([1.0, 2.0], [1.0, 2.0]) is None
+
+
+def test_alike_outcomes_correlate_with_nothing(space: SearchSpace, pairs: tuple[list[Subnet], list[float]]) -> None:
+    predictor = AdvantagePredictor(space)
+    predictor.observe(pairs[0][:20], [0.1] * 20)
+    assert predictor.correlation() == 0.0

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from training.draws import stratified_subnet
-from training.search.predicted import DistancePredictor, rank_correlation
+from training.predictor import rank_correlation
+from training.search.predicted import DistancePredictor
 from training.space import SearchSpace
 
 
@@ -22,11 +23,3 @@ def test_unseen_networks_are_ranked_by_their_distance(space: SearchSpace, made_u
 def test_nothing_to_fit_is_refused(space: SearchSpace) -> None:
     with pytest.raises(ValueError, match="at least one measured network"):
         DistancePredictor(space, [], [])
-
-
-def test_rank_correlation() -> None:
-    assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 300.0]) == pytest.approx(1.0)
-    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
-    assert rank_correlation([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 2.0, 3.0]) == pytest.approx(1.0)
-    assert rank_correlation([1.0, 1.0, 1.0], [3.0, 2.0, 1.0]) is None
-    assert rank_correlation([1.0, 2.0], [1.0, 2.0]) is None

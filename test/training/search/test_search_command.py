@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -161,35 +160,71 @@ def test_a_table_under_the_name_of_another_device_is_refused(
     assert code == cli.EXIT_USER_ERROR and "orin.json: is the table of slower" in errors
 
 
-@pytest.mark.parametrize("installed", ["1.0.0", "1.1.0"])
+@pytest.mark.parametrize("installed", ["1.0.0", "1.1.0", None])
 def test_a_table_of_this_machine_is_for_the_versions_it_was_measured_with(
     search: Run,
     supernet_run: Path,
     supernet_files: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    installed: str,
+    installed: str | None,
 ) -> None:
-    table = load_table(supernet_files.tables[0])
-    device = table.device.model_copy(update={"fingerprint": detect().fingerprint})
-    versions = {"onnxruntime": "1.0.0-build", "numpy": "0", "nowhere": "1"}
-    mine = table.model_copy(update={"name": "mine", "modelled": False, "device": device, "versions": versions})
-    copy = tmp_path / "tables" / "mine.json"
-    save_table(copy, mine)
+    copy = measured_here(supernet_files, tmp_path, "mine", "1.0.0-build")
     run = copied_run(supernet_run, tmp_path / "run", tables=[*map(str, supernet_files.tables), str(copy)])
     known = {"onnxruntime": installed, "numpy": "1"}
-
-    def version(name: str) -> str:
-        if name not in known:
-            raise PackageNotFoundError(name)
-        return known[name]
-
-    monkeypatch.setattr("training.search.tables.version", version)
+    monkeypatch.setattr("training.profile_runtime.distribution_version", known.get)
     code, output, errors = search(run, "--device", "here", *SMALL, "--json")
     if installed == "1.0.0":
         assert code == 0 and json.loads(output)["device"] == "mine" and "another machine" not in errors
-    else:
-        assert code == cli.EXIT_USER_ERROR and "measured with onnxruntime 1.0.0-build, installed is 1.1.0" in errors
+        return
+    assert code == cli.EXIT_USER_ERROR and not list(tmp_path.glob("searches"))
+    gone = "mine.json: measured on this computer with onnxruntime, which cannot run now: .* is not installed"
+    changed = "mine.json: measured with onnxruntime 1.0.0-build, installed is 1.1.0"
+    assert re.search(gone if installed is None else changed, errors), errors
+
+
+def measured_here(supernet_files: Any, tmp_path: Path, name: str, version: str) -> Path:
+    """File of a table as if it had been measured on this machine."""
+    table = load_table(supernet_files.tables[0])
+    facts = {
+        "name": name,
+        "modelled": False,
+        "device": table.device.model_copy(update={"fingerprint": detect().fingerprint}),
+        "runtime": "onnxruntime",
+        "versions": {"onnxruntime": version, "numpy": "0"},
+    }
+    file = tmp_path / "tables" / f"{name}.json"
+    save_table(file, table.model_copy(update=facts))
+    return file
+
+
+def test_several_tables_of_this_machine_are_listed(
+    search: Run, supernet_run: Path, supernet_files: Any, tmp_path: Path
+) -> None:
+    tables = [str(measured_here(supernet_files, tmp_path, name, "1.0.0")) for name in ("mine", "other")]
+    run = copied_run(supernet_run, tmp_path / "run", tables=tables)
+    code, _, errors = search(run, "--device", "here", *SMALL)
+    assert code == cli.EXIT_USER_ERROR and not list(tmp_path.glob("searches"))
+    listed = r"--device here: 2 tables were measured on this machine: mine \(onnxruntime, threads: 1\), other \(onnx"
+    assert re.search(listed, errors), errors
+
+
+def test_budgets_that_exclude_each_other_are_refused_before_the_search(
+    search: Run, supernet_run: Path, supernet_files: Any, tmp_path: Path
+) -> None:
+    """Blocks that are either fast or small: each budget can be kept alone."""
+    table = load_table(supernet_files.tables[0])
+    fast = max(entry.heads for entry in table.blocks)
+    blocks = [e.model_copy(update={"step_ms": 0.01 if e.heads == fast else 1.0}) for e in table.blocks]
+    save_table(tmp_path / "odd.json", table.model_copy(update={"blocks": tuple(blocks)}))
+    arguments = (supernet_run, "--device", tmp_path / "odd.json", *SMALL)
+    enough = []
+    for option in ("--latency-ms", "--memory-mb"):
+        _, _, errors = search(*arguments, option, 1e-6)
+        enough += [option, errors.split()[-1]]
+    code, output, errors = search(*arguments, *enough)
+    assert code == cli.EXIT_USER_ERROR and output == "" and not list(tmp_path.glob("searches"))
+    assert "no network keeps both on odd; the closest (" in errors
 
 
 def test_a_table_measured_elsewhere_is_searched_and_told_of(
@@ -235,7 +270,7 @@ def test_distances_of_another_space_do_not_disturb(
 def test_people_read_a_table(search: Run, supernet_run: Path) -> None:
     code, output, _ = search(supernet_run, "--device", "orin", *SMALL)
     assert output.splitlines()[-2].startswith("chosen  ")
-    assert re.fullmatch(r"export it  dcqfa export \S+ --subnet \S+", output.splitlines()[-1])
+    assert re.fullmatch(r"export it  dcqfa export \S+ --out BUNDLE --front \S+/front\.json", output.splitlines()[-1])
     assert code == 0 and "hypervolume" in output and "random search" in output
     assert output.startswith("orin, modelled table")
     assert output.splitlines()[1].split() == ["subnet", "distance", "ms", "MB", "bits"]
