@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-_JETSON_CLOCKS = "sys/class/devfreq/*gpu*"  # Orin: 17000000.gpu or 17000000.ga10b
+_JETSON_CLOCKS = ("*.gpu", "*.ga10b")  # Orin names it 17000000.gpu or 17000000.ga10b, by release of Jetson Linux
 _SETTLED = 0.02  # share by which the clock may still differ between looks
 _LOOK_EVERY_S = 0.5
 
@@ -74,7 +74,7 @@ def gpu_clock(root: Path = Path("/"), nvml: Any = None) -> tuple[float, float] |
         root: below which ``sys`` lies; a Jetson's GPU is a devfreq device.
         nvml: module ``pynvml``; by default the installed one.
     """
-    for folder in sorted(root.glob(_JETSON_CLOCKS)):
+    for folder in sorted(f for name in _JETSON_CLOCKS for f in root.glob(f"sys/class/devfreq/{name}")):
         try:
             return tuple(int((folder / f"{n}_freq").read_text()) / 1e6 for n in ("cur", "max"))  # type: ignore[return-value]
         except (OSError, ValueError):

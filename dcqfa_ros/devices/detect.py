@@ -206,5 +206,8 @@ def _control_group_memory(root: Path) -> int | None:
         folder = "/".join(["sys/fs/cgroup", *names[:depth]])
         limit, used = (_read(root, f"{folder}/memory.{kind}").strip() for kind in ("max", "current"))
         if re.fullmatch(r"[0-9]+", limit) and re.fullmatch(r"[0-9]+", used):  # "max": no limit
-            left.append(max(1, int(limit) - int(used)))  # 0 would mean unknown
+            # Pages of files that nobody has read for a while count as used, and go as soon as memory is asked for.
+            idle = re.search(r"^inactive_file (\d+)$", _read(root, f"{folder}/memory.stat"), re.MULTILINE)
+            needed = max(0, int(used) - (int(idle[1]) if idle else 0))
+            left.append(max(1, int(limit) - needed))  # 0 would mean unknown
     return min(left, default=None)

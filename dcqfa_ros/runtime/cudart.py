@@ -62,7 +62,7 @@ class CudaError(EngineError):
 
 
 def library_candidates() -> Iterator[str]:
-    """Names and paths under which the CUDA runtime library may lie, in the order in which they are tried."""
+    """Names and paths under which the CUDA runtime library may lie; of equal versions the first one counts."""
     yield from _SONAMES
     spec = find_spec("nvidia") if "nvidia" not in sys.modules else sys.modules["nvidia"].__spec__
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -214,13 +214,30 @@ class CudaRuntime:
 
 
 def _load() -> ctypes.CDLL:
+    """Load the newest library that the driver serves: a driver serves every release of its CUDA's major number."""
     tried = list(dict.fromkeys(library_candidates()))
+    found = []
     for candidate in tried:
         try:
-            return ctypes.CDLL(candidate)
+            found.append(ctypes.CDLL(candidate))
         except OSError:
             continue
-    raise EngineError(
-        f"no CUDA runtime library; looked for {', '.join(tried)}; install CUDA (a Jetson has it with JetPack) or the "
-        "package nvidia-cuda-runtime"
-    )
+    if not found:
+        raise EngineError(
+            f"no CUDA runtime library; looked for {', '.join(tried)}; install CUDA (a Jetson has it with JetPack) or "
+            "the package nvidia-cuda-runtime"
+        )
+    return max(found, key=_usefulness)
+
+
+def _usefulness(library: ctypes.CDLL) -> tuple[bool, int]:
+    """Whether the driver serves a library (or there is no driver to ask), and its version."""
+    version, driver = (_asked(library, f"cuda{what}GetVersion") for what in ("Runtime", "Driver"))
+    return not driver or version // 1000 <= driver // 1000, version
+
+
+def _asked(library: ctypes.CDLL, name: str) -> int:
+    """Ask a library for a version; 0 where it does not say."""
+    value = _INT()
+    function = getattr(library, name, None)
+    return value.value if function is not None and function(ctypes.byref(value)) == 0 else 0

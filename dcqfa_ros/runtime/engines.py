@@ -183,7 +183,7 @@ def open_engine(
         files: role -> canonical ONNX bytes.
         threads: threads of one operator, at least 1; runtimes on a GPU do not use it.
         name: the variant, for reports.
-        cache: folder for engines built on this device; runtimes that build none do not use it.
+        cache: folder for engines built on this device, default: the user's; runtimes that build none do not use it.
 
     Raises:
         EngineError: the runtime is unknown or its package is missing (the message says what to install), or the engine

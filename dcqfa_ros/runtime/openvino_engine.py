@@ -17,7 +17,6 @@ Measured on OpenVINO 2026.4.1 and what follows from it:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from dcqfa_ros.runtime.errors import EngineError, first_line
 from dcqfa_ros.runtime.lowering import parse_model, quantizes_to_integers, serialize
 from dcqfa_ros.runtime.lowering_weights import FOUR_BITS, eight_bit_codes
 from dcqfa_ros.runtime.processor import openvino_refusal, this_processor
+from dcqfa_ros.runtime.recent import Recent
 
 _CACHED_SHAPES = 4  # of each graph: every one holds weights of its own
 _FLOAT8 = frozenset(
@@ -145,7 +145,7 @@ class OpenVinoEngine:
                     f"{role}.onnx: {refusal}; choose a variant in floating point, or the runtime onnxruntime"
                 )
         self._graphs = graphs
-        self._requests: dict[str, OrderedDict[tuple[int, ...], _Request]] = {role: OrderedDict() for role in ROLES}
+        self._requests: dict[str, Recent[tuple[int, ...], _Request]] = {role: Recent(_CACHED_SHAPES) for role in ROLES}
         self._closed = False
 
     def observation_kv(self, observation: Float32) -> Float32:
@@ -209,10 +209,8 @@ class OpenVinoEngine:
         inputs = {name: (element, shape(axes)) for name, (element, axes) in INPUTS[role].items()}
         outputs = {name: (element, shape(axes)) for name, (element, axes) in OUTPUTS[role].items()}
         compiled = self._graphs[role].compile({name: list(size) for name, (_, size) in inputs.items()})
-        requests = self._requests[role]
-        request = requests[key] = _Request(compiled, inputs, outputs)
-        if len(requests) > _CACHED_SHAPES:
-            requests.popitem(last=False)
+        request = _Request(compiled, inputs, outputs)
+        self._requests[role].put(key, request)
         return request
 
 

@@ -7,7 +7,6 @@ Spinning is off because an idle engine must leave the cores to the control tick.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from dcqfa_ros.runtime.lowering import (
     serialize,
 )
 from dcqfa_ros.runtime.processor import adds_products_in_16_bits, onnxruntime_refusal, this_processor
+from dcqfa_ros.runtime.recent import Recent
 
 # MatMulAddFusion makes Gemm of MatMul and bias before Q/DQ fusion looks for MatMul: integer products would be float.
 _DISABLED_IF_QUANTIZED = ("MatMulAddFusion",)
@@ -110,7 +110,7 @@ class OnnxRuntimeEngine:
         for role in ROLES:
             sessions[role] = self._load(role, files[role])
         self._sessions = sessions
-        self._bindings: OrderedDict[tuple[int, int], _DenoiserBinding] = OrderedDict()
+        self._bindings: Recent[tuple[int, int], _DenoiserBinding] = Recent(_CACHED_BINDINGS)
         self._closed = False
 
     def observation_kv(self, observation: Float32) -> Float32:
@@ -177,9 +177,8 @@ class OnnxRuntimeEngine:
             name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
             for name, (_, axes) in (*INPUTS["denoiser"].items(), *OUTPUTS["denoiser"].items())
         }
-        binding = self._bindings[batch, tokens] = _DenoiserBinding(self._sessions["denoiser"], shapes)
-        if len(self._bindings) > _CACHED_BINDINGS:
-            self._bindings.popitem(last=False)
+        binding = _DenoiserBinding(self._sessions["denoiser"], shapes)
+        self._bindings.put((batch, tokens), binding)
         return binding
 
     def _run(self, role: str, feeds: dict[str, NDArray[Any]]) -> Float32:

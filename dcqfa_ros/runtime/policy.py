@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,10 +14,19 @@ from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.noise import chunk_noise, step_noise
 from dcqfa_ros.runtime.normalize import Normalizer
 from dcqfa_ros.runtime.observations import Observation, ObservationLayout
+from dcqfa_ros.runtime.recent import Recent
 
 __all__ = ["PolicyError", "PolicyRuntime"]
 
 _CACHED_LOOPS = 8  # an evaluation's batch shrinks as episodes end: keep few buffer sets
+
+
+class _Loop(NamedTuple):
+    """What one batch, number of tokens and number of steps needs."""
+
+    denoising: DenoisingLoop
+    encoded: Float32  # the encoder's input buffer, (B, To, Do)
+    timestep_kv: Float32  # (steps, R, 1, D)
 
 
 class PolicyRuntime:
@@ -33,16 +42,20 @@ class PolicyRuntime:
     def __init__(self, spec: BundleSpec, engine: Engine) -> None:
         """Bind a bundle's description to a loaded engine.
 
+        The time token of every training time step is encoded here, once: whatever number of steps is asked for later
+        reads rows of that table, and no engine meets a new shape of it within a chunk's deadline.
+
         Raises:
-            PolicyError: the bundle declares an observation that this runtime cannot feed.
+            PolicyError: the bundle declares an observation that this runtime cannot feed, or the engine failed.
         """
         self.spec = spec
         self.engine = engine
         self.observations = ObservationLayout(spec)
         self.required_tokens = spec.action.first_executed + spec.action.executed
         self._action_normalizer = Normalizer(spec.action.normalizer, (spec.action.dim,))
-        self._timestep_kv: dict[int, Float32] = {}
-        self._loops: OrderedDict[tuple[int, int, int], tuple[DenoisingLoop, Float32]] = OrderedDict()
+        every = np.arange(spec.diffusion.train_timesteps, dtype=np.int64)
+        self._timestep_kv: Float32 = np.array(engine.timestep_kv(every), np.float32)  # (train_timesteps, R, 1, D)
+        self._loops: Recent[tuple[int, int, int], _Loop] = Recent(_CACHED_LOOPS)
 
     def predict(
         self,
@@ -75,7 +88,7 @@ class PolicyRuntime:
         for label, values in (("seeds", seeds), ("chunks", chunks)):
             if len(values) != batch:
                 raise PolicyError(f"{label}: expected {batch} entries (one per observation), got {len(values)}")
-        loop, encoded = self._loop(batch, self.required_tokens if tokens is None else tokens, steps)
+        loop, encoded, timestep_kv = self._loop(batch, self.required_tokens if tokens is None else tokens, steps)
         self.observations.encode(observation, encoded)
         observation_kv = self.engine.observation_kv(encoded)
         shape = (self.spec.action.horizon, self.spec.action.dim)
@@ -91,7 +104,7 @@ class PolicyRuntime:
         normalised = loop.run(
             self.engine,
             initial,
-            self._timestep_table(loop),
+            timestep_kv,
             observation_kv,
             lambda step: draw(lambda seed, chunk: step_noise(seed, chunk, step, shape)),
         )
@@ -119,30 +132,22 @@ class PolicyRuntime:
     def close(self) -> None:
         """Close the engine and drop all buffers."""
         self._loops.clear()
-        self._timestep_kv.clear()
         self.engine.close()
 
-    def _loop(self, batch: int, tokens: int, steps: int | None) -> tuple[DenoisingLoop, Float32]:
-        """Return the denoising loop and the encoder's input buffer for one shape, from the cache where it is there."""
+    def _loop(self, batch: int, tokens: int, steps: int | None) -> _Loop:
+        """Return loop and buffers for one shape, from the cache where they are there."""
         horizon = self.spec.action.horizon
         if not self.required_tokens <= tokens <= horizon:
             raise PolicyError(f"tokens: expected {self.required_tokens} to {horizon}, got {tokens}")
         count = self.spec.diffusion.steps if steps is None else steps
         key = (batch, tokens, count)
-        if key not in self._loops:
+        found = self._loops.get(key)
+        if found is None:
             try:
                 loop = DenoisingLoop(self.spec.diffusion, tokens, self.spec.action.dim, steps=count, batch=batch)
             except ValueError as error:
                 raise PolicyError(str(error)) from error
-            self._loops[key] = loop, np.empty((batch, self.observations.history, self.observations.dim), np.float32)
-            if len(self._loops) > _CACHED_LOOPS:
-                self._loops.popitem(last=False)
-        self._loops.move_to_end(key)
-        return self._loops[key]
-
-    def _timestep_table(self, loop: DenoisingLoop) -> Float32:
-        """Keys and values of the time token at every step, (steps, R, 1, D); computed once per step count."""
-        table = self._timestep_kv.get(loop.steps)
-        if table is None:
-            table = self._timestep_kv[loop.steps] = np.array(self.engine.timestep_kv(loop.timesteps), np.float32)
-        return table
+            encoded = np.empty((batch, self.observations.history, self.observations.dim), np.float32)
+            found = _Loop(loop, encoded, self._timestep_kv[loop.timesteps])
+            self._loops.put(key, found)
+        return found

@@ -7,6 +7,7 @@ TensorRT-RTX compiles for named compute capabilities without a GPU and finishes 
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from dcqfa_ros.runtime.engines import RUNTIMES, TENSORRT, TENSORRT_RTX, version_
 from dcqfa_ros.runtime.errors import EngineError
 
 _MESSAGES = 20
+_STARVED = re.compile(r"out of memory|OutOfMemory|bad_alloc|insufficient memory", re.IGNORECASE)
 _building = threading.Lock()  # TensorRT has one logger per process: messages of two builds would mix
 
 
@@ -42,6 +44,10 @@ FLAVOURS: Mapping[str, Flavour] = {
     TENSORRT: Flavour(TENSORRT, RUNTIMES[TENSORRT].package, names_capability=False),
     TENSORRT_RTX: Flavour(TENSORRT_RTX, RUNTIMES[TENSORRT_RTX].package, names_capability=True),
 }
+
+
+class RefusedPlanError(EngineError):
+    """A serialized engine is not one that this runtime runs here: damaged, of another version or device, or graph."""
 
 
 def load_flavour(name: str) -> tuple[Flavour, ModuleType]:
@@ -177,14 +183,16 @@ def deserialize(module: Any, plan: bytes, label: str) -> tuple[Any, Any]:
         The runtime, which must outlive the engine, and the engine.
 
     Raises:
-        EngineError: it is damaged, or of another version or device.
+        RefusedPlanError: it is damaged, or of another version or device.
+        EngineError: it may be sound, but memory ran out.
     """
     logger = logger_of(module)
     logger.messages.clear()
     runtime = module.Runtime(logger)
     engine = None if runtime is None else runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"{label}: the engine cannot be loaded{said(logger)}")
+        starved = runtime is None or any(_STARVED.search(message) for message in logger.messages)
+        raise (EngineError if starved else RefusedPlanError)(f"{label}: the engine cannot be loaded{said(logger)}")
     return runtime, engine
 
 

@@ -3,7 +3,7 @@
 An entry is ``<digest>.engine`` with a sidecar ``<digest>.json``: the key in words, size and SHA-256 of the engine
 file. The digest is that of the key. The engine is put in place first, the sidecar last, each in one step, so a process
 that is killed leaves no entry or one that is noticed. The SHA-256 finds damage, not malice: an engine is code for the
-GPU, and the folder belongs to the user (a folder that everyone may write to is refused).
+GPU, and the folder belongs to the user (one of another user, or that others may write to, is refused).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dcqfa_ros.paths import cache_directory
 from dcqfa_ros.runtime.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -32,9 +33,8 @@ _STALE_S = 3600.0
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/dcqfa/engines``, by default ``~/.cache/dcqfa/engines``. It may not exist yet."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "dcqfa" / "engines"
+    """``engines`` in the user's cache folder of this package. It may not exist yet."""
+    return cache_directory() / "engines"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ class EngineCache:
             rejected: why the entry must not be used although it is whole (it could not be deserialized), or None.
 
         Raises:
-            EngineError: the folder can be written by everyone, or another process has held the lock for too long; and
-                whatever ``build`` raises.
+            EngineError: the folder is another user's or can be written by others, or another process has held the lock
+                for too long; and whatever ``build`` raises.
         """
         notes: list[str] = []
         try:
@@ -210,9 +210,15 @@ class EngineCache:
         path = self.folder / f".{key.digest()[:2]}.lock"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.folder.stat().st_mode & stat.S_IWOTH:
+            status = self.folder.stat()
+            if status.st_uid != os.geteuid():
                 raise EngineError(
-                    f"{self.folder}: everyone may write here, and engines are code; run chmod o-w on it or set another"
+                    f"{self.folder}: it belongs to user {status.st_uid}, and engines are code; expected a folder of "
+                    f"user {os.geteuid()}: set another (XDG_CACHE_HOME)"
+                )
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise EngineError(
+                    f"{self.folder}: others may write here, and engines are code; run chmod go-w on it or set another"
                 )
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.lowering import parse_model
 from dcqfa_ros.runtime.lowering_tensorrt import fix_sizes, lower_for_tensorrt, wants_half
+from dcqfa_ros.runtime.recent import Recent
 from dcqfa_ros.runtime.tensorrt_build import (
+    RefusedPlanError,
     build_engine,
     build_flags,
     build_target,
@@ -102,7 +103,7 @@ class TensorRtEngine:
             self._needs[role] = lowering.needs
             self._lowered[role] = model.SerializeToString(deterministic=True)
         self._cache = EngineCache(cache)
-        self._plans: dict[str, OrderedDict[tuple[int, ...], StaticPlan]] = {role: OrderedDict() for role in ROLES}
+        self._plans: dict[str, Recent[tuple[int, ...], StaticPlan]] = {role: Recent(_KEPT_SHAPES) for role in ROLES}
         self._results: dict[int, Float32] = {}  # of plan -> the array that callers get
         self._thread = threading.get_ident()
         self._closed = False
@@ -158,7 +159,7 @@ class TensorRtEngine:
             return
         self._closed = True
         for plans in self._plans.values():
-            for plan in plans.values():
+            for plan in plans:
                 plan.close()
             plans.clear()
         self._results.clear()
@@ -177,11 +178,11 @@ class TensorRtEngine:
         plans = self._plans[role]
         plan = plans.get(key)
         if plan is None:
-            if len(plans) >= _KEPT_SHAPES:
-                old = plans.popitem(last=False)[1]
+            plan = self._load(role, key)
+            old = plans.put(key, plan)
+            if old is not None:  # only now: a shape that cannot be loaded costs none of those there are
                 self._results.pop(id(old), None)
                 old.close()
-            plan = plans[key] = self._load(role, key)
         return plan
 
     def _load(self, role: str, key: tuple[int, ...]) -> StaticPlan:
@@ -211,7 +212,7 @@ class TensorRtEngine:
         expected = self._expected(role, sizes)
         try:
             return StaticPlan(self._cuda, self._module, found.plan, self._stream, expected, label)
-        except EngineError as error:
+        except RefusedPlanError as error:
             if found.built:
                 raise
             # Whole, and still not loaded: what the key does not know has changed. Built once more, not trusted.

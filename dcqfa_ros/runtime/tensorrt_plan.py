@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dcqfa_ros.runtime.cudart import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaError, CudaRuntime
 from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.tensorrt_build import deserialize, logger_of, said
+from dcqfa_ros.runtime.tensorrt_build import RefusedPlanError, deserialize, logger_of, said
 
 _log = logging.getLogger(__name__)
 WARM_UP_RUNS = 2
@@ -48,7 +48,8 @@ class StaticPlan:
             label: what to call the engine in errors.
 
         Raises:
-            EngineError: the engine cannot be loaded or has other inputs and outputs than expected, or memory runs out.
+            RefusedPlanError: the engine cannot be loaded or has other inputs and outputs than expected.
+            EngineError: memory runs out, or the device fails.
         """
         self.inputs: dict[str, NDArray[Any]] = {}
         self.outputs: dict[str, NDArray[Any]] = {}
@@ -98,18 +99,20 @@ class StaticPlan:
         types = {np.dtype(np.float32): module.DataType.FLOAT, np.dtype(np.int64): module.DataType.INT64}
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         if set(names) != set(expected):
-            raise EngineError(f"{self._label}: expected {', '.join(expected)}; the engine has {', '.join(names)}")
+            raise RefusedPlanError(f"{self._label}: expected {', '.join(expected)}; the engine has {', '.join(names)}")
         for name in names:
             is_input, shape, dtype = expected[name]
             found = tuple(self._engine.get_tensor_shape(name))
             mode = module.TensorIOMode.INPUT if is_input else module.TensorIOMode.OUTPUT
             if found != tuple(shape) or self._engine.get_tensor_dtype(name) != types[np.dtype(dtype)]:
-                raise EngineError(
+                raise RefusedPlanError(
                     f"{self._label}: {name} is {self._engine.get_tensor_dtype(name)} {found} in the engine; "
                     f"expected {np.dtype(dtype).name} {tuple(shape)}"
                 )
             if self._engine.get_tensor_mode(name) != mode:
-                raise EngineError(f"{self._label}: {name} is not an {'input' if is_input else 'output'} of the engine")
+                raise RefusedPlanError(
+                    f"{self._label}: {name} is not an {'input' if is_input else 'output'} of the engine"
+                )
 
     def _bind(self, stack: ExitStack, name: str, is_input: bool, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         count = int(np.prod(shape)) * dtype.itemsize

@@ -7,7 +7,6 @@ graph per batch and number of tokens. The same program runs on the processor (``
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +17,7 @@ from dcqfa_ros.runtime.contract import INPUTS, check_contract, require_roles
 from dcqfa_ros.runtime.engine import ROLES, Float32, Int64
 from dcqfa_ros.runtime.engines import TORCH_CUDA, runtime_facts
 from dcqfa_ros.runtime.errors import EngineError, first_line
+from dcqfa_ros.runtime.recent import Recent
 from dcqfa_ros.runtime.torch_graph import read_graph
 from dcqfa_ros.runtime.torch_nodes import FLOAT, Graph
 
@@ -77,7 +77,7 @@ class TorchCudaEngine:
         self.name = f"{TORCH_CUDA if captured else 'torch_cpu'}/{name}"
         self.activations = activations or ("float16" if captured and _is_reduced(graphs.values()) else "float32")
         self.linears = {role: self._kinds(role, graph) for role, graph in graphs.items()}
-        self._bindings: dict[str, OrderedDict[tuple[int, ...], Binding]] = {role: OrderedDict() for role in ROLES}
+        self._bindings: dict[str, Recent[tuple[int, ...], Binding]] = {role: Recent(_CACHED_BINDINGS) for role in ROLES}
         self._networks: dict[str, Network] = {}
         self._stream: torch.cuda.Stream | None = None
         self._closed = False
@@ -142,6 +142,9 @@ class TorchCudaEngine:
                 else:
                     self._networks[role] = Network(graph, dtype, self._device)
             if captured:
+                # Sums of half products in half would differ from the float32 ones that layers were trained with.
+                torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+                torch.cuda.synchronize(self._device)  # weights went by the default stream, for which ours never waits
                 self._stream = torch.cuda.Stream(self._device)
 
     def _run(self, role: str, inputs: Mapping[str, NDArray[Any]]) -> Float32:
@@ -181,9 +184,7 @@ class TorchCudaEngine:
             binding = HostBinding(network, shapes)
         else:
             binding = CapturedBinding(network, shapes, self._stream)
-        self._bindings[role][key] = binding
-        if len(self._bindings[role]) > _CACHED_BINDINGS:
-            self._bindings[role].popitem(last=False)
+        self._bindings[role].put(key, binding)
         return binding
 
     def _kinds(self, role: str, graph: Graph) -> dict[str, str]:

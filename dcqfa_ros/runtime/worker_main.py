@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 MAX_MESSAGE = 65_536
-ENGINE_CACHE = "engines"  # below the user's cache folder: what runtimes build on this device
 _PARENT_POLL_MS = 1000
 
 
@@ -55,7 +54,6 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     begin = time.perf_counter()
     # Imported here, so that a missing or broken package is reported to the parent like any other failure.
     from dcqfa_ros.bundle.load import load_bundle
-    from dcqfa_ros.paths import cache_directory
     from dcqfa_ros.runtime.engine import ROLES
     from dcqfa_ros.runtime.engines import open_engine
     from dcqfa_ros.runtime.errors import PolicyError
@@ -66,8 +64,7 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     variant = request["variant"]
     files = {role: bundle.read(variant, role) for role in ROLES}
     memory = ChunkMemory(bundle.spec, memory_fd)
-    cache = cache_directory() / ENGINE_CACHE
-    engine = open_engine(request["runtime"], files, threads=request["threads"], name=variant, cache=cache)
+    engine = open_engine(request["runtime"], files, threads=request["threads"], name=variant)
     runtime = PolicyRuntime(bundle.spec, engine)
     del files
     loaded = time.perf_counter()

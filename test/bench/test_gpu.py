@@ -60,8 +60,9 @@ def test_the_note_says_that_the_clock_changed() -> None:
     assert watch_clock(lambda: None)().startswith("GPU clock unknown")
 
 
-def test_a_jetson_tells_its_clock_by_devfreq(tmp_path: Path) -> None:
-    folder = tmp_path / "sys/class/devfreq/17000000.gpu"
+@pytest.mark.parametrize("name", ["17000000.gpu", "17000000.ga10b"])
+def test_a_jetson_tells_its_clock_by_devfreq(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "sys/class/devfreq" / name
     folder.mkdir(parents=True)
     (folder / "cur_freq").write_text("612000000\n")
     (folder / "max_freq").write_text("918000000\n")

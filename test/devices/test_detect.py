@@ -128,6 +128,15 @@ def test_memory_is_that_of_meminfo_in_bytes(recorded) -> None:
         ({"memory.max": f"{2**30}\n", "memory.current": f"{2**28}\n"}, 2**30 - 2**28),
         ({"memory.max": f"{2**40}\n", "memory.current": "0\n"}, 21 * 2**30),
         ({"memory.max": "100\n", "memory.current": "200\n"}, 1),
+        (
+            {
+                "memory.max": "1000\n",
+                "memory.current": "900\n",
+                "memory.stat": "anon 100\nfile 800\ninactive_file 700\nactive_file 100\n",
+            },
+            800,
+        ),
+        ({"memory.max": "500\n", "memory.current": "100\n", "memory.stat": "inactive_file 300\n"}, 500),
         ({"a/memory.max": "500\n", "a/memory.current": "100\n"}, 400),
         ({"a/b/memory.max": "max", "a/b/memory.current": "7", "memory.max": "90", "memory.current": "7"}, 83),
     ],

@@ -49,6 +49,7 @@ class FakeCuda:
         self.live: dict[str, dict[int, Any]] = {k: {} for k in ("device", "host", "stream", "graph", "executable")}
         self.attributes = {75: capability[0], 76: capability[1], 16: 8}
         self.devices = devices
+        self.driver = self.version = 12060
         self._next = 0x1000
 
     def __getattr__(self, name: str) -> FakeFunction:
@@ -113,10 +114,10 @@ class FakeCuda:
         pointer._obj.value = self.attributes[attribute]
 
     def _cudaDriverGetVersion(self, pointer: Any) -> None:  # noqa: N802
-        pointer._obj.value = 12060
+        pointer._obj.value = self.driver
 
     def _cudaRuntimeGetVersion(self, pointer: Any) -> None:  # noqa: N802
-        pointer._obj.value = 12060
+        pointer._obj.value = self.version
 
     def _cudaMalloc(self, pointer: Any, count: int) -> None:  # noqa: N802
         self._memory("device", pointer, count)
@@ -192,7 +193,7 @@ class FakeTensorRt:
         self.cuda, self.builds, self.alive = cuda, 0, Counter[str]()
         self.parser_errors: list[str] = []
         self.build_fails = self.load_fails = self.execute_fails = self.refuses_capture = False
-        self.first_execution_captured = False
+        self.context_fails = self.first_execution_captured = False
         fake = self
 
         class ILogger:
@@ -289,7 +290,9 @@ class FakeTensorRt:
             def get_tensor_mode(self, name: str) -> Enum:
                 return self.tensors[name][0]
 
-            def create_execution_context(self) -> Context:
+            def create_execution_context(self) -> Context | None:
+                if fake.context_fails:
+                    return None
                 return Context(self)
 
         class Context:

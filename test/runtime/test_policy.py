@@ -77,20 +77,24 @@ def test_observation_and_step_count_matter() -> None:
     assert np.array_equal(actions, policy.predict(observation(1), [1], [0], steps=16))
 
 
-def test_time_step_table_is_computed_once_per_step_count() -> None:
-    policy = make_policy()
-    calls: list[int] = []
-    original = policy.engine.timestep_kv
+def test_the_engine_meets_one_number_of_time_steps_whatever_steps_are_asked_for() -> None:
+    engine = OnnxRuntimeEngine(tiny_files(), name="tiny")
+    calls: list[np.ndarray] = []
+    original = engine.timestep_kv
 
     def counted(timesteps: np.ndarray) -> np.ndarray:
-        calls.append(len(timesteps))
+        calls.append(timesteps)
         return original(timesteps)
 
-    policy.engine.timestep_kv = counted  # type: ignore[method-assign]
-    for steps in (16, 4, 16, 4):
+    engine.timestep_kv = counted  # type: ignore[method-assign]
+    spec = tiny_spec()[0]
+    policy = PolicyRuntime(spec, engine)
+    for steps in (16, 4, 100, 16, 4):
         for batch in (1, 2):
             policy.predict(observation(batch=batch), [0] * batch, [0] * batch, steps)
-    assert calls == [16, 4]
+            loop, _, table = policy._loop(batch, policy.required_tokens, steps)
+            np.testing.assert_array_equal(table, original(loop.timesteps))
+    assert [list(call) for call in calls] == [list(range(spec.diffusion.train_timesteps))]
 
 
 def test_earlier_result_is_not_overwritten_by_a_later_one() -> None:

@@ -296,15 +296,26 @@ def test_a_full_disk_is_said_and_the_engine_is_used_all_the_same(
     assert "cannot be kept (No space left on device)" in found.notes[0]
 
 
-def test_a_folder_that_everyone_may_write_is_refused(cache: EngineCache) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_is_refused(cache: EngineCache, mode: int) -> None:
     cache.folder.mkdir()
-    cache.folder.chmod(0o777)
-    with pytest.raises(EngineError, match="everyone may write here"):
+    cache.folder.chmod(mode)
+    with pytest.raises(EngineError, match="others may write here, and engines are code; run chmod go-w"):
+        cache.get(KEY, Builder())
+    cache.folder.chmod(0o755)
+    assert cache.get(KEY, Builder()).built
+
+
+def test_a_folder_of_another_user_is_refused(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.folder.mkdir()
+    owner = cache.folder.stat().st_uid
+    monkeypatch.setattr("os.geteuid", lambda: owner + 1)
+    with pytest.raises(EngineError, match=f"it belongs to user {owner}.*expected a folder of user {owner + 1}"):
         cache.get(KEY, Builder())
 
 
 def test_the_default_folder_follows_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "dcqfa" / "engines"
+    assert default_folder() == tmp_path / "dcqfa_ros" / "engines"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert default_folder() == Path.home() / ".cache" / "dcqfa" / "engines"
+    assert default_folder() == Path.home() / ".cache" / "dcqfa_ros" / "engines"

@@ -47,6 +47,30 @@ def test_where_there_is_no_library_the_message_says_what_to_install(monkeypatch:
         CudaRuntime()
 
 
+@pytest.mark.parametrize(
+    ("driver", "chosen"),
+    [(13000, 13010), (12060, 12080), (12090, 12080), (0, 13010), (11040, 13010)],
+)
+def test_the_newest_library_that_the_driver_serves_is_taken(
+    monkeypatch: pytest.MonkeyPatch, driver: int, chosen: int
+) -> None:
+    def library(version: int) -> FakeCuda:
+        fake = FakeCuda()
+        fake.driver, fake.version = driver, version
+        return fake
+
+    there = {"a": library(12020), "b": library(13010), "c": library(12080)}
+
+    def load(name: str) -> FakeCuda:
+        if name not in there:
+            raise OSError(name)
+        return there[name]
+
+    monkeypatch.setattr(cudart, "library_candidates", lambda: iter(["a", "missing", "b", "c"]))
+    monkeypatch.setattr(cudart.ctypes, "CDLL", load)
+    assert CudaRuntime().version() == chosen
+
+
 @on_x86_linux
 def test_the_real_library_has_every_function() -> None:
     assert CudaRuntime().version() >= 11040

@@ -126,7 +126,7 @@ def test_steps_keep_no_memory_and_make_no_arrays(bench: Bench) -> None:
     out = np.empty_like(noisy)
     plan = engine._plans["denoiser"]
     engine.denoise(noisy, times, encoded, out)
-    (only,) = plan.values()
+    (only,) = plan
     only.run = lambda: None  # type: ignore[method-assign]  # what the fake computes is not the engine's
     tracemalloc.start()
     try:
@@ -224,6 +224,44 @@ def test_a_whole_engine_that_cannot_be_loaded_is_built_again_once(bench: Bench) 
     engine.observation_kv(draw()[1])
     assert bench.tensorrt.builds == 4
     assert "built with another driver" in engine.notes[0]
+
+
+@pytest.mark.parametrize("failure", ["loading", "context", "buffer"])
+def test_without_memory_a_sound_entry_stays(bench: Bench, failure: str) -> None:
+    chunk(bench.open())
+    files = {path: path.read_bytes() for path in bench.folder.iterdir()}
+    engine = bench.open()
+    if failure == "buffer":
+        bench.cuda.fail["cudaMalloc"] = 2
+    elif failure == "context":
+        bench.tensorrt.context_fails = True
+    else:
+
+        def starve(self: Any, plan: bytes) -> None:
+            self.logger.log(1, "[defaultAllocator.cpp::allocate] Error Code 1: Cuda Runtime (out of memory)")
+
+        bench.tensorrt.Runtime.deserialize_cuda_engine = starve
+    with pytest.raises(EngineError, match="(?i)memory"):
+        engine.observation_kv(draw()[1])
+    assert bench.tensorrt.builds == 3
+    assert {path: path.read_bytes() for path in bench.folder.iterdir()} == files
+    assert engine.notes == []
+
+
+def test_a_shape_that_cannot_be_loaded_costs_none_of_those_there_are(bench: Bench) -> None:
+    engine = bench.open()
+    for tokens in range(1, 9):
+        chunk(engine, tokens=tokens)
+    held = list(engine._plans["denoiser"])
+    bench.cuda.fail["cudaMalloc"] = 2
+    with pytest.raises(EngineError, match="cudaMalloc failed"):
+        chunk(engine, tokens=9)
+    assert list(engine._plans["denoiser"]) == held
+    del bench.cuda.fail["cudaMalloc"]
+    chunk(engine, tokens=1)  # used now: the next to go is 2
+    chunk(engine, tokens=9)
+    kept = {plan.inputs["noisy"].shape[1] for plan in engine._plans["denoiser"]}
+    assert kept == {1, 3, 4, 5, 6, 7, 8, 9}
 
 
 def test_an_engine_that_was_just_built_and_cannot_be_loaded_is_an_error(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -60,8 +60,10 @@ class FakeGraph(TorchDispatchMode):
 
 class FakeStream:
     current: FakeStream | None = None
+    loaded: ClassVar[list[torch.device]] = []  # devices that were waited for
 
     def __init__(self, device: torch.device | None = None) -> None:
+        assert self.loaded.pop() == device, "the load was not waited for"
         self.synchronised = 0
 
     def synchronize(self) -> None:
@@ -91,6 +93,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", FakeStream.loaded.append)
     monkeypatch.setattr(torch.cuda, "graph", capture)
 
 
@@ -113,6 +116,18 @@ def test_a_shape_is_captured_once_and_replayed_after(name: str) -> None:
     times = np.array([3, 17])
     np.testing.assert_array_equal(engine.timestep_kv(times), plain.timestep_kv(times))
     assert len(FakeGraph.made) == 3  # a table in host memory needs no graph
+
+
+@pytest.mark.parametrize(("device", "allowed"), [("cuda", False), ("cpu", True)])
+def test_half_products_are_summed_in_float32_on_a_gpu(device: str, allowed: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    try:
+        matmul.allow_fp16_reduced_precision_reduction = True
+        TorchCudaEngine(variant("fp16"), device=device)
+        assert matmul.allow_fp16_reduced_precision_reduction is allowed
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def test_activations_are_half_by_default_but_in_full_precision_variants() -> None:
