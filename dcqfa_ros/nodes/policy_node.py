@@ -28,6 +28,7 @@ from dcqfa_ros.ros.node import ManagedNode, run_node
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
+from dcqfa_ros.runtime.ranked_engines import RankedEngines
 from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
 from dcqfa_ros.runtime.variant_host import SwapResult, VariantHost
 
@@ -79,7 +80,7 @@ class PolicyNode(ManagedNode):
         self._halt = threading.Event()  # one per activation, so that an old thread can never come back to life
         self._choice = ""
         self._nothing_fits = False  # the selector's verdict: then a default would break a budget
-        self._runtimes: dict[str, str] = {}  # variant -> the runtime that the selector ranks best for it
+        self._ranking = RankedEngines()  # the selector's
         self._wanted = ""  # <runtime>/<variant> that was asked for last
 
     # parameters
@@ -214,19 +215,36 @@ class PolicyNode(ManagedNode):
         host, self._host = self._host, None
         if host is not None:
             host.close()
-        self._bundle, self._session, self._wanted, self._choice, self._runtimes = None, None, "", "", {}
+        self._bundle, self._session, self._wanted, self._choice, self._ranking = None, None, "", "", RankedEngines()
 
     # variant
 
     def _want(self, variant: str) -> None:
         runtime = str(self.parameter("runtime"))
         if runtime == AUTO:
-            runtime = self._runtimes.get(variant, ONNXRUNTIME)
+            runtime = self._runtime_of(variant)
         engine = f"{runtime}/{variant}"
         if self._host is None or engine == self._wanted:
             return
         self._wanted = engine
         self._host.request(variant, runtime)
+
+    def _runtime_of(self, variant: str) -> str:
+        best = self._ranking.best(variant)
+        return ONNXRUNTIME if best is None else best[0]
+
+    def _try_next(self, refused: str) -> bool:
+        """In ``auto``, ask for the best engine that was not refused; returns whether one was asked for."""
+        pinned = str(self.parameter("variant")), str(self.parameter("runtime"))
+        if self._host is None or AUTO not in pinned:
+            return False
+        best, text = self._ranking.after(refused, *pinned, running=self._host.engine)
+        if text:
+            self.event(2, text, refused=refused)
+        if best is not None:
+            self._wanted = "/".join(best)
+            self._host.request(best[1], best[0])
+        return best is not None
 
     def _on_swap(self, result: SwapResult) -> None:
         self.post(functools.partial(self._settle_swap, result))
@@ -240,9 +258,11 @@ class PolicyNode(ManagedNode):
         else:
             text = f"variant {result.requested!r} refused on {result.runtime}: {result.reason}"
             self.event(2, text, **values, reason=result.reason)
-            if self._wanted == f"{result.runtime}/{result.requested}":  # else a newer request's outcome counts
+            engine, goes_on = f"{result.runtime}/{result.requested}", False
+            if self._wanted == engine:  # else a newer request's outcome counts
                 self._wanted = result.engine
-            if result.active and self.parameter("variant") == result.requested:
+                goes_on = self._try_next(engine)
+            if not goes_on and result.active and self.parameter("variant") == result.requested:
                 self.restore_parameter("variant", result.active)
         self._publish_active()
 
@@ -258,7 +278,7 @@ class PolicyNode(ManagedNode):
             self.event(1, f"message on the selector's topic ignored: {error}")
             return
         choice = values.get("variant", "")
-        self._runtimes = {k.partition(".")[2]: v for k, v in values.items() if k.startswith("runtime.")}
+        self._ranking.take(values.get("ranking", ""))
         self._nothing_fits = not choice
         if not choice:
             if self.parameter("variant") == AUTO:
@@ -266,7 +286,7 @@ class PolicyNode(ManagedNode):
             return
         pinned = str(self.parameter("variant"))
         target = choice if pinned == AUTO else pinned  # a pinned variant may have a better runtime
-        reasons = [self._host.validate(name, self._runtimes.get(name, ONNXRUNTIME)) for name in (choice, target)]
+        reasons = [self._host.validate(name, self._runtime_of(name)) for name in (choice, target)]
         reason = next(filter(None, reasons), None)
         if reason:
             self.event(2, f"choice of the selector refused: {reason}")
@@ -345,8 +365,10 @@ class PolicyNode(ManagedNode):
         }
         if session.problem:
             return [Status(2, "policy", session.problem, values)]
+        refused = ", ".join(sorted(self._ranking.refused))
         text = f"{host.engine} active" if host.active else "no variant loaded yet"
-        return [Status(0 if host.active else 1, "policy", text, values)]
+        text += f"; refused: {refused}" if refused else ""
+        return [Status(0 if host.active and not refused else 1, "policy", text, values)]
 
 
 def main(argv: list[str] | None = None) -> int:

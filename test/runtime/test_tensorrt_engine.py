@@ -241,7 +241,7 @@ def test_without_memory_a_sound_entry_stays(bench: Bench, failure: str) -> None:
             self.logger.log(1, "[defaultAllocator.cpp::allocate] Error Code 1: Cuda Runtime (out of memory)")
 
         bench.tensorrt.Runtime.deserialize_cuda_engine = starve
-    with pytest.raises(EngineError, match="(?i)memory"):
+    with pytest.raises(EngineError, match=r"(?i)memory"):
         engine.observation_kv(draw()[1])
     assert bench.tensorrt.builds == 3
     assert {path: path.read_bytes() for path in bench.folder.iterdir()} == files
