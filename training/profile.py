@@ -27,7 +27,7 @@ from training.cost import activation_bytes
 from training.lut import DeviceFacts, LookUpTable, StoredBits, write_atomically
 from training.profile_check import Measured, random_subnet, reference_ms, validation, with_working_set
 from training.profile_conditions import clocks
-from training.profile_graphs import INTEGER, BlockSize, PolicyGraphs
+from training.profile_graphs import INTEGER, INTEGER_A4, BlockSize, PolicyGraphs
 from training.profile_networks import TOGETHER, Networks, Workbench, at_speed_of, groups_of
 from training.profile_runtime import Form, ProfiledRuntime, profiled_runtime
 from training.profile_table import Facts, GroupTimes, Layout, ProfileSettings, table_of
@@ -35,6 +35,8 @@ from training.profile_timing import BURST, TimedNetwork, time_in_turn
 from training.space import SearchSpace
 from training.space_counts import real_bytes
 from training.subnet import Layer, Precision, Subnet
+
+GRAPHS = 2  # counts changes of the timed graphs: an interrupted measurement of others is not continued
 
 
 class ProfileError(UserError, ValueError):
@@ -205,6 +207,7 @@ class _Measurement:
         """Hash of everything that two measurements must share to be one."""
         settings = self._settings
         facts = {
+            "graphs": GRAPHS,
             "device": self._device.fingerprint,
             "runtime": self._runtime.name,
             "versions": dict(self._runtime.versions),
@@ -220,14 +223,18 @@ class _Measurement:
         if self._runtime.integer_weights is None:
             return
         block, linears = self._space.shape.blocks[0], self._bench.graphs.step_linears
-        data, _ = self._bench.graphs.step([BlockSize(block.heads, block.mlp, INTEGER)])
-        found = self._runtime.integer_weights(data, "profile.onnx")
-        count = len({name for name in found if name.startswith("blocks.0") and name.endswith(".weight")})
-        if count != len(linears):
-            raise ProfileError(
-                f"{self._runtime.name} {next(iter(self._runtime.versions.values()))} multiplies integers in {count} of "
-                f"{len(linears)} linears of a quantized block; its table would not be one of int8"
-            )
+        for executed in (INTEGER, INTEGER_A4):
+            if executed not in self._layout.executed:
+                continue
+            data, _ = self._bench.graphs.step([BlockSize(block.heads, block.mlp, executed)])
+            found = self._runtime.integer_weights(data, "profile.onnx")
+            count = len({name for name in found if name.startswith("blocks.0") and name.endswith(".weight")})
+            if count != len(linears):
+                version = next(iter(self._runtime.versions.values()))
+                raise ProfileError(
+                    f"{self._runtime.name} {version} multiplies integers in {count} of {len(linears)} linears of a "
+                    f"quantized block; its table would not be one of {executed}"
+                )
 
     # -- memory -------------------------------------------------------------------------------------------------------
 

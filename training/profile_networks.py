@@ -32,7 +32,7 @@ class Workbench:
         return Layout.of(self.space, self.runtime.forms)
 
     def checked(self) -> tuple[Precision, ...]:
-        """One precision for each executed form, integers first."""
+        """One precision for each form that whole networks are executed in, integers first."""
         first: dict[str, Precision] = {}
         for precision in (Precision.INT, *self.space.config.precisions):
             first.setdefault(self.runtime.forms[precision].executed, precision)
@@ -40,8 +40,8 @@ class Workbench:
 
     def blocks(self, subnet: Subnet) -> list[BlockSize]:
         """The blocks that a subnet keeps, as they are executed."""
-        executed = self.runtime.forms[subnet.precision].executed
-        return [BlockSize(layer.heads, layer.mlp, executed) for layer in subnet.layers if layer is not None]
+        form = self.runtime.forms[subnet.precision]
+        return [BlockSize(layer.heads, layer.mlp, form.of(layer.a)) for layer in subnet.layers if layer is not None]
 
     def reference(self, precision: Precision) -> Subnet:
         """The context network as a subnet; its depth may be below the least of the space.

@@ -22,7 +22,7 @@ from dcqfa_ros.runtime.engines import (
 )
 from dcqfa_ros.runtime.errors import EngineError
 from training.lut import StoredBits
-from training.profile_graphs import FLOAT, FP8, HALF, INTEGER
+from training.profile_graphs import FLOAT, FP8, HALF, INTEGER, INTEGER_A4
 from training.subnet import Precision
 
 FP8_CAPABILITY = (8, 9)
@@ -31,10 +31,21 @@ IntegerWeights = Callable[[bytes, str], set[str]]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a runtime makes of a precision: ``executed`` as in ``training.profile_graphs``, bits of a stored weight."""
+    """What a runtime makes of a precision.
+
+    Attributes:
+        executed: as in ``training.profile_graphs``.
+        stored_bits: of a weight.
+        narrow: executed instead where a layer's activations have fewer than 8 bits; None for the same.
+    """
 
     executed: str
     stored_bits: StoredBits
+    narrow: str | None = None
+
+    def of(self, activation_bits: int) -> str:
+        """What is executed for a layer."""
+        return self.narrow if self.narrow is not None and activation_bits < 8 else self.executed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +80,17 @@ class ProfiledRuntime:
         return self.opens(files, threads)
 
 
+_INTEGERS = Form(INTEGER, 8, INTEGER_A4)
 _CPU_FORMS = {
-    Precision.INT: Form(INTEGER, 8),
+    Precision.INT: _INTEGERS,
     Precision.FP32: Form(FLOAT, 32),
     Precision.FP16: Form(FLOAT, 32),
     Precision.FP8: Form(FLOAT, 32),
 }
-_FOUR_BITS = "weights and activations of 4 bits execute in 8-bit containers: the same time and memory as 8 bits"
+_FOUR_BITS = (
+    "4 bits execute in 8-bit containers: weights take the same time and memory as 8 bits; activations are clipped "
+    f"before they are rounded, which takes time of its own, so blocks with them are timed as {INTEGER_A4}"
+)
 _CPU_NOTES = {
     ONNXRUNTIME: (
         _FOUR_BITS,
@@ -117,7 +132,7 @@ def profiled_runtime(name: str, device: Device) -> ProfiledRuntime:
             versions["driver"] = device.gpu.driver
         fp8 = device.gpu.compute_capability >= FP8_CAPABILITY
         forms = {
-            Precision.INT: Form(INTEGER, 8),
+            Precision.INT: _INTEGERS,
             Precision.FP32: Form(FLOAT, 32),
             Precision.FP16: Form(HALF, 16),
             Precision.FP8: Form(FP8, 8) if fp8 else Form(HALF, 16),

@@ -92,11 +92,13 @@ class Layout:
         """Networks as deep as the policy (of two blocks at least)."""
         heads, widths = space.head_choices[0], space.mlp_choices[0]
         added = max(1, len(space.shape.blocks) // 2)
+        executed = [forms[Precision.INT].of(a) for a in sorted(space.activation_bits, reverse=True)]
+        executed += [forms[p].executed for p in space.config.precisions]
         return cls(
             (heads[len(heads) // 2], widths[len(widths) // 2]),
             max(1, len(space.shape.blocks) - added),
             added,
-            tuple(dict.fromkeys(forms[p].executed for p in (Precision.INT, *space.config.precisions))),
+            tuple(dict.fromkeys([forms[Precision.INT].executed, *executed])),
         )
 
     def context(self, executed: str) -> list[BlockSize]:
@@ -141,7 +143,7 @@ def table_of(
     """
     layout, whole = Layout.of(space, facts.forms), facts.forms[Precision.INT]
     forms = [
-        ExecutedForm(precision=Precision.INT, w=w, a=a, executed=whole.executed, stored_bits=whole.stored_bits)
+        ExecutedForm(precision=Precision.INT, w=w, a=a, executed=whole.of(a), stored_bits=whole.stored_bits)
         for w, a in space_bits(space, Precision.INT)
     ]
     forms += [
@@ -154,7 +156,7 @@ def table_of(
         statistic="median",
         runs=settings.rounds * BURST,
         warm_ups=settings.warm_ups,
-        notes=tuple(_notes(space, layout, times, facts)),
+        notes=tuple(_notes(space, layout, times, facts, blocks)),
     )
     return LookUpTable(
         name=settings.name,
@@ -171,15 +173,25 @@ def table_of(
     )
 
 
-def _notes(space: SearchSpace, layout: Layout, times: Mapping[str, GroupTimes], facts: Facts) -> Iterator[str]:
+def _notes(
+    space: SearchSpace,
+    layout: Layout,
+    times: Mapping[str, GroupTimes],
+    facts: Facts,
+    blocks: Sequence[BlockEntry],
+) -> Iterator[str]:
     yield (
         f"block times are differences of networks with and without {layout.added} blocks of a size, timed in turn with "
         "a reference network and corrected for its drift; a run is a whole chunk"
     )
     yield from facts.notes
+    tokens, integers = space.shape.blocks[-1].tokens, facts.forms[Precision.INT]
+    middle = {e.executed: e.step_ms for e in blocks if (e.heads, e.mlp) == layout.middle}
+    if integers.narrow in middle and middle[integers.executed] > 0.0:
+        longer = middle[integers.narrow] / middle[integers.executed] - 1.0
+        yield f"{tokens} tokens: clipping 4-bit activations makes a block of middle size take {longer:+.1%} longer"
     spread = reference_spread(times)
     busy = "; the computer was busy: measure again when it is idle" if spread > UNSTEADY else ""
-    tokens = space.shape.blocks[-1].tokens
     steadiness = f"the reference varied by {spread:.1%} (interquartile range / median)"
     yield f"{tokens} tokens: load average before {facts.load:.1f}; {steadiness}{busy}"
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from dcqfa_ros.bench.conditions import no_garbage_collection
 from dcqfa_ros.bundle.schema import DiffusionSpec
 from dcqfa_ros.runtime.denoising import DenoisingLoop
 from dcqfa_ros.runtime.engine import Engine, Float32
-from training.export.graph import GraphBuilder
-from training.profile_graphs import BlockSize, Feeds, PolicyGraphs
+from training.profile_graphs import BlockSize, Feeds, PolicyGraphs, rest_of, table_graph
 
 BURST = 5  # consecutive chunks of one network; one more before them fills the caches again and is not counted
 
@@ -34,12 +32,8 @@ def variant_of(
     """The three graphs of a network, by role, and inputs for them: ``observation`` and ``noisy``."""
     denoiser, step = graphs.step(blocks)
     encoder, chunk = graphs.chunk(blocks)
-    rows, width = step["timestep_kv"].shape[1], step["timestep_kv"].shape[3]
-    g = GraphBuilder("timestep")
-    index = g.input("timesteps", ("S",), TensorProto.INT64)
-    table: NDArray[np.float32] = np.repeat(step["timestep_kv"], train_timesteps, axis=0)
-    g.output(g.node("Gather", [g.constant("table", table), index], "timestep_kv", axis=0), ("S", rows, 1, width))
-    files = {"encoder": encoder, "timestep": g.serialize(), "denoiser": denoiser}
+    timestep = table_graph(step["timestep_kv"], train_timesteps, rest_of(blocks))
+    files = {"encoder": encoder, "timestep": timestep, "denoiser": denoiser}
     return files, {"observation": chunk["observation"], "noisy": step["noisy"]}
 
 

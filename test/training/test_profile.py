@@ -26,13 +26,14 @@ from training import profile as profile_module
 from training import profile_networks
 from training.commands_profile import profile
 from training.cost import cost
-from training.export.diffusion_policy_t import export_graphs
+from training.export.diffusion_policy_t import Rest, export_graphs
 from training.lut import DeviceFacts, LookUpTable, load_table
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.profile import ProfileError, measure
 from training.profile_check import random_subnet, validation, with_working_set
-from training.profile_graphs import FLOAT, FP8, HALF, INTEGER, BlockSize, DiffusionPolicyTGraphs
+from training.profile_graphs import FLOAT, FP8, HALF, INTEGER, INTEGER_A4, BlockSize, DiffusionPolicyTGraphs
 from training.profile_runtime import Form, profiled_runtime
 from training.profile_table import DIFFUSION, Facts, GroupTimes, ProfileSettings, SettingsError, table_of
 from training.profile_timing import BURST, TimedNetwork, time_in_turn, variant_of
@@ -79,7 +80,7 @@ def test_the_timed_graphs_have_the_operators_of_the_exported_ones() -> None:
         assert operators(exported[role]) == operators(files[role])
 
 
-@pytest.mark.parametrize("executed", [INTEGER, FLOAT, HALF, FP8])
+@pytest.mark.parametrize("executed", [INTEGER, INTEGER_A4, FLOAT, HALF, FP8])
 def test_blocks_of_different_sizes_run_in_one_network(executed: str) -> None:
     graphs = DiffusionPolicyTGraphs(POLICY, 5)
     files, feeds = variant_of(graphs, [BlockSize(1, 64, executed), BlockSize(2, 32, executed)], 100)
@@ -93,13 +94,15 @@ def test_blocks_of_different_sizes_run_in_one_network(executed: str) -> None:
 def test_the_timed_graphs_hold_what_their_arithmetic_says() -> None:
     graphs = DiffusionPolicyTGraphs(POLICY, 5)
     kinds = {}
-    for executed in (INTEGER, FLOAT, HALF, FP8):
+    for executed in (INTEGER, INTEGER_A4, FLOAT, HALF, FP8):
         data, _ = graphs.step([BlockSize(2, 32, executed)])
         weights = [t for t in onnx.load_from_string(data).graph.initializer if t.name.startswith("blocks.0.")]
         kinds[executed] = {t.data_type for t in weights if t.name.endswith(".weight") and len(t.dims) == 2}
-        assert operators(data)["QuantizeLinear"] == (6 if executed in (INTEGER, FP8) else 0)
+        assert operators(data)["QuantizeLinear"] == (6 if executed in (INTEGER, INTEGER_A4, FP8) else 0)
+        assert operators(data)["Clip"] == (6 if executed == INTEGER_A4 else 0)
     assert kinds == {
         INTEGER: {TensorProto.INT8},
+        INTEGER_A4: {TensorProto.INT8},
         FLOAT: {TensorProto.FLOAT},
         HALF: {TensorProto.FLOAT16},
         FP8: {TensorProto.FLOAT8E4M3FN},
@@ -108,7 +111,7 @@ def test_the_timed_graphs_hold_what_their_arithmetic_says() -> None:
         graphs.step([BlockSize(2, 32, "ternary")])
 
 
-@pytest.mark.parametrize("executed", [INTEGER, FLOAT, HALF, FP8])
+@pytest.mark.parametrize("executed", [INTEGER, INTEGER_A4, FLOAT, HALF, FP8])
 def test_no_two_blocks_hold_equal_weights(executed: str) -> None:
     """A runtime keeps equal packed weights once; equal blocks would take less time than different ones."""
     graphs = DiffusionPolicyTGraphs(POLICY, 5)
@@ -117,7 +120,29 @@ def test_no_two_blocks_hold_equal_weights(executed: str) -> None:
         tensors = [t for t in onnx.load_from_string(files[role]).graph.initializer if len(t.dims) == 2]
         weights = [t.raw_data for t in tensors if t.name.startswith("blocks.") and t.name.endswith(".weight")]
         assert len(set(weights)) == len(weights)
-        assert len(weights) == (0 if role == "encoder" else 4 * 6)
+        apart = 4 if executed in (INTEGER, INTEGER_A4, FP8) else 0  # each block rounds the memory tokens in its own way
+        assert len(weights) == (apart if role == "encoder" else 4 * 6)
+
+
+@pytest.mark.parametrize(("name", "executed"), [("w8a8", INTEGER), ("w4a4", INTEGER_A4)])
+def test_the_timed_graphs_of_integers_have_the_operators_of_exported_subnets(name: str, executed: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        network = ElasticDiffusionPolicyT(POLICY).eval()
+    for index, quantizer in enumerate(network.input_quantizers().values()):  # as after training: none alike
+        quantizer.log_step.data += 0.01 * index
+    extracted = network.extract(SPACE.parse(name)).eval()
+    exported = export_graphs(extracted, 100, Rest.INT8)
+    files, _ = variant_of(DiffusionPolicyTGraphs(POLICY, 5), [BlockSize(2, 64, executed)] * 4, 100)
+    for role in ROLES:
+        assert operators(exported[role]) == operators(files[role])
+        assert stored(exported[role]) == stored(files[role])
+
+
+def stored(data: bytes) -> Counter[str]:
+    """Types of the weights, those of 4 bits as of 8, which is how they are executed."""
+    tensors = [t for t in onnx.load_from_string(data).graph.initializer if t.name.endswith((".weight", "table"))]
+    kinds = [t.data_type for t in tensors if len(t.dims) == 2]
+    return Counter(TensorProto.INT8 if kind == TensorProto.INT4 else kind for kind in kinds)
 
 
 def test_times_are_corrected_for_the_drift_that_the_reference_shows() -> None:
@@ -216,7 +241,8 @@ def test_random_subnets_are_of_the_asked_precision_and_of_all_sizes() -> None:
 def test_a_measured_table_covers_the_space_and_says_how_it_was_made(table: LookUpTable) -> None:
     table.check(SPACE)
     assert not table.modelled
-    assert {form.executed for form in table.forms if form.w == 4} == {"int8"}
+    integers = {(form.w, form.a): form.executed for form in table.forms if form.precision is Precision.INT}
+    assert integers == {(4, 4): INTEGER_A4, (8, 4): INTEGER_A4, (4, 8): INTEGER, (8, 8): INTEGER}
     assert table.method.runs == BURST
     assert [(report.precision, report.subnets) for report in table.validation] == [
         (Precision.INT, 2),
@@ -227,7 +253,13 @@ def test_a_measured_table_covers_the_space_and_says_how_it_was_made(table: LookU
     assert table.runtime == "onnxruntime"
     assert table.versions["onnxruntime"] == onnxruntime.__version__
     notes = " ".join(table.method.notes)
-    for word in ("clocks: ", "load average before", "the reference varied by", "bits per weight of an integer block"):
+    for word in (
+        "clocks: ",
+        "load average before",
+        "the reference varied by",
+        "bits per weight of an integer block",
+        "clipping 4-bit",
+    ):
         assert word in notes
 
 
@@ -268,7 +300,7 @@ def test_an_interrupted_measurement_continues_with_what_is_missing(
 
     monkeypatch.setattr(profile_module, "time_in_turn", count)
     measure(SPACE, graphs, QUICK, progress).check(SPACE)
-    assert len(again) == 8 - 4
+    assert len(again) == 11 - 4
     assert json.loads(progress.read_text())["results"].items() >= kept.items()
     progress.write_text("{")
     with pytest.raises(ProfileError, match=r"progress\.json: no readable progress"):
