@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dcqfa_ros.bench.conditions import no_garbage_collection
@@ -30,11 +32,23 @@ def variant_of(
     graphs: PolicyGraphs, blocks: Sequence[BlockSize], train_timesteps: int
 ) -> tuple[dict[str, bytes], Feeds]:
     """The three graphs of a network, by role, and inputs for them: ``observation`` and ``noisy``."""
-    denoiser, step = graphs.step(blocks)
-    encoder, chunk = graphs.chunk(blocks)
-    timestep = table_graph(step["timestep_kv"], train_timesteps, rest_of(blocks))
+    with _one_thread_of_torch():
+        denoiser, step = graphs.step(blocks)
+        encoder, chunk = graphs.chunk(blocks)
+        timestep = table_graph(step["timestep_kv"], train_timesteps, rest_of(blocks))
     files = {"encoder": encoder, "timestep": timestep, "denoiser": denoiser}
     return files, {"observation": chunk["observation"], "noisy": step["noisy"]}
+
+
+@contextmanager
+def _one_thread_of_torch() -> Iterator[None]:
+    """Further threads would wait actively for work that never comes, beside the engine that is timed next."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class TimedNetwork:
