@@ -15,7 +15,6 @@ from dcqfa_ros.bench.sizes import SizeRow, is_smaller, sizes
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
-from dcqfa_ros.paths import cache_directory
 from dcqfa_ros.runtime.engine import ROLES
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, open_engine, runtime_facts
 from dcqfa_ros.runtime.errors import EngineError
@@ -184,8 +183,7 @@ def measure(contenders: Sequence[Contender], rounds: int) -> list[Row]:
 
 def _engine(bundle: Bundle, variant: str, runtime: str, steps: int, threads: int) -> Contender:
     files = {role: bundle.read(variant, role) for role in ROLES}
-    cache = cache_directory() / "engines"  # as the worker's: what is built here is there for the robot
-    engine = open_engine(runtime, files, threads=threads, name=variant, cache=cache)
+    engine = open_engine(runtime, files, threads=threads, name=variant)
     policy = PolicyRuntime(bundle.spec, engine)
     generator = np.random.default_rng(0)
     observation = {}

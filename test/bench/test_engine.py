@@ -115,7 +115,7 @@ def test_a_variant_that_one_runtime_cannot_load_becomes_a_note(
 ) -> None:
     opened = bench.open_engine
 
-    def only_fp32(runtime: str, files: Any, *, threads: int, name: str, cache: Path) -> Any:
+    def only_fp32(runtime: str, files: Any, *, threads: int, name: str) -> Any:
         if runtime == "openvino" and name != "fp32":
             raise EngineError("denoiser.onnx: not for this runtime")
         return opened("onnxruntime", files, threads=threads, name=name)

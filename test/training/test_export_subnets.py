@@ -200,6 +200,7 @@ def test_bits_are_recorded_as_searched_as_written_and_as_executed(supernet_run: 
     for index, bits in enumerate((w4a8, w8a4)):
         row = rows[f"blocks.{index}.fc1"]
         assert (row.searched, row.exported, row.executed["onnxruntime"]) == (bits, bits, w8a8)
+        assert row.executed["tensorrt"] == row.executed["torch_cuda"] == w8a8
     real = Bits(weight=32, activation=32, kind="float")
     memory = rows["memory_fc1"]
     assert (memory.searched, memory.executed["onnxruntime"]) == (real, real)
@@ -207,6 +208,9 @@ def test_bits_are_recorded_as_searched_as_written_and_as_executed(supernet_run: 
     fp8 = {row.layer: row for row in spec.variant("fp8").layers}["blocks.0.self_attn.q"]
     assert fp8.exported == Bits(weight=8, activation=8, kind="float")
     assert fp8.executed["onnxruntime"] == real
+    assert fp8.executed["tensorrt_rtx"] == fp8.executed["torch_cuda"] == fp8.exported
+    half = Bits(weight=16, activation=16, kind="float")
+    assert rows["head"].executed["tensorrt"] == rows["head"].executed["torch_cuda"] == half  # reduced variants
 
 
 def test_a_variant_that_comes_out_the_same_keeps_its_records(supernet_run: Path, bundle: Path) -> None:

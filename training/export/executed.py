@@ -42,21 +42,18 @@ def executed(graphs: Mapping[str, bytes]) -> dict[str, dict[str, Bits]]:
         EngineError: a graph holds what the torch engine does not know.
     """
     found: dict[str, dict[str, Bits]] = {name: {} for name in (ONNXRUNTIME, TENSORRT, TENSORRT_RTX, TORCH_CUDA)}
+    half = any(wants_half(parse_model(data, f"{role}.onnx")) for role, data in graphs.items())
+    kinds: dict[str, str] = {}
     for role in ("encoder", "denoiser"):
         data, label = graphs[role], f"{role}.onnx"
         found[ONNXRUNTIME] |= dict.fromkeys(integer_weights(data, label), CONTAINER)
-        model = parse_model(data, label)
-        lowered = lower_for_tensorrt(model, label, half=wants_half(model)).executed
+        lowered = lower_for_tensorrt(parse_model(data, label), label, half=half).executed
         found[TENSORRT] |= lowered
         found[TENSORRT_RTX] |= lowered
-        linears = read_graph(data, label).linears
-        found[TORCH_CUDA] |= {name: _TORCH[kind] for name, kind in linears.items() if kind in _TORCH}
-    half = any(wants_half(parse_model(data, role)) for role, data in graphs.items())
-    if half:  # where the engine for CUDA computes what is not quantized in float16
-        for role in ("encoder", "denoiser"):
-            for name, kind in read_graph(graphs[role], f"{role}.onnx").linears.items():
-                if kind not in _TORCH:
-                    found[TORCH_CUDA][name] = _TORCH["float16"]
+        kinds |= read_graph(data, label).linears
+    # The engine for CUDA computes what is not quantized in float16, if anything is.
+    floats = _TORCH["float16"] if any(kind in _TORCH for kind in kinds.values()) else FLOAT32
+    found[TORCH_CUDA] |= {name: _TORCH.get(kind, floats) for name, kind in kinds.items()}
     return found
 
 
