@@ -14,6 +14,15 @@ from dcqfa_ros.bundle.write import file_spec, write_bundle
 _deselected: list[str] = []
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run modules that infer on OpenVINO in this process last.
+
+    After that a SIGINT raised in the test process can end it with a segmentation fault (OpenVINO 2026.4.1, within
+    pytest; a plain process that does the same is fine), and some tests raise one.
+    """
+    items.sort(key=lambda item: getattr(getattr(item, "module", None), "INFERS_ON_OPENVINO", False))
+
+
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     """Remember what was left out; a test never goes missing silently."""
     _deselected.extend(item.nodeid for item in items)

@@ -18,6 +18,8 @@ from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from dcqfa_ros.runtime.processor import Processor
 from test.runtime.conftest import ACTED, HISTORY, OBSERVED, ROWS, WIDTH, denoiser_model, encoder_model, tiny_files
 
+INFERS_ON_OPENVINO = True  # see test/conftest.py
+
 pytest.importorskip("openvino", reason="not exercised: OpenVINO is not installed (requirements/openvino.txt)")
 
 

@@ -27,6 +27,8 @@ from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.subnet import Precision
 
+INFERS_ON_OPENVINO = True  # see test/conftest.py
+
 POLICY = DiffusionPolicyTConfig(depth=2, heads=2, dim=32, ffn_ratio=2, horizon=6)
 SPACE = SearchSpace(
     diffusion_policy_t_shape(POLICY, 5),

@@ -34,6 +34,8 @@ from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.subnet import Precision
 
+INFERS_ON_OPENVINO = True  # see test/conftest.py
+
 POLICY = DiffusionPolicyTConfig(depth=3, heads=2, dim=32, ffn_ratio=2, horizon=6)
 SECTION = {"min_depth": {"decoder": 1}, "head_ratios": [0.5, 1.0], "mlp_ratios": [0.5, 1.0], "precisions": ["fp32"]}
 SPACE = SearchSpace(diffusion_policy_t_shape(POLICY, 5), SpaceConfig.model_validate_json(json.dumps(SECTION)))
