@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
-from onnx import TensorProto
 from torch import nn
 
 from training.export.blocks import AttentionWeights, BlockWeights
 from training.export.diffusion_policy_t import Rest, denoiser_graph, encoder_graph
-from training.export.graph import GraphBuilder
 from training.export.weights import INT8_CODES, InputGrid, LinearWeights, Rounding
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.quant.quantizer import code_range
@@ -138,32 +136,6 @@ class DiffusionPolicyTGraphs:
 def rest_of(blocks: Sequence[BlockSize]) -> Rest:
     """How the exporter stores what lies outside blocks of this arithmetic."""
     return _REST[blocks[0].executed]
-
-
-def table_graph(timestep_kv: NDArray[np.float32], train_timesteps: int, rest: Rest) -> bytes:
-    """``timesteps`` (S,) int64 -> ``timestep_kv`` (S, R, 1, D), all alike, stored as the exporter does.
-
-    Args:
-        timestep_kv: (1, R, 1, D).
-        train_timesteps: rows of the table.
-        rest: how it is stored.
-    """
-    table, shape = np.repeat(timestep_kv, train_timesteps, axis=0), timestep_kv.shape[1:]
-    stored = rest.stored_table(table)
-    g = GraphBuilder("timestep")
-    index = g.input("timesteps", ("S",), TensorProto.INT64)
-    if rest is Rest.FLOAT32:
-        name = g.node("Gather", [g.constant("table", table), index], "timestep_kv", axis=0)
-    else:
-        rows = g.node("Gather", [g.constant("table", stored.weight), index], "timestep_stored", axis=0)
-        if stored.weight_scale is None:
-            flat = g.node("Cast", [rows], "timestep_flat", to=TensorProto.FLOAT)
-        else:
-            scale = g.constant("table_scale", stored.weight_scale)
-            flat = g.node("DequantizeLinear", [rows, scale], "timestep_flat", axis=1)
-        name = g.node("Reshape", [flat, g.index(0, *shape)], "timestep_kv")
-    g.output(name, ("S", *shape))
-    return g.serialize()
 
 
 def _different(block: BlockWeights, index: int) -> BlockWeights:

@@ -15,7 +15,8 @@ from dcqfa_ros.bench.conditions import no_garbage_collection
 from dcqfa_ros.bundle.schema import DiffusionSpec
 from dcqfa_ros.runtime.denoising import DenoisingLoop
 from dcqfa_ros.runtime.engine import Engine, Float32
-from training.profile_graphs import BlockSize, Feeds, PolicyGraphs, rest_of, table_graph
+from training.export.diffusion_policy_t import table_graph
+from training.profile_graphs import BlockSize, Feeds, PolicyGraphs, rest_of
 
 BURST = 5  # consecutive chunks of one network; one more before them fills the caches again and is not counted
 
@@ -35,7 +36,7 @@ def variant_of(
     with _one_thread_of_torch():
         denoiser, step = graphs.step(blocks)
         encoder, chunk = graphs.chunk(blocks)
-        timestep = table_graph(step["timestep_kv"], train_timesteps, rest_of(blocks))
+        timestep = table_graph(np.repeat(step["timestep_kv"], train_timesteps, axis=0), rest_of(blocks))
     files = {"encoder": encoder, "timestep": timestep, "denoiser": denoiser}
     return files, {"observation": chunk["observation"], "noisy": step["noisy"]}
 

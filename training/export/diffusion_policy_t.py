@@ -98,7 +98,11 @@ def timestep_graph(network: DiffusionPolicyT, train_timesteps: int, rest: Rest) 
     The table is smaller than the network that makes it, and holds what that network computes, quantized where it is.
     """
     with torch.inference_mode():
-        table = network.timestep_keys_values(torch.arange(train_timesteps)).numpy()
+        return table_graph(network.timestep_keys_values(torch.arange(train_timesteps)).numpy(), rest)
+
+
+def table_graph(table: NDArray[np.float32], rest: Rest) -> bytes:
+    """:func:`timestep_graph` of a given table (S, R, 1, D)."""
     stored, shape = rest.stored_table(table), table.shape[1:]
     g = GraphBuilder("timestep")
     index = g.input("timesteps", ("S",), TensorProto.INT64)
