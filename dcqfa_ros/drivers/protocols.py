@@ -139,3 +139,45 @@ class CameraDriver(Protocol):
 
     def close(self) -> None:
         """Release the camera. Safe to call at any time and more than once."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrenchSample:
+    """One reading of a force/torque sensor in its own frame, as the sensor sent it. Arrays are read-only.
+
+    Attributes:
+        stamp_ns: monotonic time at which the reading was taken, wire time taken off.
+        force: (3,) float64, N.
+        torque: (3,) float64, N m.
+        number: count of valid readings since the sensor was connected, from 0.
+    """
+
+    stamp_ns: int
+    force: NDArray[np.float64]
+    torque: NDArray[np.float64]
+    number: int
+
+
+class WrenchDriver(Protocol):
+    """A force/torque sensor that sends readings by itself. Not thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """Short name for messages."""
+
+    def connect(self) -> None:
+        """Find the sensor, read who it is, and start the readings.
+
+        Raises:
+            DriverError: the sensor is missing, busy or silent.
+        """
+
+    def read(self, timeout_s: float = 0.1) -> WrenchSample:
+        """Wait for the next reading.
+
+        Raises:
+            DriverError: none came within ``timeout_s`` seconds, the sensor is unplugged, or not connected.
+        """
+
+    def close(self) -> None:
+        """Stop the readings and release the sensor. Safe to call at any time and more than once."""

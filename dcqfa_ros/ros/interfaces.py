@@ -14,6 +14,7 @@ from typing import Any, Literal
 from dcqfa_ros.ros.qos import PROFILES
 
 Kind = Literal["topic", "service"]
+Cell = Literal["any", "pusht", "arm"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Interface:
         publisher: node that publishes it or serves it.
         subscribers: nodes that read or call it.
         description: one sentence.
+        cell: where it exists: on the simulated Push-T cell, on a cell with an arm (real or emulated), or on any.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Interface:
     publisher: str
     subscribers: tuple[str, ...]
     description: str
+    cell: Cell = "any"
 
     def resolve(self, **fields: str) -> str:
         """Return the relative name with its placeholders filled.
@@ -71,14 +74,16 @@ def _topic(
     publisher: str,
     subscribers: tuple[str, ...],
     description: str,
+    cell: Cell = "any",
 ) -> Interface:
-    return Interface(key, "topic", name, type_, qos, frame, units, rate, publisher, subscribers, description)
+    return Interface(key, "topic", name, type_, qos, frame, units, rate, publisher, subscribers, description, cell)
 
 
-def _trigger(key: str, name: str, server: str, callers: tuple[str, ...], description: str) -> Interface:
-    return Interface(
-        key, "service", name, "std_srvs/srv/Trigger", "service", "-", "-", "on call", server, callers, description
-    )
+def _trigger(
+    key: str, name: str, server: str, callers: tuple[str, ...], description: str, cell: Cell = "any"
+) -> Interface:
+    type_ = "std_srvs/srv/Trigger"
+    return Interface(key, "service", name, type_, "service", "-", "-", "on call", server, callers, description, cell)
 
 
 _CELL_RATE = "control rate (10 Hz on Push-T)"
@@ -94,7 +99,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "keypoints", "keypoints", "geometry_msgs/msg/PoseArray", "stream", "table", "m", _CELL_RATE,
-        "arm_node", ("policy_node",), "Key points of the object, published by the simulated cell.",
+        "arm_node", ("policy_node",), "Key points of the object, published by the simulated cell.", "pusht",
     ),
     _topic(
         "chunk", "command/policy/chunk", "trajectory_msgs/msg/MultiDOFJointTrajectory", "stream", "table", "m, s",
@@ -103,7 +108,8 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "judgement", "cell/judgement", "diagnostic_msgs/msg/DiagnosticArray", "events", "table", "-", _CELL_RATE,
-        "arm_node", ("trial_node",), "Score, coverage and step count by which the simulated cell judges a trial.",
+        "arm_node", ("trial_node",),
+        "Score, coverage and step count by which the simulated cell judges a trial.", "pusht",
     ),
     _topic(
         "arm_state", "arm_node/arm_state", "diagnostic_msgs/msg/DiagnosticArray", "latched", "-", "-", "on change",
@@ -117,7 +123,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "clock", "clock", "rosgraph_msgs/msg/Clock", "stream", "-", "s", "per step, lockstep only",
-        "arm_node", (), "Simulated time, which advances only with the cell.",
+        "arm_node", (), "Simulated time, which advances only with the cell.", "pusht",
     ),
     _topic(
         "color", "{camera}/color/image_raw", "sensor_msgs/msg/Image", "image", "{camera}_color_optical_frame",
@@ -127,6 +133,95 @@ INTERFACES: tuple[Interface, ...] = (
         "camera_info", "{camera}/color/camera_info", "sensor_msgs/msg/CameraInfo", "sensor",
         "{camera}_color_optical_frame", "px", "parameter fps", "camera_node", (),
         "Intrinsics that belong to the color picture with the same stamp.",
+    ),
+    _topic(
+        "compressed", "{camera}/color/image_raw/compressed", "sensor_msgs/msg/CompressedImage", "image",
+        "{camera}_color_optical_frame", "jpeg", "parameter fps, on request", "camera_node", (),
+        "Color picture as JPEG, encoded only while somebody listens.", "arm",
+    ),
+    _topic(
+        "depth", "{camera}/aligned_depth_to_color/image_raw", "sensor_msgs/msg/Image", "image",
+        "{camera}_color_optical_frame", "16UC1, mm", "parameter fps", "camera_node", (),
+        "Depth aligned to the color picture with the same stamp.", "arm",
+    ),
+    _topic(
+        "depth_info", "{camera}/aligned_depth_to_color/camera_info", "sensor_msgs/msg/CameraInfo", "sensor",
+        "{camera}_color_optical_frame", "px", "parameter fps", "camera_node", (),
+        "Intrinsics of the aligned depth: those of the color picture.", "arm",
+    ),
+    _topic(
+        "wrench", "wrench", "geometry_msgs/msg/WrenchStamped", "sensor", "ft_sensor", "N, N m", "100 Hz",
+        "wrench_node", ("arm_node", "policy_node"),
+        "Contact wrench at the sensor: bias and tool gravity taken off, low-pass filtered where asked for.", "arm",
+    ),
+    _topic(
+        "wrench_raw", "wrench_node/raw", "geometry_msgs/msg/WrenchStamped", "sensor", "ft_sensor", "N, N m", "100 Hz",
+        "wrench_node", (), "Wrench as the sensor sent it.", "arm",
+    ),
+    _topic(
+        "tool_wrench", "tool_wrench", "geometry_msgs/msg/WrenchStamped", "sensor", "tool", "N, N m", "100 Hz",
+        "arm_node", ("policy_node",), "Contact wrench turned into the tool frame at the tool centre point.", "arm",
+    ),
+    _topic(
+        "tcp_speed", "tcp_speed", "geometry_msgs/msg/TwistStamped", "stream", "world", "m/s, rad/s", "state rate",
+        "arm_node", (), "Measured twist of the tool centre point.", "arm",
+    ),
+    _topic(
+        "gripper_state", "gripper_state", "sensor_msgs/msg/JointState", "stream", "-", "0 closed .. 1 open",
+        "state rate", "arm_node", ("policy_node",), "Measured opening of the gripper, joint `gripper`.", "arm",
+    ),
+    _topic(
+        "gripper_chunk", "command/policy/gripper", "trajectory_msgs/msg/JointTrajectory", "stream", "-",
+        "0 closed .. 1 open, s", "once per chunk", "policy_node", ("arm_node",),
+        "Gripper part of the action chunk with the same stamp.", "arm",
+    ),
+    _topic(
+        "twist_command", "command/{source}/twist", "geometry_msgs/msg/TwistStamped", "stream", "world", "m/s, rad/s",
+        "10 to 100 Hz", "teleop_node", ("arm_node",),
+        "Wanted twist of the tool centre point, in `world` or `tool`; zero again when it stops coming.", "arm",
+    ),
+    _topic(
+        "pose_command", "command/{source}/pose", "geometry_msgs/msg/PoseStamped", "stream", "world", "m, quaternion",
+        "on demand", "operator", ("arm_node",), "Pose to go to, under the limits of every command.", "arm",
+    ),
+    _topic(
+        "joint_command", "command/{source}/joint_trajectory", "trajectory_msgs/msg/JointTrajectory", "stream", "-",
+        "rad, s", "on demand", "operator", ("arm_node",), "Joint trajectory to follow, under the limits.", "arm",
+    ),
+    _topic(
+        "gripper_command", "command/{source}/gripper", "std_msgs/msg/Float64", "stream", "-", "0 closed .. 1 open",
+        "on demand", "teleop_node", ("arm_node",), "Wanted opening of the gripper.", "arm",
+    ),
+    _topic(
+        "motion_result", "arm_node/motion_result", "diagnostic_msgs/msg/DiagnosticArray", "events", "-", "-",
+        "per pose or joint command", "arm_node", (), "How a move to a pose or along joints ended, and why.", "arm",
+    ),
+    _topic(
+        "operator_stop", "operator_stop", "std_msgs/msg/Bool", "stream", "-", "-", "on demand", "operator",
+        ("arm_node",), "True stops the arm at once; the stop latches until `arm_node/reset_stop`.", "arm",
+    ),
+    _topic(
+        "joy", "joy", "sensor_msgs/msg/Joy", "sensor", "-", "-1 .. 1", "of the driver", "joy_node", ("teleop_node",),
+        "Gamepad or SpaceMouse.", "arm",
+    ),
+    _topic(
+        "output_twist", "output/twist", "geometry_msgs/msg/TwistStamped", "stream", "world", "m/s, rad/s",
+        "command rate, generic arm", "arm_node", (),
+        "Bounded twist for another arm's controller, such as MoveIt Servo (`servo_node/delta_twist_cmds`).", "arm",
+    ),
+    _topic(
+        "output_joint_velocity", "output/joint_velocity", "std_msgs/msg/Float64MultiArray", "stream", "-", "rad/s",
+        "command rate, generic arm", "arm_node", (),
+        "Bounded joint velocities for ros2_control's `forward_command_controller`.", "arm",
+    ),
+    _topic(
+        "output_trajectory", "output/joint_trajectory", "trajectory_msgs/msg/JointTrajectory", "stream", "-",
+        "rad, rad/s, s", "on demand, generic arm", "arm_node", (),
+        "Bounded trajectory for ros2_control's `joint_trajectory_controller`.", "arm",
+    ),
+    _topic(
+        "input_joint_states", "input/joint_states", "sensor_msgs/msg/JointState", "stream", "-", "rad, rad/s",
+        "of the arm, generic arm", "joint_state_broadcaster", ("arm_node",), "Joint states of another arm.", "arm",
     ),
     _topic(
         "active_variant", "policy_node/active_variant", "std_msgs/msg/String", "latched", "-", "-", "on change",
@@ -143,7 +238,15 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _trigger("arm", "arm_node/arm", "arm_node", ("trial_node", "operator"), "Allow motion."),
     _trigger("disarm", "arm_node/disarm", "arm_node", ("trial_node", "operator"), "Stop and forbid motion."),
-    _trigger("reset_cell", "arm_node/reset_cell", "arm_node", ("trial_node",), "Set the simulated cell to its seed."),
+    _trigger(
+        "reset_stop", "arm_node/reset_stop", "arm_node", ("operator",),
+        "Take back a latched stop once its cause is gone; the arm stays disarmed.", "arm",
+    ),
+    _trigger("wrench_zero", "wrench_node/zero", "wrench_node", ("operator",), "Take the present load as zero.", "arm"),
+    _trigger(
+        "reset_cell", "arm_node/reset_cell", "arm_node", ("trial_node",),
+        "Set the simulated cell to its seed.", "pusht",
+    ),
     _trigger("policy_reset", "policy_node/reset", "policy_node", ("operator",), "Forget observations and chunks."),
     _trigger("trial_start", "trial_node/start", "trial_node", ("operator",), "Start the trials."),
     _trigger(
@@ -181,18 +284,20 @@ def markdown() -> str:
         "",
         "## Topics",
         "",
-        "| topic | type | QoS | frame | units | rate | from | to | what |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| topic | type | QoS | frame | units | rate | from | to | cell | what |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for e in (e for e in INTERFACES if e.kind == "topic"):
         readers = ", ".join(e.subscribers) or "-"
         lines.append(
             f"| `{e.name}` | {e.type} | {e.qos} | {e.frame} | {e.units} | {e.rate} | {e.publisher} | {readers} "
-            f"| {e.description} |"
+            f"| {e.cell} | {e.description} |"
         )
-    lines += ["", "## Services", "", "| service | type | node | called by | what |", "|---|---|---|---|---|"]
+    lines += ["", "## Services", "", "| service | type | node | called by | cell | what |", "|---|---|---|---|---|---|"]
     for e in (e for e in INTERFACES if e.kind == "service"):
-        lines.append(f"| `{e.name}` | {e.type} | {e.publisher} | {', '.join(e.subscribers)} | {e.description} |")
+        lines.append(
+            f"| `{e.name}` | {e.type} | {e.publisher} | {', '.join(e.subscribers)} | {e.cell} | {e.description} |"
+        )
     lines += [
         "",
         "## Quality of service",

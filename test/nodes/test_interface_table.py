@@ -21,7 +21,7 @@ def test_every_row_of_the_table_is_what_the_graph_does(policy_bundle) -> None:
         graph.wait_graph("active")
         everyone = {*NODES, "lifecycle_manager_node"}
         services = {}
-        for entry in INTERFACES:
+        for entry in (e for e in INTERFACES if e.cell != "arm"):
             if entry.kind == "service":
                 services[f"/{entry.resolve()}"] = (entry.type, entry.publisher)
                 continue
