@@ -1,5 +1,4 @@
-"""What a six-axis arm offers to its node: hardware over its own transport, an emulator behind the same transport, or
-another arm behind ROS 2 controllers.
+"""What a six-axis arm offers to its node: over its own transport (hardware or emulator), or behind ROS 2 controllers.
 
 Poses are those of the tool centre point in the frame ``world``, quaternions (x, y, z, w), metres, radians, seconds.
 Times are ``time.monotonic_ns`` of this host. Nothing here limits motion: every command has passed ``dcqfa_ros.safety``.
