@@ -88,13 +88,13 @@ $(STAMPS)/libraries: $(STAMPS)/demo
 	fi
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/demo requirements/train.txt requirements/test.txt requirements/openvino.txt requirements/tensorrt_rtx.txt
+$(STAMPS)/test: $(STAMPS)/demo requirements/cell.txt requirements/train.txt requirements/test.txt requirements/openvino.txt requirements/tensorrt_rtx.txt
 	@echo "installing $(TORCH)"
 	@$(PIP) $(TORCH) || { test "$(origin TORCH)" = file && { \
 		echo "the configured indexes have no build for CPUs only: installing the default build, which may be large"; \
 		$(PIP) $(firstword $(subst +, ,$(TORCH))); }; }
-	@echo "installing requirements/test.txt"
-	@$(PIP) -r requirements/test.txt
+	@echo "installing requirements/cell.txt and requirements/test.txt"
+	@$(PIP) -r requirements/cell.txt -r requirements/test.txt
 	@echo "installing requirements/openvino.txt and requirements/tensorrt_rtx.txt"
 	@$(PIP) --no-deps -r requirements/openvino.txt -r requirements/tensorrt_rtx.txt
 	@touch $@

@@ -68,7 +68,7 @@ setup(
     packages=find_packages(str(ROOT), include=[*PACKAGES, "training", "training.*"] if WITH_TRAINING else PACKAGES),
     data_files=data_files(),
     install_requires=["setuptools", *requirements("robot")],
-    extras_require={name: requirements(name) for name in ("sim", "train", "test")},
+    extras_require={name: requirements(name) for name in ("cell", "sim", "train", "test")},
     entry_points=entry_points(),
     zip_safe=False,
 )
