@@ -20,7 +20,8 @@ class ArmReadiness(str, Enum):
     """How far an arm is from executing motion commands."""
 
     DISCONNECTED = "disconnected"  # no transport; nothing is known
-    STOPPED = "stopped"  # emergency stop or safe stop is open: motion is forbidden by the controller
+    STOPPED = "stopped"  # the emergency stop is open: motion is forbidden by the controller
+    SAFE_STOPPED = "safe_stopped"  # the safe stop is open, the emergency stop is not
     FAULT = "fault"  # the controller reports a fault
     OFF = "off"  # not brought up: the bus or the drives are off
     READY = "ready"  # drives enabled; commands are executed

@@ -33,13 +33,12 @@ from dcqfa_ros.runtime.arm_executor import (
     ArmMode,
     ArmRefusedError,
     ArmSettings,
-    Stop,
-    StopCode,
     Tick,
 )
 from dcqfa_ros.runtime.ticker import Ticker
 from dcqfa_ros.safety.lease import CommandLease
 from dcqfa_ros.safety.limits import BoxLimit
+from dcqfa_ros.safety.stops import Stop, StopCode
 from dcqfa_ros.sim.cell_state import cell_state_name
 from dcqfa_ros.sim.planar_arm import SimulatedPlanarArm
 

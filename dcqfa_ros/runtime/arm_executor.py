@@ -21,6 +21,7 @@ from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.safety.deadman import Deadman
 from dcqfa_ros.safety.lease import CommandLease
 from dcqfa_ros.safety.limits import BoxLimit, NotFiniteActionError
+from dcqfa_ros.safety.stops import Stop, StopCode
 
 STAMPS_REMEMBERED = 512  # observations whose stamps a chunk may still refer to
 PERIOD_TOLERANCE = 0.01  # relative difference between a chunk's action period and the control period
@@ -31,40 +32,6 @@ class ArmMode(str, Enum):
 
     DISARMED = "disarmed"
     ARMED = "armed"
-
-
-class StopCode(str, Enum):
-    """Machine-readable reason why the arm does not move."""
-
-    NEVER_ARMED = "never_armed"
-    OPERATOR = "operator"
-    SUCCESS = "success"
-    STEP_LIMIT = "step_limit"
-    COMMAND_TIMEOUT = "command_timeout"
-    NOT_FINITE = "not_finite"
-    TWO_PUBLISHERS = "two_publishers"
-    DRIVER = "driver"
-    FAULT = "fault"
-    SHUTDOWN = "shutdown"
-
-    @property
-    def normal(self) -> bool:
-        """Whether nothing went wrong."""
-        return self in (
-            StopCode.NEVER_ARMED,
-            StopCode.OPERATOR,
-            StopCode.SUCCESS,
-            StopCode.STEP_LIMIT,
-            StopCode.SHUTDOWN,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Why the arm was disarmed."""
-
-    code: StopCode
-    text: str
 
 
 class Refusal(str, Enum):

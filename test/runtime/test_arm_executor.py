@@ -15,11 +15,10 @@ from dcqfa_ros.runtime.arm_executor import (
     ArmRefusedError,
     ArmSettings,
     Refusal,
-    Stop,
-    StopCode,
 )
 from dcqfa_ros.safety.lease import CommandLease
 from dcqfa_ros.safety.limits import BoxLimit
+from dcqfa_ros.safety.stops import Stop, StopCode
 
 PERIOD = 100_000_000
 SETTINGS = ArmSettings(period_ns=PERIOD, command_timeout_s=1.0, observation_max_age_s=0.5, max_steps=50)
