@@ -10,7 +10,10 @@ NAME = "dcqfa_ros"
 # `colcon build --symlink-install` runs a link to this file in its build folder: the sources are where the link leads.
 ROOT = Path(__file__).resolve().parent
 PACKAGES = [NAME, f"{NAME}.*"]
-NODES = ("arm_node", "camera_node", "lifecycle_manager_node", "policy_node", "selector_node", "trial_node")
+NODES = (
+    *("arm_node", "camera_node", "cell_arm_node", "lifecycle_manager_node", "policy_node", "selector_node"),
+    *("teleop_node", "trial_node", "wrench_node"),
+)
 
 # pip installs `training` too; colcon runs `install` or `develop` and puts the robot's part into the workspace only.
 WITH_TRAINING = {"install", "develop"}.isdisjoint(sys.argv)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.bundle.schema import ActionSpace
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle, find_config
 from dcqfa_ros.ros.interfaces import INTERFACES
@@ -20,7 +21,12 @@ from dcqfa_ros.ros.interfaces import INTERFACES
 AUTO = "auto"
 MANAGER = "lifecycle_manager_node"
 _NAMESPACE = re.compile(r"/?([A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*)?")
-_NOT_YET = ("real", "emulated")
+ARM_CELLS = ("emulated", "real")
+CAMERAS = ("wrist", "front")
+PUSHT_BUNDLE = "pusht_keypoints"
+_CELL_FILES = {"pusht": ["pusht_cell"], "real": ["inovo_cell"], "emulated": ["inovo_cell", "emulated_cell"]}
+PYTHON = "{python}"
+"""As the first word of :attr:`NodeDescription.command`: the interpreter that runs the nodes."""
 
 
 class BringupError(UserError, ValueError):
@@ -38,14 +44,15 @@ class Option:
 
 
 OPTIONS: tuple[Option, ...] = (
-    Option("bundle", "pusht_keypoints", "policy: name in models/ or DCQFA_MODELS, or a folder"),
+    Option("bundle", "", f"policy: name or folder (default: {PUSHT_BUNDLE} on pusht, none on a cell with an arm)"),
     Option("variant", AUTO, "variant of the bundle; auto lets the selector choose for this device"),
-    Option("cell", "pusht", "the cell to run", ("pusht",)),
+    Option("cell", "pusht", "the cell to run: simulated Push-T, emulated or real arm", ("pusht", *ARM_CELLS)),
     Option("namespace", "", "namespace of every node and topic, so that several stacks run side by side"),
     Option("autostart", "true", "configure and activate the nodes at once", ("true", "false")),
     Option("record", "false", "record the topics of the graph, without pictures, with ros2 bag", ("true", "false")),
     Option("rate", "realtime", "pace of the simulated cell: realtime, or max for lockstep", ("realtime", "max")),
     Option("restart", "false", "restart a node that dies instead of ending the run", ("true", "false")),
+    Option("teleop", "false", "hear a gamepad on the topic joy (a cell with an arm)", ("true", "false")),
     Option("parameters_file", "", "YAML file whose parameters replace those of the cell's own file"),
 )
 
@@ -71,7 +78,7 @@ class TrialOptions:
 class BringupOptions:
     """What to bring up; see :data:`OPTIONS`. ``trials`` are run at once, and their end ends the run."""
 
-    bundle: str = "pusht_keypoints"
+    bundle: str = ""
     variant: str = AUTO
     cell: str = "pusht"
     namespace: str = ""
@@ -79,6 +86,7 @@ class BringupOptions:
     record: bool = False
     rate: str = "realtime"
     restart: bool = False
+    teleop: bool = False
     parameters_file: str = ""
     trials: TrialOptions | None = None
 
@@ -142,28 +150,10 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
         ConfigNotFoundError: a parameter file does not exist.
     """
     _check(options)
-    folder = find_bundle(options.bundle).resolve()
-    spec = load_bundle(folder, verify=False).spec
-    variants = [v.name for v in spec.variants]
-    if options.variant not in (AUTO, *variants):
-        raise BringupError(
-            f"variant:={options.variant}: bundle {spec.name} has no such variant; there are {', '.join(variants)}, "
-            f"and {AUTO}"
-        )
-    files = [find_config(f"{options.cell}_cell")]
+    files = [find_config(name) for name in _CELL_FILES[options.cell]]
     if options.parameters_file:
         files.append(find_config(options.parameters_file))
-    nodes = [
-        _node("arm_node", files, {"rate": options.rate}),
-        _node("camera_node", files, {}, needed=False),
-        _node("selector_node", files, {"bundle": str(folder)}, needed=False),
-        _node("policy_node", files, {"bundle": str(folder), "variant": options.variant, "rate": options.rate}),
-    ]
-    if options.trials is None:
-        parameters: dict[str, Any] = {"bundle": spec.name, "cell": options.cell}
-    else:
-        parameters = _trial_parameters(options, options.trials, spec.name)
-    nodes.append(_node("trial_node", files, parameters, needed=options.trials is not None))
+    first, nodes = _arm_cell(options, files) if options.cell in ARM_CELLS else ([], _pusht_cell(options, files))
     manager = NodeDescription(
         name=MANAGER,
         module=f"dcqfa_ros.nodes.{MANAGER}",
@@ -176,19 +166,84 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
         stops_first=True,
     )
     recorder = [_recorder(options.namespace)] if options.record else []
-    return (*nodes, *recorder, manager)
+    return (*first, *nodes, *recorder, manager)
+
+
+def _pusht_cell(options: BringupOptions, files: Sequence[Path]) -> list[NodeDescription]:
+    policy = _policy_nodes(options, files, options.bundle or PUSHT_BUNDLE)
+    arm = _node("arm_node", files, {"rate": options.rate})
+    return [arm, _node("camera_node", files, {}, needed=False), *policy]
+
+
+def _arm_cell(options: BringupOptions, files: Sequence[Path]) -> tuple[list[NodeDescription], list[NodeDescription]]:
+    """Return what runs beside the graph, and its lifecycle nodes in the order of bring-up."""
+    nodes = [_node("wrench_node", files, {})]
+    nodes += [
+        NodeDescription(
+            f"{camera}_camera_node", "dcqfa_ros.nodes.camera_node", {"camera_name": camera}, tuple(files), needed=False
+        )
+        for camera in CAMERAS
+    ]
+    nodes.append(NodeDescription("arm_node", "dcqfa_ros.nodes.cell_arm_node", {}, tuple(files)))
+    if options.teleop:
+        nodes.append(_node("teleop_node", files, {"input": "joy"}, needed=False))
+    if options.bundle:
+        nodes += _policy_nodes(options, files, options.bundle)
+    return [], nodes
+
+
+def _policy_nodes(options: BringupOptions, files: Sequence[Path], bundle: str) -> list[NodeDescription]:
+    folder = find_bundle(bundle).resolve()
+    spec = load_bundle(folder, verify=False).spec
+    is_planar = spec.action.space is ActionSpace.PLANAR_POSITION
+    if is_planar and options.cell in ARM_CELLS:
+        raise BringupError(
+            f"bundle:={bundle}: its actions are {spec.action.space.value} in frame {spec.action.frame}, which the "
+            f"arm of cell:={options.cell} does not execute; run it with cell:=pusht, or give none"
+        )
+    variants = [v.name for v in spec.variants]
+    if options.variant not in (AUTO, *variants):
+        raise BringupError(
+            f"variant:={options.variant}: bundle {spec.name} has no such variant; there are {', '.join(variants)}, "
+            f"and {AUTO}"
+        )
+    nodes = [
+        _node("selector_node", files, {"bundle": str(folder)}, needed=False),
+        _node("policy_node", files, {"bundle": str(folder), "variant": options.variant, "rate": options.rate}),
+    ]
+    if options.trials is None:
+        parameters: dict[str, Any] = {"bundle": spec.name, "cell": options.cell}
+    else:
+        parameters = _trial_parameters(options, options.trials, spec.name)
+    return [*nodes, _node("trial_node", files, parameters, needed=options.trials is not None)]
 
 
 def _check(options: BringupOptions) -> None:
-    if options.cell in _NOT_YET:
-        raise BringupError(f"cell:={options.cell} is not available in this version; there is pusht")
     for option in OPTIONS:
         value = getattr(options, option.name)
         if option.choices and not isinstance(value, bool) and value not in option.choices:
             raise BringupError(f"{option.name}:= expects {' or '.join(option.choices)}, got {value!r}")
-    if not _NAMESPACE.fullmatch(options.namespace):
+    check_namespace(options.namespace)
+    if options.cell in ARM_CELLS:
+        if options.rate != "realtime":
+            raise BringupError(f"rate:={options.rate} is for pusht; cell:={options.cell} runs in real time")
+        if not options.bundle and options.variant != AUTO:
+            raise BringupError(f"variant:={options.variant} needs bundle:=, of which cell:={options.cell} has none")
+        if not options.bundle and options.trials is not None:
+            raise BringupError(f"trials need bundle:=, of which cell:={options.cell} has none")
+    elif options.teleop:
+        raise BringupError(f"teleop:=true needs an arm: cell:={' or '.join(ARM_CELLS)}")
+
+
+def check_namespace(namespace: str) -> None:
+    """Refuse what is no ROS namespace.
+
+    Raises:
+        BringupError: it is none.
+    """
+    if not _NAMESPACE.fullmatch(namespace):
         raise BringupError(
-            f"namespace:= expects letters, digits and underscores, parts divided by /, got {options.namespace!r}"
+            f"namespace:= expects letters, digits and underscores, parts divided by /, got {namespace!r}"
         )
 
 

@@ -21,7 +21,7 @@ EXECUTABLE = (sys.executable, "-m", "dcqfa_ros.cli", "up")
     ("arguments", "message"),
     [
         (["nonsense"], "expected name:=value, got 'nonsense'"),
-        (["cell:=emulated"], "cell:=emulated is not available in this version"),
+        (["cell:=emulated", "bundle:=pusht_keypoints"], "bundle:=pusht_keypoints: its actions are planar_position"),
         (["bundle:=nowhere"], "nowhere: no such bundle"),
     ],
 )

@@ -88,10 +88,16 @@ def test_options_that_cannot_be_read_are_refused(texts: list[str], message: str)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cell": "real"}, "cell:=real is not available in this version; there is pusht"),
-        ({"cell": "kitchen"}, "cell:= expects pusht, got 'kitchen'"),
+        (
+            {"cell": "real"},
+            "its actions are planar_position in frame table, which the arm of cell:=real does not execute",
+        ),
+        ({"cell": "kitchen"}, "cell:= expects pusht or emulated or real, got 'kitchen'"),
         ({"rate": "fast"}, "rate:= expects realtime or max"),
         ({"variant": "int2"}, "bundle tiny has no such variant; there are fp32, w8a8, and auto"),
+        ({"cell": "real", "bundle": "", "rate": "max"}, "rate:=max is for pusht; cell:=real runs in real time"),
+        ({"cell": "emulated", "bundle": "", "variant": "fp32"}, "variant:=fp32 needs bundle:="),
+        ({"teleop": "true"}, "teleop:=true needs an arm: cell:=emulated or real"),
         ({"namespace": "a b"}, "namespace:= expects letters"),
         ({"namespace": "1a"}, "namespace:= expects letters"),
     ],
