@@ -81,7 +81,16 @@ class ArmDriver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CameraIntrinsics:
-    """Pinhole parameters of one picture stream: size, focal lengths and principal point in px, no distortion."""
+    """Pinhole parameters of one picture stream: size, focal lengths and principal point in px.
+
+    Attributes:
+        width, height: px.
+        fx, fy: focal lengths in px; both 0 where the camera was never calibrated.
+        cx, cy: principal point in px.
+        distortion: coefficients in the order of ``model``; empty means none.
+        model: ``plumb_bob`` (k1, k2, p1, p2, k3) or ``equidistant`` (k1, k2, k3, k4), as ``sensor_msgs/CameraInfo``
+            names them.
+    """
 
     width: int
     height: int
@@ -89,6 +98,28 @@ class CameraIntrinsics:
     fy: float
     cx: float
     cy: float
+    distortion: tuple[float, ...] = ()
+    model: str = "plumb_bob"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether focal lengths are known."""
+        return self.fx > 0 and self.fy > 0
+
+
+@dataclass(frozen=True, slots=True)
+class CameraExtrinsics:
+    """Pose of a camera's depth optical frame in its color optical frame (x right, y down, z forward).
+
+    A point p of the depth frame is ``rotation @ p + translation`` in the color frame.
+
+    Attributes:
+        rotation: 3x3 rotation matrix, row by row.
+        translation: (x, y, z), m.
+    """
+
+    rotation: tuple[float, ...]
+    translation: tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +130,7 @@ class CameraFrame:
         color: shape (height, width, 3), uint8, RGB.
         depth: shape (height, width), uint16, mm, aligned to color; None when the camera has no depth.
         stamp_ns: monotonic time at which the picture was taken.
-        number: count of frames since the camera was connected, from 0.
+        number: number of the frame, which grows; the camera's own where it counts, else frames since ``connect``.
     """
 
     color: NDArray[np.uint8]
@@ -121,10 +152,22 @@ class CameraDriver(Protocol):
 
     @property
     def intrinsics(self) -> CameraIntrinsics:
-        """Intrinsics of color (and of the aligned depth)."""
+        """Intrinsics of color (and of the aligned depth); valid once connected."""
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether frames carry aligned depth."""
+
+    @property
+    def serial_number(self) -> str:
+        """Serial number of the device; empty where there is none or it is not connected yet."""
+
+    @property
+    def extrinsics(self) -> CameraExtrinsics | None:
+        """Depth to color as the device reports it; None without."""
 
     def connect(self) -> None:
-        """Open the camera.
+        """Open the camera. Does nothing when already connected.
 
         Raises:
             DriverError: the camera is missing or busy.
@@ -132,6 +175,8 @@ class CameraDriver(Protocol):
 
     def read(self, timeout_s: float = 1.0) -> CameraFrame:
         """Wait for the next frame and return it. A frame that nobody read in time is dropped, not queued.
+
+        A camera that was lost is looked for again by each call, so its return needs nothing else.
 
         Raises:
             DriverError: no frame came within ``timeout_s`` seconds, or the camera is not connected.
