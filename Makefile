@@ -1,5 +1,7 @@
 # make demo       finished Push-T trials on a machine without ROS, GPU or robot; creates .venv by itself
 # make test       the test suite (slow tests left out); make test-slow runs those
+# make test-faults  fault injection on the emulated cell in full; prints its figures, writes out/faults.json
+# make test-soak  one hour of the emulated cell (SOAK_S=300 SOAK_DISCONNECTS=10 for a try); writes out/soak.json
 # make lint       ruff and mypy
 # make venv       .venv with what the demo needs; make venv-test: with what the tests need
 # make clean      remove .venv and everything generated
@@ -9,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow lint venv venv-test clean
+.PHONY: demo test test-slow test-faults test-soak lint venv venv-test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,10 +42,19 @@ demo: venv
 	$(BIN)/dcqfa demo $(ARGS)
 
 test: venv-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not soak" $(ARGS)
 
 test-slow: venv-test
 	$(BIN)/python -m pytest -m slow --timeout=900 $(ARGS)
+
+test-faults: venv-test
+	DCQFA_FAULTS=full DCQFA_FAULTS_JSON=out/faults.json $(BIN)/python -m pytest test/faults -m faults --timeout=3600 $(ARGS)
+
+SOAK_S ?= 3600
+SOAK_DISCONNECTS ?= 200
+test-soak: venv-test
+	DCQFA_SOAK_S=$(SOAK_S) DCQFA_SOAK_DISCONNECTS=$(SOAK_DISCONNECTS) DCQFA_FAULTS_JSON=out/soak.json \
+		$(BIN)/python -m pytest test/faults -m soak --timeout=14400 $(ARGS)
 
 lint: venv-test
 	$(BIN)/ruff check

@@ -43,7 +43,7 @@ class KeyTerminal:
         if not has_terminal(self._fd):
             raise TerminalError(
                 "teleoperation by keyboard needs a terminal with this program in its foreground; "
-                "use a gamepad (input:=joy) where there is none"
+                "use a gamepad (--input joy) where there is none"
             )
         before = termios.tcgetattr(self._fd)
         changed = termios.tcgetattr(self._fd)
