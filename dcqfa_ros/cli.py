@@ -23,7 +23,7 @@ from dcqfa_ros.errors import UserError
 
 Register = Callable[[Any], None]
 
-COMMANDS = ("bench", "bundle", "demo", "devices", "teleop", "up")
+COMMANDS = ("bench", "bundle", "calibrate", "demo", "devices", "teleop", "up")
 ENTRY_POINT_GROUP = "dcqfa.commands"
 DEBUG_VARIABLE = "DCQFA_DEBUG"
 

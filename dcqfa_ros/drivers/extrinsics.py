@@ -1,7 +1,7 @@
 """Where the cameras are: the calibration file, checked before anything relies on it.
 
-A pose is that of a camera's color optical frame (x right, y down, z forward) in its parent: the arm's ``flange`` for a
-camera on the wrist, ``world`` for one that stands beside the arm.
+A pose is that of a camera's color optical frame (x right, y down, z forward) in its parent: the arm's ``flange`` or
+``tool`` for a camera on the wrist, ``world`` for one that stands beside the arm.
 """
 
 from __future__ import annotations
@@ -28,26 +28,11 @@ class CalibrationError(UserError, ValueError):
     """A calibration file that cannot be relied on; the message names file, field, value and what was expected."""
 
 
-class CameraPose(StrictModel):
-    """Where one camera is.
+class FramePose(StrictModel):
+    """Position (3,) in m and orientation as unit quaternion (x, y, z, w) of one frame in another."""
 
-    Attributes:
-        parent: frame the pose is given in.
-        position: (3,) m.
-        orientation: unit quaternion (x, y, z, w).
-        status: ``nominal`` (from a drawing, or made up for an emulator) or ``calibrated`` (measured).
-        date: day of the calibration; needed when calibrated.
-        residual_mm: root mean square distance the calibration left, mm; needed when calibrated.
-        method: how it was found, for people.
-    """
-
-    parent: Literal["world", "flange"]
     position: tuple[_Coordinate, _Coordinate, _Coordinate]
     orientation: tuple[_Component, _Component, _Component, _Component]
-    status: Literal["nominal", "calibrated"]
-    date: datetime.date | None = None
-    residual_mm: Annotated[float, Field(ge=0.0)] | None = None
-    method: str = ""
 
     @field_validator("orientation")
     @classmethod
@@ -57,14 +42,8 @@ class CameraPose(StrictModel):
             raise ValueError(f"expected a unit quaternion (x, y, z, w), the norm is {norm:.4f}")
         return tuple(float(v / norm) for v in value)
 
-    @model_validator(mode="after")
-    def _proven(self) -> CameraPose:
-        if self.status == "calibrated" and (self.date is None or self.residual_mm is None):
-            raise ValueError("status is calibrated: date and residual_mm are needed")
-        return self
-
     def matrix(self) -> NDArray[np.float64]:
-        """Return the transform (4, 4) from the camera's optical frame to ``parent``, metres."""
+        """Return the transform (4, 4) from the frame to the one it is given in, metres."""
         x, y, z, w = self.orientation
         transform = np.eye(4)
         transform[:3, :3] = [
@@ -74,6 +53,30 @@ class CameraPose(StrictModel):
         ]
         transform[:3, 3] = self.position
         return transform
+
+
+class CameraPose(FramePose):
+    """Where one camera's color optical frame is.
+
+    Attributes:
+        parent: frame the pose is given in; ``tool`` is that of the tool centre point.
+        status: ``nominal`` (from a drawing, or made up for an emulator) or ``calibrated`` (measured).
+        date: day of the calibration; needed when calibrated.
+        residual_mm: root mean square distance the calibration left, mm; needed when calibrated.
+        method: how it was found, for people.
+    """
+
+    parent: Literal["world", "flange", "tool"]
+    status: Literal["nominal", "calibrated"]
+    date: datetime.date | None = None
+    residual_mm: Annotated[float, Field(ge=0.0)] | None = None
+    method: str = ""
+
+    @model_validator(mode="after")
+    def _proven(self) -> CameraPose:
+        if self.status == "calibrated" and (self.date is None or self.residual_mm is None):
+            raise ValueError("status is calibrated: date and residual_mm are needed")
+        return self
 
 
 class Extrinsics(StrictModel):
@@ -102,15 +105,21 @@ def load_extrinsics(path: Path, cameras: Sequence[str] = ()) -> Extrinsics:
     try:
         extrinsics = Extrinsics.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise CalibrationError(f"{path}: {field}: {first['msg']}, got {first['input']!r}{more}") from error
+        raise CalibrationError(f"{path}: {validation_text(error)}") from error
     missing = [name for name in cameras if name not in extrinsics.cameras]
     if missing:
         there = ", ".join(extrinsics.cameras)
         raise CalibrationError(f"{path}: cameras: no entry for {', '.join(missing)}; there is {there}")
     return extrinsics
+
+
+def validation_text(error: ValidationError) -> str:
+    """Return the first wrong field, what was expected and what it is, in one line."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    shown = repr(first["input"])
+    return f"{field}: {first['msg']}, got {shown if len(shown) < 80 else shown[:77] + '...'}{more}"
 
 
 def static_transforms(extrinsics: Extrinsics) -> list[list[str]]:
