@@ -1,19 +1,20 @@
 """What a subnet costs on a device: latency of one chunk and memory (``algorithms.md`` section 4).
 
-``Lat = t_fix + sum_l t_kv(l) + N_steps (t_step + sum_l t(l))`` and ``Mem = weights, scales and fixed parts
-+ max_l activations(l) + workspace``. Both come from a look-up table and do not depend on the network's weights.
+``Lat = t_fix + sum_l t_kv(l) + N_steps (t_step + sum_l t(l) - saved)``, where ``saved`` is what networks gain that stay
+in the processor's cache, and ``Mem = weights, scales and fixed parts + max_l activations(l) + workspace``. Both come
+from a look-up table and do not depend on the network's weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dcqfa_ros.errors import UserError
-from training.lut import LookUpTable, stored_subnet
+from training.lut import CacheEffect, FixedEntry, LookUpTable, stored_subnet
 from training.policy_shape import BlockShape, PolicyShape
 from training.space import SearchSpace
 from training.space_counts import real_bytes
@@ -35,8 +36,29 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class CachedTensors:
+    """What a chunk saves while weights of the blocks stay in the processor's cache.
+
+    Attributes:
+        weights: (L, H, M, W, A) float32, bytes of the weights of a kept layer, without copies.
+        effect: of one denoising step.
+        steps: denoising steps per chunk.
+    """
+
+    weights: Tensor
+    effect: CacheEffect
+    steps: int
+
+    def saved_ms(self, picked: Iterable[tuple[int, int, int, int, int]]) -> float:
+        """Milliseconds that a chunk of the network saves that keeps ``picked`` choices."""
+        return self.steps * self.effect.saved_ms(sum(float(self.weights[place]) for place in picked))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CostTensors:
     """What every choice of every layer adds on one device, in the space's order of choices, at integer precision.
+
+    Sums over layers hold for networks beyond the processor's cache and bound the latency of smaller ones from above.
 
     L blocks, H head counts, M hidden widths, W weight bits, A activation bits. Where a block has fewer choices than
     another, its last one is repeated.
@@ -49,6 +71,7 @@ class CostTensors:
             ``fixed_memory`` plus a sum over layers bounds the memory from above, by less than that buffer.
         space: the choices behind the indices.
         activation: (L, H, M) float32, bytes of a layer's activations, of which the largest one counts.
+        cached: what smaller networks save; None for nothing.
     """
 
     latency: Tensor
@@ -57,6 +80,7 @@ class CostTensors:
     fixed_memory: float
     space: SearchSpace
     activation: Tensor
+    cached: CachedTensors | None = None
 
     def indices(self, block: int, layer: Layer) -> tuple[int, int, int, int]:
         """Index of a kept layer's heads, hidden width, weight bits and activation bits.
@@ -91,6 +115,8 @@ class CostTensors:
         picked = [(i, *self.indices(i, layer)) for i, layer in enumerate(subnet.layers) if layer is not None]
         latency = self.fixed_latency + sum(float(self.latency[place]) for place in picked)
         memory = self.fixed_memory + sum(float(self.memory[place]) for place in picked)
+        if self.cached is not None:
+            latency -= self.cached.saved_ms(picked)
         spare = float(self.activation.max()) - max((float(self.activation[place[:3]]) for place in picked), default=0.0)
         return Cost(latency, memory - spare)
 
@@ -119,11 +145,17 @@ def cost(table: LookUpTable, shape: PolicyShape, subnet: Subnet, steps: int) -> 
         latency += entry.kv_ms + steps * entry.step_ms
         activation = max(activation, activation_bytes(block, layer.heads, layer.mlp))
     stored = stored_subnet(table, subnet)
-    weights = real_bytes(shape, stored)
-    if fixed.working_set_bytes is not None and fixed.working_set_ms_per_mb is not None:
-        beyond = weights - fixed_bytes(shape, stored.precision) - fixed.working_set_bytes
-        latency += steps * fixed.working_set_ms_per_mb * max(0, beyond) / 1e6
-    return Cost(latency, float(weights + activation + table.workspace_bytes))
+    outside = fixed_bytes(shape, stored.precision)
+    blocks = real_bytes(shape, stored) - outside
+    if fixed.cache is not None:
+        latency -= steps * fixed.cache.saved_ms(blocks)
+    engine = workspace_bytes(table, fixed) + subnet.depth * fixed.block_workspace_bytes
+    return Cost(latency, outside + fixed.weight_copies * blocks + activation + engine)
+
+
+def workspace_bytes(table: LookUpTable, fixed: FixedEntry) -> int:
+    """Memory of the engine beyond weights and activations, whatever the network."""
+    return table.workspace_bytes if fixed.workspace_bytes is None else fixed.workspace_bytes
 
 
 def cost_tensors(table: LookUpTable, space: SearchSpace, steps: int) -> CostTensors:
@@ -134,10 +166,12 @@ def cost_tensors(table: LookUpTable, space: SearchSpace, steps: int) -> CostTens
         TableError: the table lacks an entry of the space; the message names it.
     """
     _check_steps(steps)
-    latency, memory = torch.zeros(choice_shape(space)), torch.zeros(choice_shape(space))
+    fixed = table.fixed_parts(space.shape, Precision.INT)
+    latency, memory, weights = (torch.zeros(choice_shape(space)) for _ in range(3))
     for index, source in enumerate(first_alike(space.shape)):
         if source != index:
-            latency[index], memory[index] = latency[source], memory[source]
+            for tensor in (latency, memory, weights):
+                tensor[index] = tensor[source]
             continue
         block = space.shape.blocks[index]
         for place, layer in layer_choices(space, index):
@@ -145,18 +179,19 @@ def cost_tensors(table: LookUpTable, space: SearchSpace, steps: int) -> CostTens
             entry = table.block(block, layer, form.executed)
             latency[index][place] = entry.kv_ms + steps * entry.step_ms
             stored = Layer(layer.heads, layer.mlp, form.stored_bits, layer.a)
-            memory[index][place] = block_bytes(space.shape, index, stored)
-        for tensor in (latency, memory):
+            weights[index][place] = block_bytes(space.shape, index, stored)
+            memory[index][place] = fixed.weight_copies * weights[index][place] + fixed.block_workspace_bytes
+        for tensor in (latency, memory, weights):
             repeat_last(tensor[index], len(space.head_choices[index]), len(space.mlp_choices[index]))
-    fixed = table.fixed_parts(space.shape, Precision.INT)
     activation = activation_tensor(space)
     return CostTensors(
         latency,
         memory,
         fixed.encoder_ms + steps * fixed.step_fixed_ms,
-        fixed_bytes(space.shape) + table.workspace_bytes + float(activation.max()),
+        fixed_bytes(space.shape) + workspace_bytes(table, fixed) + float(activation.max()),
         space,
         activation,
+        None if fixed.cache is None else CachedTensors(weights, fixed.cache, steps),
     )
 
 

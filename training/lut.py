@@ -11,11 +11,12 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.bundle.types import Name, Positive, Text
@@ -82,12 +83,45 @@ class BlockEntry(StrictModel):
     kv_spread_ms: Milliseconds
 
 
-class FixedEntry(StrictModel):
-    """What runs outside the blocks of a policy: once per chunk, and at every denoising step.
+class CacheEffect(StrictModel):
+    """What a denoising step saves while weights of the blocks stay in the processor's cache from step to step.
 
-    ``working_set_ms_per_mb`` is added per denoising step for every megabyte (1e6 bytes) of block weights beyond
-    ``working_set_bytes``, where blocks take longer together than alone because they leave the processor's cache. It is
-    None for integer precisions, whose costs are sums over layers.
+    Entries of blocks hold beyond the cache. A network whose blocks take at most ``low_bytes`` saves ``ms_per_mb`` for
+    every megabyte (1e6 bytes) of them, one of ``high_bytes`` or more saves nothing, and in between the share that stays
+    falls linearly.
+    """
+
+    low_bytes: Annotated[int, Field(ge=0)]
+    high_bytes: Annotated[int, Field(ge=0)]
+    ms_per_mb: Milliseconds
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CacheEffect:
+        if self.low_bytes > self.high_bytes:
+            raise ValueError("expected low_bytes to be at most high_bytes")
+        return self
+
+    def saved_ms(self, block_bytes: float) -> float:
+        """Milliseconds that a denoising step saves where the blocks take ``block_bytes`` bytes."""
+        return self.ms_per_mb * block_bytes / 1e6 * (1.0 - self.streamed(block_bytes))
+
+    def streamed(self, block_bytes: float) -> float:
+        """Share of the blocks that comes from beyond the cache, 0 to 1."""
+        if block_bytes <= self.low_bytes:
+            return 0.0
+        if block_bytes >= self.high_bytes:
+            return 1.0
+        return (block_bytes - self.low_bytes) / (self.high_bytes - self.low_bytes)
+
+
+class FixedEntry(StrictModel):
+    """What runs outside the blocks of a policy, once per chunk and at every denoising step, and what is not additive.
+
+    Attributes:
+        cache: None where sums of block times hold for networks of every size.
+        workspace_bytes: memory of the engine beyond weights and activations; None for that of the table.
+        block_workspace_bytes: of it for each block that is kept.
+        weight_copies: how often an engine holds the weights of blocks, packed copies included.
     """
 
     backbone: Name
@@ -96,8 +130,10 @@ class FixedEntry(StrictModel):
     precision: Precision
     encoder_ms: Milliseconds
     step_fixed_ms: Milliseconds
-    working_set_bytes: Annotated[int, Field(ge=0)] | None = None
-    working_set_ms_per_mb: Milliseconds | None = None
+    cache: CacheEffect | None = None
+    workspace_bytes: Annotated[int, Field(ge=0)] | None = None
+    block_workspace_bytes: Annotated[int, Field(ge=0)] = 0
+    weight_copies: Annotated[float, Field(ge=0.0)] = 1.0
 
 
 class Validation(StrictModel):
@@ -122,13 +158,13 @@ class LookUpTable(StrictModel):
     Attributes:
         name: names the device in conditions, reports and errors.
         modelled: computed from published peaks instead of measured.
-        workspace_bytes: memory of the engine beyond weights and activations.
+        workspace_bytes: memory of the engine beyond weights and activations, where fixed parts do not say otherwise.
         forms: every precision the table knows.
         blocks: by kind, sizes and executed form.
         fixed: by backbone, tokens and precision.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: Name
     device: DeviceFacts
     runtime: Text
@@ -242,19 +278,19 @@ def stored_subnet(table: LookUpTable, subnet: Subnet) -> Subnet:
 
     A whole-network precision is stored in one form, because only integer bits differ between layers.
     """
-    layers: list[Layer | None] = []
-    precision = subnet.precision
-    for layer in subnet.layers:
-        if layer is None:
-            layers.append(None)
-            continue
-        form = table.form(subnet.precision, layer)
-        if subnet.precision is Precision.INT:
-            layers.append(Layer(layer.heads, layer.mlp, form.stored_bits, layer.a))
-        else:
-            precision = _STORED_AS[form.stored_bits]
-            layers.append(Layer(layer.heads, layer.mlp, form.stored_bits, form.stored_bits))
-    return Subnet(tuple(layers), precision)
+    if subnet.precision is not Precision.INT:
+        layer = next(layer for layer in subnet.layers if layer is not None)
+        return stored_as(subnet, table.form(subnet.precision, layer).stored_bits)
+    layers = tuple(x and replace(x, w=table.form(subnet.precision, x).stored_bits) for x in subnet.layers)
+    return Subnet(layers, subnet.precision)
+
+
+def stored_as(subnet: Subnet, bits: StoredBits) -> Subnet:
+    """The subnet with weights of ``bits`` in every layer; floating-point ones change their precision with them."""
+    if subnet.precision is Precision.INT:
+        return Subnet(tuple(layer and replace(layer, w=bits) for layer in subnet.layers), subnet.precision)
+    layers = tuple(layer and replace(layer, w=bits, a=bits) for layer in subnet.layers)
+    return Subnet(layers, _STORED_AS[bits])
 
 
 def merged(tables: Sequence[LookUpTable]) -> LookUpTable:

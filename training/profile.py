@@ -2,7 +2,8 @@
 
 A block's time is the difference between a network with and without it. The network without is half as deep as the
 policy, of middle-sized blocks; the ones with it have the other half of their blocks of the size in question. All are
-timed in turn as whole chunks of denoising steps on the engines the robot runs (``training.profile_runtime``).
+timed in turn as whole chunks of denoising steps on the engines the robot runs (``training.profile_runtime``). Together
+with networks of few blocks and random ones they tell what stays in the processor's cache (``training.profile_fit``).
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,20 +23,22 @@ from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.devices.detect import Device, detect
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engines import ONNXRUNTIME
-from training.cost import activation_bytes
-from training.lut import DeviceFacts, LookUpTable, StoredBits, write_atomically
-from training.profile_check import Measured, random_subnet, reference_ms, validation, with_working_set
+from training.cost import activation_bytes, cost, fixed_bytes
+from training.lut import DeviceFacts, LookUpTable, stored_as, write_atomically
+from training.profile_check import Measured, fitted, random_subnet, validation
 from training.profile_conditions import clocks
+from training.profile_fit import MemoryFit, Weighed, fit_memory
 from training.profile_graphs import INTEGER, INTEGER_A4, BlockSize, PolicyGraphs
 from training.profile_networks import TOGETHER, Networks, Workbench, at_speed_of, groups_of
-from training.profile_runtime import Form, ProfiledRuntime, profiled_runtime
+from training.profile_runtime import ProfiledRuntime, profiled_runtime
 from training.profile_table import Facts, GroupTimes, Layout, ProfileSettings, table_of
 from training.profile_timing import BURST, TimedNetwork, time_in_turn
 from training.space import SearchSpace
 from training.space_counts import real_bytes
-from training.subnet import Layer, Precision, Subnet
+from training.subnet import Precision, Subnet, make_layer
 
-GRAPHS = 2  # counts changes of the timed graphs: an interrupted measurement of others is not continued
+GRAPHS = 3  # counts changes of the timed graphs: an interrupted measurement of others is not continued
+WEIGHED = 6  # random networks whose memory is measured, beside the smallest and the largest
 
 
 class ProfileError(UserError, ValueError):
@@ -80,13 +82,13 @@ def measure(
 class _Progress(StrictModel):
     """What an interrupted measurement leaves: what is measured so far, under the settings it belongs to.
 
-    ``memory`` holds the bytes that the smallest and the largest integer network take.
+    ``memory`` holds the bytes that some networks of each checked precision take.
     """
 
     settings: str
     load: float
     clocks: str
-    memory: tuple[int, int]
+    memory: dict[Precision, tuple[int, ...]]
     results: dict[str, GroupTimes]
 
 
@@ -98,7 +100,7 @@ class _Measurement:
         self._space, self._settings, self._runtime = bench.space, bench.settings, bench.runtime
         self._heads, self._widths = self._space.head_choices[0], self._space.mlp_choices[0]
         self._layout: Layout = bench.layout
-        self._checked = bench.checked() if self._settings.subnets else ()
+        self._checked = bench.checked()
 
     def run(self, quiet: bool) -> LookUpTable:
         progress = self._begin()
@@ -113,11 +115,6 @@ class _Measurement:
                 results[key] = GroupTimes.of(time_in_turn(networks(), *self._effort(key)))
                 self._keep(progress.model_copy(update={"results": results}))
                 bar.update(1)
-        stored_bits, workspace = self._memory_model(*progress.memory)
-        forms: Mapping[Precision, Form] = {
-            **self._runtime.forms,
-            Precision.INT: replace(self._runtime.forms[Precision.INT], stored_bits=stored_bits),
-        }
         facts = Facts(
             device=DeviceFacts(
                 name=self._device.name,
@@ -126,28 +123,25 @@ class _Measurement:
             ),
             runtime=self._runtime.name,
             versions=dict(self._runtime.versions),
-            forms=forms,
-            workspace_bytes=workspace,
+            forms=self._runtime.forms,
+            memory={precision: self._memory_fit(precision, progress.memory[precision]) for precision in self._checked},
             load=progress.load,
-            notes=(
-                *self._runtime.notes,
-                f"memory: {stored_bits} bits per weight of an integer block, copies and kernels included, fit it best",
-                progress.clocks,
-            ),
+            notes=(*self._runtime.notes, progress.clocks),
         )
         table = table_of(space=self._space, settings=self._settings, times=results, facts=facts)
-        return self._checked_table(table, results)
+        return self._fitted_table(table, results)
 
     # -- what is timed ------------------------------------------------------------------------------------------------
 
     def _jobs(self) -> Iterator[tuple[str, Networks]]:
         """Groups of networks, the first of each the reference, made only when their turn comes."""
         for executed in self._layout.executed:
-            for heads in self._heads:
-                sizes = [BlockSize(heads, mlp, executed) for mlp in self._widths]
-                yield f"step {executed} {heads}", partial(self._in_context, TimedNetwork.denoise, sizes, executed)
+            for key, networks in self._layout.networks(self._space, executed):
+                yield key, partial(self._in_turn, TimedNetwork.denoise, executed, networks)
+            context = self._layout.context(executed)
             sizes = [BlockSize(heads, self._widths[0], executed) for heads in self._heads]
-            yield f"chunk {executed}", partial(self._in_context, TimedNetwork.encode, sizes, executed)
+            networks = [[*context, *[size] * self._layout.added] for size in sizes]
+            yield f"chunk {executed}", partial(self._in_turn, TimedNetwork.encode, executed, networks)
         for precision in self._checked:
             for number, part in enumerate(groups_of(self._random_subnets(precision))):
                 yield f"subnets {precision.value} {number * TOGETHER}", partial(self._bench.subnets, part)
@@ -163,12 +157,11 @@ class _Measurement:
             return max(1, rounds // 4), warm_ups // 4
         return (5 * rounds if key.startswith("chunk") else rounds), warm_ups
 
-    def _in_context(
-        self, part: Callable[[TimedNetwork], object], sizes: Sequence[BlockSize], executed: str
+    def _in_turn(
+        self, part: Callable[[TimedNetwork], object], executed: str, networks: Sequence[Sequence[BlockSize]]
     ) -> list[Callable[[], object]]:
-        context = self._layout.context(executed)
-        networks = [context, *([*context, *[size] * self._layout.added] for size in sizes)]
-        return [partial(part, self._bench.network(blocks)) for blocks in networks]
+        """A part of the context network, and of each of ``networks``."""
+        return [partial(part, self._bench.network(blocks)) for blocks in (self._layout.context(executed), *networks)]
 
     def _random_subnets(self, precision: Precision) -> list[Subnet]:
         generator = Generator().manual_seed(0)
@@ -190,12 +183,12 @@ class _Measurement:
             return found
         self._check_integer_products()
         load = os.getloadavg()[0]
-        memory = tuple(self._bench.memory(subnet) for subnet in self._extremes())
+        memory = {p: tuple(self._bench.memory(s) for s in self._weighed(p)) for p in self._checked}
         return _Progress(
             settings=self._fingerprint(),
             load=load,
             clocks=clocks(self._runtime.on_gpu),
-            memory=(memory[0], memory[1]),
+            memory=memory,
             results={},
         )
 
@@ -238,52 +231,43 @@ class _Measurement:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _extremes(self) -> tuple[Subnet, Subnet]:
-        """The smallest and the largest integer network."""
-        weight, activation = self._space.weight_bits, self._space.activation_bits
-        return (
-            self._space.smallest(min(weight), min(activation)),
-            self._space.largest(Precision.INT, max(weight), max(activation)),
-        )
+    def _weighed(self, precision: Precision) -> list[Subnet]:
+        """Networks whose memory is measured: the smallest, the largest, and random ones."""
+        generator = Generator().manual_seed(1)
+        low, high = ((f(self._space.weight_bits), f(self._space.activation_bits)) for f in (min, max))
+        smallest = self._space.smallest(*low).layers
+        return [
+            Subnet(tuple(x and make_layer((x.heads, x.mlp), precision, *low) for x in smallest), precision),
+            self._space.largest(precision, *high),
+            *(random_subnet(self._space, precision, generator) for _ in range(WEIGHED)),
+        ]
 
-    def _memory_model(self, *measured: int) -> tuple[StoredBits, int]:
-        """Bits per weight and workspace that tell best what the smallest and the largest integer network take."""
-        best: tuple[float, StoredBits, int] | None = None
-        choices: tuple[StoredBits, ...] = (8, 16, 32)
-        for bits in choices:
-            known = [self._known_bytes(subnet, bits) for subnet in self._extremes()]
-            weights = [1.0 / total for total in measured]
-            # The workspace that makes the two relative errors equal and opposite.
-            workspace = max(
-                0.0, sum((t - k) * w for t, k, w in zip(measured, known, weights, strict=True)) / sum(weights)
-            )
-            error = max(abs(k + workspace - t) / t for t, k in zip(measured, known, strict=True))
-            if best is None or error < best[0]:
-                best = error, bits, int(workspace)
-        assert best is not None
-        return best[1], best[2]
+    def _memory_fit(self, precision: Precision, totals: Sequence[int]) -> MemoryFit:
+        """What tells memory from weights, on this runtime."""
+        shape, form, weighed = self._space.shape, self._runtime.forms[precision], []
+        for subnet, total in zip(self._weighed(precision), totals, strict=True):
+            stored = stored_as(subnet, form.stored_bits)
+            outside = fixed_bytes(shape, stored.precision)
+            activation = max(activation_bytes(shape.blocks[i], *self._size(subnet, i)) for i in subnet.kept)
+            weighed.append(Weighed(outside + activation, real_bytes(shape, stored) - outside, subnet.depth, total))
+        return fit_memory(weighed)
 
-    def _known_bytes(self, subnet: Subnet, bits: StoredBits) -> int:
-        """Weights at ``bits`` each, scales, what lies outside the blocks, and activations."""
-        shape = self._space.shape
-        layers = tuple(x and Layer(x.heads, x.mlp, bits, x.a) for x in subnet.layers)
-        activation = max(
-            activation_bytes(block, layer.heads, layer.mlp)
-            for block, layer in zip(shape.blocks, layers, strict=True)
-            if layer is not None
-        )
-        return real_bytes(shape, Subnet(layers, Precision.INT)) + activation
+    def _size(self, subnet: Subnet, block: int) -> tuple[int, int]:
+        layer = subnet.layers[block]
+        assert layer is not None
+        return layer.heads, layer.mlp
 
-    # -- prediction against measurement -------------------------------------------------------------------------------
+    # -- what all networks tell together ------------------------------------------------------------------------------
 
-    def _checked_table(self, table: LookUpTable, results: dict[str, GroupTimes]) -> LookUpTable:
-        """Compare predictions with whole subnets, and add a working-set term where floating-point blocks do not add."""
+    def _fitted_table(self, table: LookUpTable, results: dict[str, GroupTimes]) -> LookUpTable:
+        """Explain all networks at once, and compare predictions with random subnets that had no part in it."""
         shape, steps, reports = self._space.shape, self._settings.diffusion.steps, []
         for precision in self._checked:
             measured = self._measured(table, precision, results)
-            if precision is not Precision.INT:
-                table, measured = with_working_set(table, shape, measured, steps)
-            reports.append(validation(table, shape, precision, measured, steps))
+            table = fitted(table, self._bench, precision, results, measured[::2])
+            held = measured[1::2]
+            if held:
+                reports.append(validation(table, shape, precision, held, steps))
         return table.model_copy(update={"validation": tuple(reports)})
 
     def _measured(self, table: LookUpTable, precision: Precision, results: dict[str, GroupTimes]) -> Sequence[Measured]:
@@ -291,5 +275,5 @@ class _Measurement:
         subnets = self._random_subnets(precision)
         groups = [results[f"subnets {precision.value} {i}"] for i in range(0, len(subnets), TOGETHER)]
         steps = self._settings.diffusion.steps
-        expected = reference_ms(table, self._space.shape, self._bench.reference(precision), steps)
+        expected = cost(table, self._space.shape, self._bench.reference(precision), steps).latency_ms
         return list(zip(subnets, at_speed_of(expected, groups), strict=True))

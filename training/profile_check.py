@@ -1,8 +1,8 @@
-"""Prediction against measurement of whole subnets, and what is fitted where sums of block times mislead."""
+"""Prediction against measurement of whole subnets, and tables that explain all networks that were timed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,17 +11,20 @@ from torch import Generator
 
 from training.cost import cost, fixed_bytes
 from training.draws import stratified_subnet
-from training.lut import LookUpTable, Validation
+from training.lut import LookUpTable, Validation, stored_subnet
 from training.policy_shape import PolicyShape
+from training.profile_fit import Timed, fit_networks
+from training.profile_graphs import BlockSize
+from training.profile_networks import Workbench
+from training.profile_table import GroupTimes, context_ms
 from training.space import SearchSpace
 from training.space_counts import real_bytes
-from training.subnet import FLOAT_BITS, Precision, Subnet
+from training.subnet import FLOAT_BITS, Precision, Subnet, make_layer
 
 Measured = tuple[Subnet, float]
 """A subnet and the milliseconds of a whole chunk."""
 
-_THRESHOLDS = 200
-WORTH_A_TERM = 0.9  # a working-set term must cut the error on subnets it was not fitted to by a tenth
+REFERENCE_WEIGHT = 5.0  # the context network is part of every group: its time is known best
 
 
 def validation(
@@ -50,56 +53,58 @@ def relative_errors(
     return predicted / np.array([ms for _, ms in measured]) - 1.0
 
 
-def reference_ms(table: LookUpTable, shape: PolicyShape, reference: Subnet, steps: int) -> float:
-    """Milliseconds of a chunk of the context network when ``table`` was measured.
+def fitted(
+    table: LookUpTable,
+    bench: Workbench,
+    precision: Precision,
+    results: Mapping[str, GroupTimes],
+    measured: Sequence[Measured],
+) -> LookUpTable:
+    """Put what all networks of one precision tell together in the place of differences (``training.profile_fit``).
 
-    They are the sum of its entries exactly, because the fixed parts are what is left of that network. A working-set
-    term is left out: it is fitted afterwards, to other networks, and tells how far sums are off for those.
+    The fixed part is set so that the context network takes in the table what it took.
 
     Args:
-        table: measured, with a working-set term or without.
-        shape: the policy.
-        reference: the context network (:meth:`training.profile_networks.Workbench.reference`).
-        steps: denoising steps of a chunk.
-
-    Raises:
-        TableError: the table lacks an entry of it.
+        table: of differences.
+        bench: the space and the networks that were timed.
+        precision: of whole networks; every precision that executes as this one gets the same.
+        results: groups of networks around the context network.
+        measured: random subnets with their milliseconds per chunk.
     """
-    without = {"working_set_bytes": None, "working_set_ms_per_mb": None}
-    rows = tuple(row.model_copy(update=without) for row in table.fixed)
-    return cost(table.model_copy(update={"fixed": rows}), shape, reference, steps).latency_ms
+    shape, layout, forms = bench.space.shape, bench.layout, bench.runtime.forms
+    steps, row = bench.settings.diffusion.steps, table.fixed_parts(shape, precision)
+    executed = [forms[precision].executed, *(n for n in [forms[precision].narrow] if n in layout.executed)]
+    entries = {BlockSize(e.heads, e.mlp, e.executed): e for e in table.blocks if e.executed in executed}
 
+    def bytes_of(size: BlockSize) -> int:
+        widest = max(bench.space.weight_bits), max(bench.space.activation_bits)
+        layer = make_layer((size.heads, size.mlp), precision, *widest)
+        stored = stored_subnet(table, Subnet((layer,) + (None,) * (len(shape.blocks) - 1), precision))
+        return real_bytes(shape, stored) - fixed_bytes(shape, stored.precision)
 
-def with_working_set(
-    table: LookUpTable, shape: PolicyShape, measured: Sequence[Measured], steps: int
-) -> tuple[LookUpTable, Sequence[Measured]]:
-    """Add a working-set term for floating-point networks, where it explains what sums of block times leave.
-
-    Fitted to every second subnet, and kept if it helps on the others. It holds for every precision that is executed as
-    that of the subnets is.
-
-    Returns:
-        The table, and the subnets it was not fitted to.
-    """
-    fit, held = measured[::2], measured[1::2]
-    if not held:
-        return table, measured
-    sizes = np.array([real_bytes(shape, s) - fixed_bytes(shape, s.precision) for s, _ in fit], np.float64)
-    times = np.array([ms for _, ms in fit])
-    predicted = np.array([cost(table, shape, s, steps).latency_ms for s, _ in fit])
-    missing = 1.0 - predicted / times
-    best = (float((missing**2).sum()), 0.0, 0.0)
-    for threshold in np.linspace(0.0, sizes.max(), _THRESHOLDS, endpoint=False):
-        beyond = steps * np.maximum(0.0, sizes - threshold) / 1e6 / times
-        slope = max(0.0, float(beyond @ missing) / float(beyond @ beyond))
-        best = min(best, (float(((missing - slope * beyond) ** 2).sum()), float(threshold), slope))
-    term = {"working_set_bytes": int(best[1]), "working_set_ms_per_mb": best[2]}
-    executed = {form.precision: form.executed for form in table.forms}
-    alike = executed[measured[0][0].precision]
-    rows = tuple(row.model_copy(update=term) if executed[row.precision] == alike else row for row in table.fixed)
-    fitted = table.model_copy(update={"fixed": rows})
-    before, after = (float((relative_errors(t, shape, held, steps) ** 2).mean()) for t in (table, fitted))
-    return (fitted, held) if after < WORTH_A_TERM**2 * before else (table, measured)
+    timed = []
+    for form in executed:
+        step_ms = context_ms(results, form) / steps
+        timed.append(Timed(tuple(layout.context(form)), step_ms, REFERENCE_WEIGHT))
+        for key, networks in layout.networks(bench.space, form):
+            group = results[key]
+            for blocks, ms in zip(networks, group.median_ms[1:], strict=True):
+                timed.append(Timed(tuple(blocks), ms / group.median_ms[0] * step_ms))
+    for subnet, ms in measured:
+        blocks = bench.blocks(subnet)
+        chunk = row.encoder_ms + sum(entries[size].kv_ms for size in blocks)
+        timed.append(Timed(tuple(blocks), (ms - chunk) / steps))
+    fit = fit_networks([t for t in timed if t.step_ms > 0.0], list(entries), bytes_of)
+    missing = context_ms(results, executed[0]) / steps - fit.step_ms(layout.context(executed[0]), bytes_of)
+    entered = tuple(
+        e.model_copy(update={"step_ms": round(fit.block_ms[BlockSize(e.heads, e.mlp, e.executed)], 6)})
+        if e.executed in executed
+        else e
+        for e in table.blocks
+    )
+    change = {"step_fixed_ms": round(max(0.0, fit.fixed_ms + missing), 6), "cache": fit.cache}
+    fixed = tuple(r.model_copy(update=change) if forms[r.precision].executed == executed[0] else r for r in table.fixed)
+    return table.model_copy(update={"blocks": entered, "fixed": fixed})
 
 
 def random_subnet(space: SearchSpace, precision: Precision, generator: Generator) -> Subnet:

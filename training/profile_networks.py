@@ -46,9 +46,8 @@ class Workbench:
     def reference(self, precision: Precision) -> Subnet:
         """The context network as a subnet; its depth may be below the least of the space.
 
-        A table's entries add up to it without error, because the fixed parts are what is left of it
-        (:func:`training.profile_check.reference_ms`). So how much longer it takes than that tells how much slower the
-        computer is than when the table was measured.
+        A table tells its latency without error, because the fixed parts are what is left of it. So how much longer it
+        takes than that tells how much slower the computer is than when the table was measured.
         """
         bits = FLOAT_BITS.get(precision)
         w, a = (bits, bits) if bits is not None else (max(self.space.weight_bits), max(self.space.activation_bits))

@@ -11,6 +11,7 @@ from dcqfa_ros.bundle.schema import DiffusionSpec
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from training.lut import BlockEntry, DeviceFacts, ExecutedForm, FixedEntry, LookUpTable, Method, space_bits
+from training.profile_fit import MemoryFit
 from training.profile_graphs import BlockSize
 from training.profile_runtime import Form
 from training.profile_timing import BURST, Timing
@@ -21,6 +22,7 @@ DIFFUSION = DiffusionSpec(
     train_timesteps=100, beta_schedule="squared_cosine", prediction="epsilon", clip_sample=1.0, sampler="ddim", steps=16
 )
 UNSTEADY = 0.05  # a reference whose interquartile range exceeds this share of its median tells of a busy computer
+SHALLOW = (1, 2, 4)  # blocks of the networks that tell what a cache holds
 
 
 class SettingsError(UserError, ValueError):
@@ -105,6 +107,19 @@ class Layout:
         """The network without the blocks in question."""
         return [BlockSize(*self.middle, executed)] * self.around
 
+    def networks(self, space: SearchSpace, executed: str) -> Iterator[tuple[str, list[list[BlockSize]]]]:
+        """Groups of networks whose denoising steps are timed in turn with the context network, by name.
+
+        ``step EXECUTED HEADS``: the context and blocks of each hidden width. ``shallow EXECUTED DEPTH``: few blocks of
+        the least and the most heads and hidden channels; what stays in the processor's cache shows there.
+        """
+        heads, widths, context = space.head_choices[0], space.mlp_choices[0], self.context(executed)
+        for h in heads:
+            yield f"step {executed} {h}", [[*context, *[BlockSize(h, m, executed)] * self.added] for m in widths]
+        corners = [BlockSize(h, m, executed) for h in _ends(heads) for m in _ends(widths)]
+        for depth in SHALLOW:
+            yield f"shallow {executed} {depth}", [[corner] * depth for corner in corners]
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -115,7 +130,7 @@ class Facts:
         runtime: its name.
         versions: of what decides how fast it is.
         forms: what the runtime executes for each precision.
-        workspace_bytes: memory of the engine beyond weights and activations.
+        memory: how it follows from weights, by precision; those that execute alike are alike.
         load: load average before the measurement.
         notes: what else a reader should know.
     """
@@ -124,7 +139,7 @@ class Facts:
     runtime: str
     versions: dict[str, str]
     forms: Mapping[Precision, Form]
-    workspace_bytes: int
+    memory: Mapping[Precision, MemoryFit]
     load: float
     notes: tuple[str, ...] = ()
 
@@ -137,8 +152,8 @@ def table_of(
     Args:
         space: what was measured.
         settings: how.
-        times: groups ``step EXECUTED HEADS`` (the context alone, then with blocks of each hidden width) and
-            ``chunk EXECUTED`` (the context alone, then with blocks of each head count).
+        times: groups of :meth:`Layout.networks`, each with the context network first, and ``chunk EXECUTED`` (the
+            context alone, then with blocks of each head count).
         facts: about the computer.
     """
     layout, whole = Layout.of(space, facts.forms), facts.forms[Precision.INT]
@@ -150,7 +165,7 @@ def table_of(
         ExecutedForm(precision=p, executed=facts.forms[p].executed, stored_bits=facts.forms[p].stored_bits)
         for p in space.config.precisions
     ]
-    maker = _Entries(space, settings.diffusion.steps, layout, times, facts.forms)
+    maker = _Entries(space, settings.diffusion.steps, layout, times, facts)
     blocks = tuple(entry for executed in layout.executed for entry in maker.blocks(executed))
     method = Method(
         statistic="median",
@@ -166,7 +181,7 @@ def table_of(
         threads=settings.threads,
         modelled=False,
         method=method,
-        workspace_bytes=facts.workspace_bytes,
+        workspace_bytes=max(fit.workspace_bytes for fit in facts.memory.values()),
         forms=tuple(forms),
         blocks=blocks,
         fixed=tuple(maker.fixed(precision, blocks) for precision in space.precisions),
@@ -207,14 +222,14 @@ class _Entries:
     steps: int
     layout: Layout
     times: Mapping[str, GroupTimes]
-    forms: Mapping[Precision, Form]
+    facts: Facts
 
     def blocks(self, executed: str) -> Iterator[BlockEntry]:
         block, chunk = self.space.shape.blocks[0], self.times[f"chunk {executed}"]
         for h, heads in enumerate(self.space.head_choices[0], start=1):
             step = self.times[f"step {executed} {heads}"]
             # Groups are timed one after the other: bring them to the common speed of the reference they share.
-            common = self._context_ms(executed) / step.median_ms[0] / self.steps
+            common = context_ms(self.times, executed) / step.median_ms[0] / self.steps
             for m, mlp in enumerate(self.space.mlp_choices[0], start=1):
                 yield BlockEntry(
                     kind=block.kind,
@@ -233,10 +248,11 @@ class _Entries:
 
     def fixed(self, precision: Precision, blocks: Sequence[BlockEntry]) -> FixedEntry:
         """What is left of the context network when its blocks are taken out."""
-        executed, around = self.forms[precision].executed, self.layout.around
+        executed, around = self.facts.forms[precision].executed, self.layout.around
         inside = next(e for e in blocks if (e.executed, (e.heads, e.mlp)) == (executed, self.layout.middle))
-        step = self._context_ms(executed) / self.steps - around * inside.step_ms
+        step = context_ms(self.times, executed) / self.steps - around * inside.step_ms
         chunk = self.times[f"chunk {executed}"].median_ms[0] - around * inside.kv_ms
+        memory = next(fit for p, fit in self.facts.memory.items() if self.facts.forms[p].executed == executed)
         return FixedEntry(
             backbone=self.space.shape.backbone,
             fixed_parameters=self.space.shape.fixed_parameters,
@@ -244,15 +260,23 @@ class _Entries:
             precision=precision,
             encoder_ms=_rounded(max(0.0, chunk)),
             step_fixed_ms=_rounded(max(0.0, step)),
+            workspace_bytes=memory.workspace_bytes,
+            block_workspace_bytes=memory.block_workspace_bytes,
+            weight_copies=round(memory.weight_copies, 4),
         )
 
     def _per_block(self, group: GroupTimes, index: int) -> float:
         return max(0.0, group.median_ms[index] - group.median_ms[0]) / self.layout.added
 
-    def _context_ms(self, executed: str) -> float:
-        """Milliseconds of the context network's denoising steps, over all groups."""
-        groups = (self.times[f"step {executed} {heads}"] for heads in self.space.head_choices[0])
-        return float(np.median([group.median_ms[0] for group in groups]))
+
+def context_ms(times: Mapping[str, GroupTimes], executed: str) -> float:
+    """Milliseconds of the context network's denoising steps, in the middle of all groups around it."""
+    groups = [group for key, group in times.items() if key.startswith(f"step {executed} ")]
+    return float(np.median([group.median_ms[0] for group in groups]))
+
+
+def _ends(choices: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((choices[0], choices[-1])))
 
 
 def _rounded(milliseconds: float) -> float:

@@ -1,9 +1,9 @@
 """Prediction against measurement: random networks, end to end, on the device of an existing table.
 
 No table is written. The networks are others than those a table was checked on, and every one is a whole chunk of
-denoising steps on the robot's engine, timed in turn with a reference network that the entries of the table add up to
-exactly: by how much that takes longer now, the computer is slower than when the table was measured, and measured
-latencies are divided by it. They are reported without that, too. Memory is measured in processes of its own.
+denoising steps on the robot's engine, timed in turn with a reference network that the table tells exactly: by how
+much that takes longer now, the computer is slower than when the table was measured, and measured latencies are divided
+by it. They are reported without that, too. Memory is measured in processes of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dcqfa_ros.errors import UserError
 from training.cost import Cost, cost
 from training.lut import LookUpTable
-from training.profile_check import random_subnet, reference_ms
+from training.profile_check import random_subnet
 from training.profile_networks import Workbench, at_speed_of, groups_of
 from training.profile_table import UNSTEADY, GroupTimes, reference_spread
 from training.profile_timing import time_in_turn
@@ -171,7 +171,7 @@ def validate(table: LookUpTable, bench: Workbench, count: int, seed: int = 1, qu
     with tqdm(total=2 * count, unit="network", disable=quiet, desc=f"validate {table.name}") as bar:
         for precision, subnets in drawn.items():
             executed = bench.runtime.forms[precision].executed
-            reference = reference_ms(table, shape, bench.reference(precision), settings.diffusion.steps)
+            reference = cost(table, shape, bench.reference(precision), settings.diffusion.steps).latency_ms
             groups = []
             for part in groups_of(subnets):
                 times = time_in_turn(bench.subnets(part), settings.rounds, settings.warm_ups)

@@ -65,7 +65,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (("blocks", 0, "step_ms"), "1", r"t: blocks\.0\.step_ms: "),
         (("forms", 0, "stored_bits"), 5, r"t: forms\.0\.stored_bits: "),
         (("colour",), "red", "t: colour: Extra inputs are not permitted"),
-        (("schema_version",), 2, "t: schema_version: "),
+        (("schema_version",), 1, "t: schema_version: "),
     ],
 )
 def test_a_wrong_field_is_named(table: LookUpTable, path: tuple[Any, ...], value: object, message: str) -> None:

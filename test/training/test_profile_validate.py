@@ -15,12 +15,11 @@ from dcqfa_ros.devices.detect import detect
 from dcqfa_ros.errors import UserError
 from training import profile_networks, profile_validate
 from training.cost import Cost, cost
-from training.lut import LookUpTable, TableError, save_table
+from training.lut import CacheEffect, LookUpTable, TableError, save_table
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.profile import measure
-from training.profile_check import reference_ms
 from training.profile_graphs import FLOAT, INTEGER, BlockSize, DiffusionPolicyTGraphs
 from training.profile_memory import MeasurementError, engine_growth
 from training.profile_networks import Workbench
@@ -77,27 +76,26 @@ def test_each_network_is_compared_in_latency_and_memory(
 
 
 def with_term(table: LookUpTable, ms_per_mb: float) -> LookUpTable:
-    """The table with a working-set term for every network of float32."""
-    term = {"working_set_bytes": 0, "working_set_ms_per_mb": ms_per_mb}
+    """The table with a cache that every network of float32 fits into."""
+    term = {"cache": CacheEffect(low_bytes=10**9, high_bytes=10**9, ms_per_mb=ms_per_mb)}
     rows = [row.model_copy(update=term if row.precision is Precision.FP32 else {}) for row in table.fixed]
     return table.model_copy(update={"fixed": tuple(rows)})
 
 
-@pytest.mark.parametrize("ms_per_mb", [0.0, 40.0])
-def test_the_entries_add_up_to_the_reference_and_a_slower_computer_is_allowed_for(
+@pytest.mark.parametrize("ms_per_mb", [0.0, 0.01])
+def test_a_slower_computer_is_allowed_for(
     table: LookUpTable,
     runtime: ProfiledRuntime,
     no_processes: None,
     monkeypatch: pytest.MonkeyPatch,
     ms_per_mb: float,
 ) -> None:
-    """Times are made up: everything takes twice what it did, with or without a working-set term in the table."""
+    """Times are made up: everything takes twice what it did, with or without a cache in the table."""
     bench = Workbench(SPACE, GRAPHS, SETTINGS, runtime)
     fitted = with_term(table, ms_per_mb)
 
     def subnets(self: Workbench, part: Any) -> list[float]:
-        reference = cost(table, SPACE.shape, self.reference(part[0].precision), 16)
-        assert reference_ms(fitted, SPACE.shape, self.reference(part[0].precision), 16) == reference.latency_ms
+        reference = cost(fitted, SPACE.shape, self.reference(part[0].precision), 16)
         return [reference.latency_ms, *(cost(fitted, SPACE.shape, subnet, 16).latency_ms for subnet in part)]
 
     monkeypatch.setattr(Workbench, "subnets", subnets)
