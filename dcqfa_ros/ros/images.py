@@ -123,17 +123,10 @@ def encode_image(stamp: tuple[int, int], frame_id: str, array: NDArray, encoding
         raise ImageError(f"array has shape {array.shape}: the image is empty, expected {expected} with both at least 1")
     if array.nbytes > _UINT32_MAX:
         raise ImageError(f"array has {array.nbytes} bytes, expected at most {_UINT32_MAX}")
-    sec, nanosec = stamp
-    if not (_INT32_MIN <= sec <= _INT32_MAX and 0 <= nanosec < 1_000_000_000):
-        raise ImageError(f"stamp {stamp} is not (seconds in 32 bits, nanoseconds below 1e9)")
-
+    head = _header(stamp, frame_id)
     height, width = array.shape[:2]
     step = width * form.channels * form.dtype.itemsize
     big = array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big")
-    head = bytearray(b"\x00\x01\x00\x00")
-    head += struct.pack("<iI", sec, nanosec)
-    head += _cdr_string("frame_id", frame_id)
-    head += bytes(-len(head) % 4)  # the four bytes of encapsulation leave alignment to 4 unchanged
     head += struct.pack("<II", height, width)
     head += _cdr_string("encoding", encoding)
     head.append(1 if big else 0)
@@ -141,6 +134,37 @@ def encode_image(stamp: tuple[int, int], frame_id: str, array: NDArray, encoding
     head += struct.pack("<II", step, array.nbytes)
     pixels = np.ascontiguousarray(array)
     return b"".join((head, pixels.reshape(-1).view(np.uint8).data))
+
+
+def encode_compressed_image(stamp: tuple[int, int], frame_id: str, form: str, data: bytes | memoryview) -> bytes:
+    """Return one serialized ``sensor_msgs/msg/CompressedImage``: header, ``string format``, ``sequence<uint8> data``.
+
+    Args:
+        stamp: (seconds, nanoseconds) of the header.
+        frame_id: frame of the header.
+        form: content of ``format``, such as ``jpeg``.
+        data: the compressed picture.
+
+    Raises:
+        ImageError: stamp, frame or format cannot be written.
+    """
+    head = _header(stamp, frame_id)
+    head += _cdr_string("format", form)
+    head += bytes(-len(head) % 4)
+    head += struct.pack("<I", len(data))
+    return b"".join((head, data))
+
+
+def _header(stamp: tuple[int, int], frame_id: str) -> bytearray:
+    """Return the encapsulation and a ``std_msgs/Header``, padded to 4."""
+    sec, nanosec = stamp
+    if not (_INT32_MIN <= sec <= _INT32_MAX and 0 <= nanosec < 1_000_000_000):
+        raise ImageError(f"stamp {stamp} is not (seconds in 32 bits, nanoseconds below 1e9)")
+    head = bytearray(b"\x00\x01\x00\x00")
+    head += struct.pack("<iI", sec, nanosec)
+    head += _cdr_string("frame_id", frame_id)
+    head += bytes(-len(head) % 4)  # the four bytes of encapsulation leave alignment to 4 unchanged
+    return head
 
 
 class _Reader:

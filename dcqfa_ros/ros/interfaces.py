@@ -86,6 +86,9 @@ def _trigger(
     return Interface(key, "service", name, type_, "service", "-", "-", "on call", server, callers, description, cell)
 
 
+OPTIONAL_PACKAGES = ("tf2_msgs",)
+"""Message packages that a machine may lack; what needs them says so."""
+
 _CELL_RATE = "control rate (10 Hz on Push-T)"
 
 INTERFACES: tuple[Interface, ...] = (
@@ -137,7 +140,7 @@ INTERFACES: tuple[Interface, ...] = (
     _topic(
         "compressed", "{camera}/color/image_raw/compressed", "sensor_msgs/msg/CompressedImage", "image",
         "{camera}_color_optical_frame", "jpeg", "parameter fps, on request", "camera_node", (),
-        "Color picture as JPEG, encoded only while somebody listens.", "arm",
+        "Color picture as JPEG, encoded only while somebody listens.",
     ),
     _topic(
         "depth", "{camera}/aligned_depth_to_color/image_raw", "sensor_msgs/msg/Image", "image",
@@ -148,6 +151,11 @@ INTERFACES: tuple[Interface, ...] = (
         "depth_info", "{camera}/aligned_depth_to_color/camera_info", "sensor_msgs/msg/CameraInfo", "sensor",
         "{camera}_color_optical_frame", "px", "parameter fps", "camera_node", (),
         "Intrinsics of the aligned depth: those of the color picture.", "arm",
+    ),
+    _topic(
+        "tf_static", "tf_static", "tf2_msgs/msg/TFMessage", "latched", "-", "m, quaternion", "once",
+        "camera_node", (),
+        "Where the camera is; only where tf2_msgs is installed, otherwise the same poses are in `diagnostics`.", "arm",
     ),
     _topic(
         "wrench", "wrench", "geometry_msgs/msg/WrenchStamped", "sensor", "ft_sensor", "N, N m", "100 Hz",

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from dcqfa_ros.drivers.realsense import RealSenseCamera
 from dcqfa_ros.drivers.realsense_device import librealsense
+from dcqfa_ros.drivers.realsense_options import RealSenseOptions
 from dcqfa_ros.sim.camera_synthetic import SCENE_ROWS, scene
 
 BASELINE_M = 0.015
@@ -154,3 +156,24 @@ def _range(low: float, high: float, step: float, start: float) -> Any:
     span = librealsense().option_range()
     span.min, span.max, span.step, span.default = low, high, step, start
     return span
+
+
+class EmulatedRealSenseCamera(RealSenseCamera):
+    """The RealSense driver on an emulated camera of its own, which is plugged in while the driver is connected."""
+
+    def __init__(self, options: RealSenseOptions) -> None:
+        """Emulate a camera with the profile, and the serial number if any, of ``options``."""
+        self.emulated = EmulatedRealSense(
+            options.serial_number or "emulated", options.width, options.height, options.fps
+        )
+        super().__init__(options, self.emulated.devices)
+
+    def connect(self) -> None:
+        """Plug the camera in and open it; see :meth:`RealSenseCamera.connect`."""
+        self.emulated.plug()
+        super().connect()
+
+    def close(self) -> None:
+        """Close the camera and unplug it."""
+        super().close()
+        self.emulated.unplug()

@@ -179,7 +179,7 @@ def test_deactivating_ends_the_pictures_and_activating_resumes_them(graph: Graph
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"source": "realsense"}, "source is 'realsense', expected one of simulated"),
+        ({"source": "kinect"}, "source is 'kinect', expected one of simulated, realsense"),
         ({"camera_name": "wrist/left"}, "camera_name is 'wrist/left'"),
         ({"cell": "../escape"}, "cell state name"),
     ],
