@@ -65,6 +65,11 @@ def train(subparsers: Any) -> None:
         "another one",
     )
     parser.add_argument(
+        "--change-tables",
+        action="store_true",
+        help="continue a supernet's run although supernet.tables hold other measurements than it began with",
+    )
+    parser.add_argument(
         "--only",
         metavar="SUBNET",
         help="train this one subnet of a supernet's space alone, for comparison (default run folder: runs/NAME.SUBNET)",
@@ -90,9 +95,14 @@ def _train(args: argparse.Namespace) -> int:
         config = override(config, supernet={"only": args.only})
     name = config.name if args.only is None else f"{config.name}.{args.only}"
     folder = args.out or Path("runs") / name
-    if args.change_sandwich and config.supernet is None:
-        raise ArgumentError(f"--change-sandwich: {args.config} has no supernet section, hence no sandwich")
-    permitted = {"run.steps": args.change_length, "supernet.sandwich": args.change_sandwich}
+    for option, what in (("change_sandwich", "sandwich"), ("change_tables", "tables")):
+        if getattr(args, option) and config.supernet is None:
+            raise ArgumentError(f"--{option.replace('_', '-')}: {args.config} has no supernet section, hence no {what}")
+    permitted = {
+        "run.steps": args.change_length,
+        "supernet.sandwich": args.change_sandwich,
+        "supernet.tables": args.change_tables,
+    }
     change = [field for field, allowed in permitted.items() if allowed]
     trainer = _trainer(config, folder, change=change, config_file=args.config.name)
     first = trainer.world.first  # of the processes that torchrun started; the others are silent

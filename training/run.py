@@ -34,7 +34,13 @@ from training.trained import segments
 from training.world import World
 
 Record = dict[str, float]
-CHANGEABLE = MappingProxyType({"run.steps": "--change-length", "supernet.sandwich": "--change-sandwich"})
+CHANGEABLE = MappingProxyType(
+    {
+        "run.steps": "--change-length",
+        "supernet.sandwich": "--change-sandwich",
+        "supernet.tables": "--change-tables",
+    }
+)
 """Fields that may be others when a run is continued, if that is asked for, and the options that ask for it."""
 
 
@@ -161,13 +167,16 @@ class TrainingRun(ABC):
         # The configuration says where data are, not what they hold. Checkpoints of older versions lack the hash.
         ours = self._facts()
         different = [key for key, value in ours.items() if key in payload and payload[key] != value]
-        others = {name for name in different if name in self.other_facts}
-        if others:
-            fields = " and ".join(sorted(self.other_facts[name] for name in others))
+        other_files = {self.other_facts[name]: name for name in different if name in self.other_facts}
+        refused = sorted(field for field in other_files if field not in change)
+        if refused:
+            hint = "".join(f"; {CHANGEABLE[field]} permits other {field}" for field in refused if field in CHANGEABLE)
             raise CheckpointError(
-                f"{self.checkpoint_path}: trained with other files than {fields} names now (differs in "
-                f"{', '.join(sorted(others))}); give another --out or restore them"
+                f"{self.checkpoint_path}: trained with other files than {' and '.join(refused)} names now (differs in "
+                f"{', '.join(sorted(other_files[field] for field in refused))}); give another --out or restore "
+                f"them{hint}"
             )
+        different = [name for name in different if name not in self.other_facts]
         if different:
             raise CheckpointError(
                 f"{self.checkpoint_path}: trained on other data than {self.config.data.path} (differs in "
@@ -185,6 +194,7 @@ class TrainingRun(ABC):
             for name in ("threads", "compile", "device")
             if getattr(trained.run, name) != getattr(self.config.run, name)
         )
+        self.changed += tuple(f"{field} names other files" for field in sorted(other_files))
         before = int(payload.get("processes", 1))
         if before != self.world.size:
             self.changed += (f"processes {before} -> {self.world.size}",)

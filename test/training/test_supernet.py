@@ -479,8 +479,11 @@ def test_another_teacher_or_another_table_is_refused_by_field_and_moved_files_ar
     table = load_table(Path(tables[0]))
     save_table(Path(tables[0]), table.model_copy(update={"workspace_bytes": table.workspace_bytes + 1}))
     other_table = supernet_config(supernet={"tables": tables})
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: .*differs in tables_sha256\)"):
+    with pytest.raises(CheckpointError, match=r"differs in tables_sha256\).*--change-tables permits other supernet"):
         SupernetTrainer(other_table, finished[0])
+    continued = SupernetTrainer(other_table, finished[0], change=["supernet.tables"])
+    assert continued.step == 6
+    assert continued.changed == ("supernet.tables names other files",)
 
 
 def test_a_plain_run_is_not_continued_as_a_supernet(
