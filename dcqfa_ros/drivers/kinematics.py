@@ -129,11 +129,22 @@ class ArmKinematics:
         Raises:
             KinematicsError: the pose was not reached.
         """
-        target, wanted = np.asarray(position, dtype=np.float64), rotation_of(orientation)
+        return self.inverse_of(position, rotation_of(orientation), start, tolerance=tolerance, iterations=iterations)
+
+    def inverse_of(
+        self, position: ArrayLike, rotation: Floats, start: ArrayLike, *, tolerance: float = 1e-6, iterations: int = 200
+    ) -> Floats:
+        """Return as :meth:`inverse` for an orientation given as rotation matrix (3, 3).
+
+        Raises:
+            KinematicsError: the pose was not reached.
+        """
+        target = np.asarray(position, dtype=np.float64)
         joints = np.array(start, dtype=np.float64)
+        size = math.inf
         for _ in range(iterations):
-            here, rotation = self.forward(joints)
-            error = np.concatenate((target - here, rotation_vector(wanted @ rotation.T)))
+            here, turned = self.forward(joints)
+            error = np.concatenate((target - here, rotation_vector(rotation @ turned.T)))
             size = float(np.abs(error).max())
             if size < tolerance:
                 return joints

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcqfa_ros.drivers.protocols import DriverError
-from dcqfa_ros.drivers.rosbridge_link import LinkBusyError, LinkError, WebSocketLink, open_link
+from dcqfa_ros.drivers.rosbridge_handshake import open_link
+from dcqfa_ros.drivers.rosbridge_link import LinkBusyError, LinkError, WebSocketLink
 
 Message = dict[str, Any]
 OnMessage = Callable[[Message, int], None]
@@ -468,7 +469,7 @@ class RosbridgeClient:
 
     @staticmethod
     def _subscribe_frame(topic: str, entry: _Subscription) -> Message:
-        frame = {"op": "subscribe", "id": f"subscribe:{topic}", "topic": topic, "queue_length": 1}
+        frame: Message = {"op": "subscribe", "id": f"subscribe:{topic}", "topic": topic}
         if entry.type:
             frame["type"] = entry.type
         if entry.throttle_ms:

@@ -1,0 +1,32 @@
+"""Contact of an emulated tool with a surface, so that force guards can be tried in closed loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ContactPlane:
+    """A horizontal surface that yields like a spring with a damper; frictionless.
+
+    Attributes:
+        height: z of the surface in ``world``, m.
+        stiffness: N/m.
+        damping: N s/m; only pressing deeper is resisted.
+    """
+
+    height: float
+    stiffness: float = 5000.0
+    damping: float = 20.0
+
+    def force(self, position: Floats, velocity: Floats) -> Floats:
+        """Return the force (3,) N in ``world`` on a point at ``position`` (3,) m moving at ``velocity`` (3,) m/s."""
+        depth = self.height - float(position[2])
+        if depth <= 0.0:
+            return np.zeros(3)
+        return np.array([0.0, 0.0, self.stiffness * depth + self.damping * max(0.0, -float(velocity[2]))])

@@ -1,0 +1,498 @@
+"""An Inovo arm and its controller, emulated behind a real rosbridge WebSocket on this host.
+
+Kinematics and joint speed limits are those of the build; bring-up, safety circuits, gripper and actions behave as
+documented. **The last jog is executed until told otherwise**: there is no time-out, as there may be none at the real
+controller. Every motion frame is kept with the monotonic time at which its last byte was read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dcqfa_ros.drivers import inovo_messages as m
+from dcqfa_ros.drivers.kinematics import JOINTS, inovo_kinematics, quaternion_of
+from dcqfa_ros.sim.contact import ContactPlane
+from dcqfa_ros.sim.inovo_actions import ABORTED, PREEMPTED, SUCCEEDED, EmulatedAction
+from dcqfa_ros.sim.inovo_gripper import EmulatedGripper
+from dcqfa_ros.sim.inovo_motion import HOME, ArmMotion, JointPath, PlanError, plan_move, plan_trajectory
+from dcqfa_ros.sim.inovo_power import EmulatedPower
+from dcqfa_ros.sim.inovo_services import EmulatedServices
+from dcqfa_ros.sim.rosbridge_server import RequestError, RosbridgeServer
+
+Floats = NDArray[np.float64]
+
+VELOCITY, TRAJECTORY = "velocity", "trajectory"
+_SLOW_EVERY = 10  # of the slow topics, in ticks
+
+
+@dataclass(frozen=True, slots=True)
+class MotionFrame:
+    """A command for the arm as it came over the socket.
+
+    Attributes:
+        number: count since the start, from 0.
+        stamp_ns: monotonic time at which its last byte was read.
+        topic: of the command.
+        moves: whether it asks for motion; False for a zero velocity and a cancel.
+        values: linear and angular velocity (6,) of a Cartesian jog, joint velocities (6,) of a joint jog, else None.
+        executed: whether the emulator took it: not in the wrong state, not malformed.
+    """
+
+    number: int
+    stamp_ns: int
+    topic: str
+    moves: bool
+    values: tuple[float, ...] | None
+    executed: bool
+
+
+class InovoEmulator:
+    """A controller that clients reach at ``127.0.0.1:port``. Its own methods may be called from any thread."""
+
+    def __init__(
+        self,
+        variant: str = "short",
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        gripper: str = "robotiqd",
+        tool_m: ArrayLike = (0.0, 0.0, 0.0),
+        joints: ArrayLike = HOME,
+        ready: bool = False,
+        time_scale: float = 1.0,
+        rate_hz: float = 100.0,
+        contact: ContactPlane | None = None,
+        keep_frames: int = 20_000,
+        seed: int = 0,
+    ) -> None:
+        """Prepare an emulator; nothing listens before ``start``.
+
+        Args:
+            variant: build of the arm.
+            host: address to listen on.
+            port: to listen on; 0 takes a free one.
+            gripper: device name, empty without one.
+            tool_m: position (3,) of the tool centre point in the frame of the flange, m.
+            joints: start position (6,) rad.
+            ready: power, drives and gripper are on from the start.
+            time_scale: of bring-up times, 1 as long as the real ones.
+            rate_hz: of motion, joint states and pose.
+            contact: a surface that the tool can touch.
+            keep_frames: how many motion frames are kept.
+            seed: of the jitter.
+
+        Raises:
+            KinematicsError: there is no such build.
+        """
+        self.variant, self.gripper_name = variant, gripper
+        self.kinematics = inovo_kinematics(variant).with_tool(tool_m)
+        self.server = RosbridgeServer(self, host=host, port=port, seed=seed)
+        self.power = EmulatedPower(time_scale=time_scale, ready=ready)
+        self.gripper = EmulatedGripper(activation_s=time_scale)
+        self.gripper.activated = ready
+        self.motion = ArmMotion(self.kinematics, joints)
+        self.contact = contact
+        self.controller = TRAJECTORY
+        self.sequence_state = 0
+        self.services = EmulatedServices(self)
+        self.lock = threading.RLock()
+        empty_move = {"success": False, "message": "", "index": 0}
+        empty_grip = {"position": 0.0, "effort": 0.0, "stalled": False, "reached_goal": False}
+        publish = self.server.publish
+        self._move = EmulatedAction(m.MOVE, publish, empty_result=empty_move)
+        self._follow = EmulatedAction(m.FOLLOW, publish, empty_result={"error_code": -5, "error_string": ""})
+        device = m.gripper_topic(gripper, "")
+        self._grip = EmulatedAction(f"{device}grip", publish, empty_result={"success": False})
+        self._command = EmulatedAction(f"{device}gripper_command", publish, empty_result=empty_grip)
+        self._period_s = 1.0 / rate_hz
+        self._frames: deque[MotionFrame] = deque(maxlen=keep_frames)
+        self._numbers = itertools.count()
+        self._arrived = threading.Condition()
+        self._running = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._wrench = (np.zeros(3), np.zeros(3))
+        self._sequence = itertools.count()
+        self.failure: BaseException | None = None
+        self._topics: dict[str, Callable[[m.Message], tuple[tuple[float, ...] | None, bool]]] = {
+            m.CARTESIAN_JOG: self._on_jog,
+            m.CARTESIAN_VELOCITY: self._on_low_level_twist,
+            m.JOINT_JOG: self._on_joint_jog,
+            m.JOINT_VELOCITY: self._on_joint_velocity,
+            f"{m.MOVE}/goal": lambda message: self._on_goal(self._move, message),
+            f"{m.FOLLOW}/goal": lambda message: self._on_goal(self._follow, message),
+            f"{m.MOVE}/cancel": lambda message: self._on_cancel(self._move, message),
+            f"{m.FOLLOW}/cancel": lambda message: self._on_cancel(self._follow, message),
+        }
+        self._gripper_topics: dict[str, Callable[[m.Message], None]] = {}
+        if gripper:
+            self._gripper_topics = {
+                f"{device}grip/goal": self._on_grip,
+                f"{device}gripper_command/goal": self._on_command,
+            }
+
+    def start(self) -> InovoEmulator:
+        """Listen, and let time run; returns the emulator.
+
+        Raises:
+            DriverError: the port is taken.
+        """
+        self.server.start()
+        self._running.set()
+        self._thread = threading.Thread(target=self._run, name="emulated arm", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Drop the clients and stop listening; the state stays. Safe to call more than once."""
+        self._running.clear()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.server.stop()
+
+    def __enter__(self) -> InovoEmulator:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self.server.port
+
+    @property
+    def frames(self) -> list[MotionFrame]:
+        """The motion frames kept so far, oldest first."""
+        with self._arrived:
+            return list(self._frames)
+
+    def wait_for_frame(
+        self, wanted: Callable[[MotionFrame], bool], timeout_s: float = 5.0, after: int = -1
+    ) -> MotionFrame:
+        """Wait for a frame with a number above ``after`` that ``wanted`` accepts.
+
+        Raises:
+            TimeoutError: none came.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._arrived:
+            while True:
+                for frame in self._frames:
+                    if frame.number > after and wanted(frame):
+                        return frame
+                left = deadline - time.monotonic()
+                if left <= 0.0:
+                    raise TimeoutError(f"no such motion frame within {timeout_s:g} s ({len(self._frames)} kept)")
+                self._arrived.wait(left)
+
+    @property
+    def joints(self) -> Floats:
+        """Joint positions (6,) rad."""
+        with self.lock:
+            return self.motion.joints.copy()
+
+    @property
+    def joint_velocities(self) -> Floats:
+        """Joint velocities (6,) rad/s."""
+        with self.lock:
+            return self.motion.velocities.copy()
+
+    @property
+    def twist(self) -> Floats:
+        """The jog (6,) m/s and rad/s that is being executed; zero when none is."""
+        with self.lock:
+            return self.motion.twist.copy() if self.motion.is_free else np.zeros(6)
+
+    @property
+    def position(self) -> Floats:
+        """Position (3,) m of the tool centre point in ``world``."""
+        return self.kinematics.forward(self.joints)[0]
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether any joint turns."""
+        return bool(np.abs(self.joint_velocities).max() > 1e-4)
+
+    def wrench(self) -> tuple[Floats, Floats]:
+        """Return force (3,) N and torque (3,) N m of the contact on the tool, at and in the frame of the flange."""
+        return self._wrench
+
+    def trip(self) -> None:
+        """Trip the safe stop."""
+        with self.lock:
+            self.power.trip()
+
+    def press_estop(self) -> None:
+        """Press the emergency stop."""
+        with self.lock:
+            self.power.press_estop()
+
+    def release_estop(self) -> None:
+        """Release the emergency stop; it can then be reset."""
+        with self.lock:
+            self.power.release_estop()
+
+    def set_fault(self, code: int) -> None:
+        """Report a fault of the power supply."""
+        with self.lock:
+            self.power.fail(code)
+
+    def drop_connections(self, refuse_for_s: float = 0.0) -> None:
+        """Drop every client without a word; the arm goes on with its last jog."""
+        self.server.drop_connections(refuse_for_s)
+
+    def pause(self) -> None:
+        """Hang: keep the connections but read and send nothing; the arm goes on with its last jog."""
+        self.server.pause()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self.server.resume()
+
+    def mute(self, topics: Iterable[str]) -> None:
+        """Publish nothing on these topics from now on; an empty list ends it."""
+        self.server.mute(topics)
+
+    def set_delay(self, latency_s: float, jitter_s: float = 0.0) -> None:
+        """Delay every frame in both directions by ``latency_s`` plus up to ``jitter_s``; orders are kept."""
+        self.server.latency_s, self.server.jitter_s = latency_s, jitter_s
+
+    def receive(self, topic: str, message: m.Message, stamp_ns: int) -> None:
+        """Take a message of a client (for the server)."""
+        handler = self._topics.get(topic)
+        if handler is None:
+            gripper = self._gripper_topics.get(topic)
+            if gripper is not None:
+                with self.lock:
+                    gripper(message)
+            return
+        moves, values, executed = True, None, False
+        try:
+            values, executed = handler(message)
+            moves = bool(np.any(values)) if values is not None else not topic.endswith("/cancel")
+        except m.MessageError as error:
+            raise RequestError(f"{topic}: {error}") from None
+        finally:
+            with self._arrived:
+                self._frames.append(MotionFrame(next(self._numbers), stamp_ns, topic, moves, values, executed))
+                self._arrived.notify_all()
+
+    def serve(self, service: str, arguments: m.Message) -> m.Message:
+        """Answer a service (for the server)."""
+        return self.services.serve(service, arguments)
+
+    def switch(self, controller: str) -> None:
+        """Select a controller group (for the services); the demand of the one before ends."""
+        with self.lock:
+            if controller != self.controller:
+                self._abort("another controller was selected")
+                self.motion.halt()
+            self.controller = controller
+
+    def _on_jog(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
+        twist = _read_twist(message)
+        with self.lock:
+            if not self.power.allows_motion or self.motion.path is not None:
+                return tuple(twist.tolist()), False
+            self.controller = VELOCITY  # the move group selects what it needs
+            self.motion.jog(twist)
+        return tuple(twist.tolist()), True
+
+    def _on_low_level_twist(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
+        twist = _read_twist(message)
+        with self.lock:
+            if not self.power.allows_motion or self.controller != VELOCITY:
+                return tuple(twist.tolist()), False
+            self.motion.jog(twist)
+        return tuple(twist.tolist()), True
+
+    def _on_joint_jog(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
+        names = m.field(message, "joint_names", list)
+        given = m.floats(message, "velocities", len(names))
+        velocities = np.zeros(JOINTS)
+        for name, value in zip(names, given, strict=True):
+            if name not in m.JOINT_NAMES:
+                raise m.MessageError(f"joint_names: there is no joint {name!r}")
+            velocities[m.JOINT_NAMES.index(name)] = value
+        return self._jog_joints(velocities, select=True)
+
+    def _on_joint_velocity(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
+        return self._jog_joints(m.floats(message, "data", JOINTS), select=False)
+
+    def _jog_joints(self, velocities: Floats, *, select: bool) -> tuple[tuple[float, ...] | None, bool]:
+        with self.lock:
+            allowed = self.power.allows_motion and self.motion.path is None
+            if not allowed or not (select or self.controller == VELOCITY):
+                return tuple(velocities.tolist()), False
+            self.controller = VELOCITY
+            self.motion.jog_joints(velocities)
+        return tuple(velocities.tolist()), True
+
+    def _on_goal(self, action: EmulatedAction, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
+        goal, start = m.field(message, "goal", dict), self.joints
+        m.field({"goal_id": {}, **message}, "goal_id", dict)
+        plan = plan_move if action is self._move else plan_trajectory
+        path: JointPath | None = None
+        try:
+            path = plan(self.kinematics, start, goal)  # takes a while: the arm moves on meanwhile
+            refusal = ""
+        except PlanError as error:
+            refusal = str(error)
+        with self.lock:
+            if action is self._follow and self.controller != TRAJECTORY:
+                refusal = f"the controller {self.controller!r} is selected, not {TRAJECTORY!r}"
+            if not self.power.allows_motion:
+                refusal = "the arm is not enabled"
+            if path is None or refusal:
+                action.reject(message, refusal)
+                return None, False
+            self._abort("a newer goal came", PREEMPTED)
+            self.controller = TRAJECTORY
+            action.accept(message)
+            self.motion.follow(path)
+        return None, True
+
+    def _on_cancel(self, action: EmulatedAction, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
+        with self.lock:
+            if not action.cancels(message):
+                return None, False
+            self.motion.halt()
+            action.end(PREEMPTED, "cancelled")
+        return None, True
+
+    def _on_grip(self, message: m.Message) -> None:
+        choice = m.field(m.field(message, "goal", dict), "action", int)
+        if choice not in (m.GRIP, m.RELEASE, 2):
+            raise RequestError(f"action: expected 0 grip, 1 release or 2 toggle, got {choice}")
+        opening = {m.GRIP: 0.0, m.RELEASE: 1.0}.get(choice, 0.0 if self.gripper.target > 0.5 else 1.0)
+        self._move_gripper(self._grip, message, opening)
+
+    def _on_command(self, message: m.Message) -> None:
+        command = m.field(m.field(message, "goal", dict), "command", dict)
+        self._move_gripper(self._command, message, m.number(command, "position"))
+
+    def _move_gripper(self, action: EmulatedAction, message: m.Message, opening: float) -> None:
+        if not self.gripper.activated:
+            action.reject(message, "the gripper is not activated")
+            return
+        for other in (self._grip, self._command):
+            other.end(PREEMPTED, "a newer goal came")
+        action.accept(message)
+        self.gripper.go(opening)
+
+    def _abort(self, text: str, status: int = ABORTED) -> None:
+        for action in (self._move, self._follow):
+            action.end(status, text)
+
+    def _run(self) -> None:
+        last = due = time.monotonic()
+        tick = 0
+        try:
+            while self._running.is_set():
+                now = time.monotonic()
+                with self.lock:
+                    self._step(min(now - last, 0.2))
+                    messages = self._messages(tick)
+                for topic, message in messages.items():
+                    self.server.publish(topic, message)
+                last, tick = now, tick + 1
+                due = max(due + self._period_s, now)
+                time.sleep(max(0.0, due - time.monotonic()))
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def _step(self, seconds: float) -> None:
+        self.power.step(seconds)
+        self.motion.is_free = self.power.allows_motion
+        if not self.motion.is_free:
+            self._abort("the arm was stopped")
+            self.motion.halt()
+        if self.power.bus != m.BUS_ON:
+            self.gripper.power_off()
+        if self.motion.step(seconds):
+            for action, result in (
+                (self._move, {"success": True, "message": "", "index": 0}),
+                (self._follow, {"error_code": 0, "error_string": ""}),
+            ):
+                action.end(SUCCEEDED, "", result)
+        if self.gripper.step(seconds):
+            state = {"position": self.gripper.position, "effort": 0.0, "stalled": self.gripper.stalled}
+            self._grip.end(SUCCEEDED, "", {"success": True})
+            self._command.end(SUCCEEDED, "", {**state, "reached_goal": self.gripper.reached})
+
+    def _messages(self, tick: int) -> dict[str, m.Message]:
+        header = {"seq": next(self._sequence), "stamp": m.ros_now(), "frame_id": "world"}
+        joints, velocities = self.motion.joints, self.motion.velocities
+        position, rotation = self.kinematics.forward(joints)
+        twist = self.kinematics.jacobian(joints) @ velocities
+        self._feel(joints, position, twist[:3])
+        messages: dict[str, m.Message] = {
+            m.JOINT_STATES: {
+                "header": {**header, "frame_id": ""},
+                "name": list(m.JOINT_NAMES),
+                "position": joints.tolist(),
+                "velocity": velocities.tolist(),
+                "effort": [0.0] * JOINTS,
+            },
+            m.TCP_POSE: {
+                "header": header,
+                "pose": {"position": m.vector(position), "orientation": m.quaternion(quaternion_of(rotation))},
+            },
+        }
+        if tick % (_SLOW_EVERY // 2) == 0:
+            speed = {"linear": float(np.linalg.norm(twist[:3])), "angular": float(np.linalg.norm(twist[3:]))}
+            messages[m.TCP_SPEED] = {"header": header, "speed": speed}
+            if self.gripper_name:
+                messages[m.gripper_topic(self.gripper_name, "gripper_state")] = self.gripper.message(header)
+        if tick % _SLOW_EVERY == 0:
+            messages |= self.power.messages(header)
+            messages[m.ARM_STATE] = self._arm_state(header)
+            messages[m.RUNTIME_STATE] = {"header": header, "state": self.sequence_state, "active_blocks": []}
+            for action in (self._move, self._follow, self._grip, self._command):
+                action.publish_status()
+            for action in (self._move, self._follow):
+                action.publish_feedback({"progress": self.motion.progress, "index": 0})
+        return messages
+
+    def _feel(self, joints: Floats, position: Floats, velocity: Floats) -> None:
+        if self.contact is None:
+            return
+        force = self.contact.force(position, velocity)
+        flange, rotation = self.kinematics.flange(joints)
+        local = rotation.T @ force
+        self._wrench = (local, np.cross(rotation.T @ (position - flange), local))
+
+    def _arm_state(self, header: m.Message) -> m.Message:
+        fault = 3 if self.power.fault_code else (2 if self.power.arm == m.ARM_ENABLED else 1)
+        joint: dict[str, Any] = {"state": fault, "age": 0, "status": 0, "torque": 0.0, "current": 0.0}
+        joint |= {"motor_temp": 35.0, "drive_temp": 33.0, "joint_temp": 31.0}
+        return {
+            "header": header,
+            "enabled": self.power.arm == m.ARM_ENABLED,
+            "state": self.power.arm,
+            "joint_states": [
+                {**joint, "position": float(p), "velocity": float(v)}
+                for p, v in zip(self.motion.joints, self.motion.velocities, strict=True)
+            ],
+        }
+
+
+def _read_twist(message: m.Message) -> Floats:
+    twist = m.field({"twist": {}, **message}, "twist", dict)
+    parts = []
+    for name in ("linear", "angular"):
+        # Fields that a client leaves out are zero, as rosbridge fills them in.
+        part = m.field({name: {}, **twist}, name, dict)
+        parts.append(m.xyz({"x": 0.0, "y": 0.0, "z": 0.0, **part}, "xyz"))
+    return np.concatenate(parts)
