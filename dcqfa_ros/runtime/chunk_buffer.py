@@ -94,6 +94,10 @@ class ChunkBuffer:
         self.consumed += 1
         return action
 
+    def peek(self) -> NDArray[np.float64] | None:
+        """Return the action that :meth:`next` would give, without consuming it; None where there is none."""
+        return None if self.consumed == self._end else self._actions[self.consumed % len(self._actions)].copy()
+
     def clear(self) -> None:
         """Drop everything and start again at action 0, for a new episode or after a stop."""
         self._end = self.consumed = self.starved = self.dropped = 0

@@ -91,7 +91,7 @@ class Workspace:
                 raise LimitError(f"workspace: minimum {axis} {a:g} is not below maximum {b:g} m")
         return cls(low, high)
 
-    def holds(self, position: Sequence[float], tolerance: float = 0.0) -> bool:
+    def holds(self, position: Sequence[float] | NDArray[np.floating], tolerance: float = 0.0) -> bool:
         """Whether ``position`` (3,) is inside, or outside by at most ``tolerance`` metres per axis."""
         return all(
             a - tolerance <= p <= b + tolerance for p, a, b in zip(position, self.minimum, self.maximum, strict=True)
@@ -196,8 +196,8 @@ class TwistLimiter:
         self._axes = (linear,) * 3 + (angular,) * 3
         # Commands that may not show in the position yet; a position older than all of them stops the arm anyway.
         self._sent: deque[tuple[int, tuple[float, float, float]]] = deque(maxlen=256)
-        self.velocity = (0.0,) * 6
-        self.acceleration = (0.0,) * 6
+        self.velocity: tuple[float, ...] = (0.0,) * 6
+        self.acceleration: tuple[float, ...] = (0.0,) * 6
 
     def reset(self) -> None:
         """Begin again at rest (the arm was stopped)."""
@@ -207,14 +207,18 @@ class TwistLimiter:
     def scale_down(self, factor: float) -> None:
         """Take the last twist to ``factor`` (0..1) of itself: a later stage had to; counted as ``hard``."""
         self.clamped["hard"] += 1
-        self.velocity = _six([v * factor for v in self.velocity])
+        self.velocity = tuple([v * factor for v in self.velocity])
         self.acceleration = (0.0,) * 6
         if self._sent:
             stamp, v = self._sent.pop()
             self._sent.append((stamp, (v[0] * factor, v[1] * factor, v[2] * factor)))
 
     def bound(
-        self, twist: Sequence[float] | NDArray[np.floating], position: Sequence[float], stamp_ns: int, now_ns: int
+        self,
+        twist: Sequence[float] | NDArray[np.floating],
+        position: Sequence[float] | NDArray[np.floating],
+        stamp_ns: int,
+        now_ns: int,
     ) -> tuple[float, ...]:
         """Return the twist (6,) to send for this period.
 
@@ -252,8 +256,8 @@ class TwistLimiter:
         self._hold_back(new, rooms)
         if any(abs(n - w) > 1e-12 for n, w in zip(new, wanted, strict=True)):
             self.clamped["acceleration"] += 1
-        self.acceleration = _six([(n - v) / self.period_s for n, v in zip(new, self.velocity, strict=True)])
-        self.velocity = _six(new)
+        self.acceleration = tuple([(n - v) / self.period_s for n, v in zip(new, self.velocity, strict=True)])
+        self.velocity = tuple(new)
         self._sent.append((now_ns, (new[0], new[1], new[2])))
         return self.velocity
 
@@ -331,7 +335,3 @@ def _finite(twist: list[float], place: list[float]) -> None:
     for name, value in zip("xyz", place, strict=True):
         if not isfinite(value):
             raise NotFiniteActionError(f"measured position {name!r} is {value}")
-
-
-def _six(values: list[float]) -> tuple[float, ...]:
-    return tuple(values)

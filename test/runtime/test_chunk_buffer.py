@@ -133,3 +133,12 @@ def test_clear_starts_again_at_action_zero() -> None:
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="capacity"):
         ChunkBuffer(2, 0)
+
+
+def test_peek_shows_the_next_action_without_consuming_it() -> None:
+    buffer = ChunkBuffer(1)
+    assert buffer.peek() is None
+    buffer.push(0, np.array([[1.0], [2.0]]))
+    assert buffer.peek() == buffer.peek() == np.array([1.0])
+    assert buffer.next() == np.array([1.0]) and buffer.peek() == np.array([2.0])
+    assert buffer.next() == np.array([2.0]) and buffer.peek() is None

@@ -1,0 +1,329 @@
+"""Control loop of a six-axis arm, without ROS: what ``arm_node`` of a cell with an arm wraps.
+
+Commands of one source at a time (policy chunks, twists, poses, joint trajectories) pass the safety stage and reach the
+driver from one thread at a fixed rate.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.drivers.arm_protocol import (
+    ArmReadiness,
+    ArmState,
+    MotionHandle,
+    MotionOutcome,
+    MotionResult,
+)
+from dcqfa_ros.drivers.protocols import DriverError
+from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
+from dcqfa_ros.runtime.arm_gate import ArmGate
+from dcqfa_ros.safety.stops import Stop, StopCode
+from dcqfa_ros.safety.supervision import Command
+from dcqfa_ros.safety.wrench_frames import rotation_of
+
+Floats = NDArray[np.float64]
+
+_STREAMS = (Activity.WAITING, Activity.STREAMING, Activity.HOLDING)
+_GRIPPER_STEP = 0.02  # smallest change of the opening that is sent on
+
+
+class ArmStream(ArmGate):
+    """Sources and deadman behind the gate, and the control thread."""
+
+    # Commands
+
+    def submit_chunk(
+        self, source: str, observed_ns: int, period_ns: int, twists: Floats, now_ns: int
+    ) -> CommandRefusal | None:
+        """Offer a chunk of twists (n, 6) in ``world``; a single action may have ``period_ns`` 0."""
+        with self._gate:
+            refusal = self._admit(source, observed_ns, now_ns, self.stage.ages.observation)
+            if refusal is None and self._not_finite(twists, f"a chunk from {source!r}"):
+                refusal = CommandRefusal.MALFORMED
+            elif refusal is None:
+                period = period_ns or self.ticker.period_ns
+                if self.player.offer(observed_ns, period, np.asarray(twists, np.float64), now_ns) is not None:
+                    refusal = CommandRefusal.CONSUMED
+                else:
+                    self._activity = Activity.STREAMING
+            return self._count(refusal)
+
+    def submit_gripper_chunk(
+        self, source: str, observed_ns: int, openings: Floats, now_ns: int
+    ) -> CommandRefusal | None:
+        """Offer the gripper's part (n,) of a chunk, 0 closed .. 1 open."""
+        with self._gate:
+            refusal = self._admit(source, observed_ns, now_ns, self.stage.ages.observation)
+            if refusal is None and self._not_finite(openings, f"a gripper chunk from {source!r}"):
+                refusal = CommandRefusal.MALFORMED
+            elif refusal is None:
+                self.player.offer_gripper(observed_ns, np.clip(openings, 0.0, 1.0))
+            return self._count(refusal)
+
+    def submit_twist(
+        self, source: str, twist: Floats, stamp_ns: int, now_ns: int, *, in_tool: bool = False
+    ) -> CommandRefusal | None:
+        """Take a wanted twist (6,), in ``world`` or in the tool frame; it is followed until the next or the deadman."""
+        with self._gate:
+            refusal = self._admit(source, stamp_ns, now_ns, self.settings.hold_after_s)
+            if refusal is None and self._not_finite(twist, f"a twist from {source!r}"):
+                refusal = CommandRefusal.MALFORMED
+            elif refusal is None:
+                turned = np.asarray(twist, np.float64)
+                if in_tool:
+                    turned = np.concatenate([self._rotation @ turned[:3], self._rotation @ turned[3:]])
+                self._command = Command(turned, now_ns)
+                self._activity = Activity.STREAMING
+            return self._count(refusal)
+
+    def submit_pose(
+        self, source: str, position: Floats, orientation: Floats, stamp_ns: int, now_ns: int
+    ) -> tuple[CommandRefusal | None, str]:
+        """Start a straight move to a pose in ``world``; returns a refusal and its reason in words."""
+        speeds = self.settings.pose_speed, self.settings.pose_angular_speed
+        goal = np.concatenate([position, orientation])
+        return self._submit_move(
+            source, "pose", goal, stamp_ns, now_ns, speeds[0],
+            lambda state: self.stage.refuse_pose(position, orientation, state),
+            lambda: self.driver.move_to_pose(position, orientation, speed=speeds[0], angular_speed=speeds[1]),
+        )  # fmt: skip
+
+    def submit_joints(
+        self, source: str, times_s: Floats, positions: Floats, stamp_ns: int, now_ns: int
+    ) -> tuple[CommandRefusal | None, str]:
+        """Start following joint positions (n, 6) rad at ``times_s`` (n,); returns a refusal and its reason in words."""
+        goal = np.concatenate([np.ravel(times_s), np.ravel(positions)])
+        return self._submit_move(
+            source, "joint_trajectory", goal, stamp_ns, now_ns, None,
+            lambda state: self.stage.refuse_joints(times_s, positions, state),
+            lambda: self.driver.follow_joints(times_s, positions),
+        )  # fmt: skip
+
+    def submit_gripper(self, source: str, opening: float, now_ns: int) -> CommandRefusal | None:
+        """Ask the gripper for an opening, 0 closed .. 1 open."""
+        with self._gate:
+            refusal = self._admit(source, now_ns, now_ns, 1.0)
+            if refusal is None and self._not_finite(np.array([opening]), f"a gripper command from {source!r}"):
+                refusal = CommandRefusal.MALFORMED
+            elif refusal is None:
+                self._move_gripper(float(opening))
+            return self._count(refusal)
+
+    def _admit(self, source: str, stamp_ns: int, now_ns: int, maximum_age_s: float) -> CommandRefusal | None:
+        if not self.lease.admits(source):
+            return CommandRefusal.SOURCE
+        if not self.armed:
+            return CommandRefusal.DISARMED
+        if self._activity not in _STREAMS:
+            return CommandRefusal.BUSY
+        if now_ns - stamp_ns > maximum_age_s * 1e9:
+            return CommandRefusal.OLD
+        return CommandRefusal.FUTURE if stamp_ns - now_ns > self.settings.future_s * 1e9 else None
+
+    def _count(self, refusal: CommandRefusal | None) -> CommandRefusal | None:
+        if refusal is not None:
+            self.refused[refusal.value] += 1
+        return refusal
+
+    def _not_finite(self, values: Floats, what: str) -> bool:
+        """Stop where a command holds NaN or infinity: whoever sent it must not go on."""
+        if np.isfinite(values).all():
+            return False
+        stop = Stop(StopCode.NOT_FINITE, f"{what} holds NaN or infinity")
+        self._halt(stop)
+        self._listeners.stopped(stop)
+        return True
+
+    def _move_gripper(self, opening: float) -> None:
+        opening = min(max(opening, 0.0), 1.0)
+        if self._gripper is None or abs(opening - self._gripper) >= _GRIPPER_STEP:
+            self._gripper = opening
+            try:
+                self.driver.move_gripper(opening)
+            except DriverError as error:
+                self._fail(Stop(StopCode.DRIVER, f"gripper: {error}"))
+
+    # Moves of the controller's own
+
+    def _submit_move(
+        self,
+        source: str,
+        kind: str,
+        goal: Floats,
+        stamp_ns: int,
+        now_ns: int,
+        speed: float | None,
+        refuse: Callable[[ArmState], str | None],
+        begin: Callable[[], MotionHandle],
+    ) -> tuple[CommandRefusal | None, str]:
+        with self._gate:
+            refusal, text = self._admit(source, stamp_ns, now_ns, self.settings.stop_after_s), ""
+            if refusal is None and self._not_finite(goal, f"a {kind} from {source!r}"):
+                refusal, text = CommandRefusal.MALFORMED, "NaN or infinity"
+            elif refusal is None and any(self.stage.limiter.velocity):
+                refusal, text = CommandRefusal.BUSY, "the arm is moving: bring it to rest first"
+            elif refusal is None:
+                text = refuse(self.driver.state()) or ""
+                refusal = CommandRefusal.LIMITS if text else None
+            if refusal is None:
+                self._activity = Activity.STARTING
+                self._command = None
+                self._move = (kind, speed if speed is not None else float("inf"), now_ns)
+                token = self._token
+                self._jobs.put(lambda: self._begin_move(token, begin))
+            return self._count(refusal), text or (refusal.value if refusal else "")
+
+    def _begin_move(self, token: int, begin: Callable[[], MotionHandle]) -> None:
+        """Worker: start the move, unless something stopped the arm meanwhile."""
+        try:
+            handle = begin()
+        except DriverError as error:
+            self._finish_move(token, MotionResult(MotionOutcome.REJECTED, str(error)))
+            return
+        with self._gate:
+            if token != self._token:
+                handle.cancel()
+                self.driver.stop()
+                return
+            self._handle, self._activity = handle, Activity.MOVING
+            self._move = (*self._move[:2], time.monotonic_ns())
+        self._listeners.changed()
+
+    def _finish_move(self, token: int, result: MotionResult) -> None:
+        """Worker: report the end of a move and stream again."""
+        self._listeners.moved(self._move[0], result)
+        try:
+            self.driver.start_streaming()
+        except DriverError as error:
+            with self._gate:
+                if token == self._token:
+                    self._fail(Stop(StopCode.DRIVER, str(error)))
+            return
+        with self._gate:
+            if token != self._token:
+                self.driver.stop()
+                return
+            self.stage.begin(time.monotonic_ns())
+            self._handle, self._activity = None, Activity.WAITING
+        self._listeners.changed()
+
+    def run(self, halt: threading.Event, after: Callable[[ArmState, int], None]) -> None:
+        """Control thread: :meth:`tick` at the rate until ``halt``; then ``after`` with the state and its time."""
+        self.ticker.restart()
+        while True:
+            self.ticker.wait(halt)
+            if halt.is_set():
+                return
+            now = time.monotonic_ns()
+            after(self.tick(now), now)
+            self.ticker.done()
+
+    # Control thread
+
+    def tick(self, now_ns: int) -> ArmState:
+        """Run one control period and return the arm's state.
+
+        Raises:
+            DriverError: the driver was never connected.
+        """
+        state = self.driver.state()
+        with self._gate:
+            if np.isfinite(state.orientation).all():
+                self._rotation = rotation_of(state.orientation)
+            stop = self._period(state, now_ns)
+            if stop is not None:
+                self._halt(stop)
+            armed = self.armed
+        self._guardian.beat(armed)
+        if stop is not None:
+            self._listeners.stopped(stop)
+        return state
+
+    def _period(self, state: ArmState, now_ns: int) -> Stop | None:
+        activity = self._activity
+        if activity is Activity.DISARMED:
+            return None
+        problem = self._guardian.problem()
+        if problem is not None:
+            return Stop(StopCode.WATCHDOG_LOST, problem)
+        if activity is Activity.STARTING:
+            lost = state.readiness in (ArmReadiness.DISCONNECTED, ArmReadiness.STOPPED, ArmReadiness.SAFE_STOPPED)
+            return self.stage.check(state, now_ns, cameras=False) if lost else None
+        if activity is Activity.MOVING:
+            return self._supervise(state, now_ns)
+        if activity is Activity.RETREATING:
+            return self._retreat(state, now_ns)
+        return self._stream(state, now_ns)
+
+    def _stream(self, state: ArmState, now_ns: int) -> Stop | None:
+        if self._activity is Activity.WAITING:
+            return self.stage.check(state, now_ns, cameras=self.lease.holder == "policy")
+        command, gripper = self._due(now_ns)
+        silence = 0.0
+        if self._command is not None:
+            silence = (now_ns - self._command.received_ns) / 1e9
+            if silence > self.settings.stop_after_s:
+                return Stop(StopCode.COMMAND_TIMEOUT, f"no usable command for {silence:.3f} s")
+        self._activity = Activity.HOLDING if command is None else Activity.STREAMING
+        stop = self._send(self.stage.bound(command, state, now_ns, cameras=self.lease.holder == "policy"))
+        if stop is None and gripper is not None:
+            self._move_gripper(gripper)
+        return stop
+
+    def _due(self, now_ns: int) -> tuple[Command | None, float | None]:
+        """Return the command of this period and what the gripper is to begin with it."""
+        played = self.player.at(now_ns)
+        if played is not None:
+            # For the deadman the chunk is a command as long as it has actions; its age is that of its observation.
+            self._command = Command(played.twist, now_ns, played.observed_ns)
+            return self._command, played.gripper
+        if self._command is None or self._command.observed_ns is not None:
+            return None, None
+        late = now_ns - self._command.received_ns > self.settings.hold_after_s * 1e9
+        return (None if late else self._command), None
+
+    def _send(self, bounded: tuple[float, ...] | Stop) -> Stop | None:
+        if isinstance(bounded, Stop):
+            return bounded
+        try:
+            self.driver.send_twist(np.array(bounded[:3]), np.array(bounded[3:]))
+        except DriverError as error:
+            lost = self.driver.state().readiness is ArmReadiness.DISCONNECTED
+            return Stop(StopCode.ARM_LOST if lost else StopCode.DRIVER, str(error))
+        self.sent += 1
+        return None
+
+    def _supervise(self, state: ArmState, now_ns: int) -> Stop | None:
+        handle, (_, speed, begun_ns) = self._handle, self._move
+        assert handle is not None
+        stop = self.stage.supervise_move(state, now_ns, speed)
+        if stop is not None:
+            return stop
+        if handle.done():
+            result, token = handle.result(0.0), self._token
+            self._activity = Activity.STARTING
+            self._jobs.put(lambda: self._finish_move(token, result))
+        elif now_ns - begun_ns > self.settings.move_timeout_s * 1e9:
+            return Stop(StopCode.DRIVER, f"the move did not end within {self.settings.move_timeout_s:g} s")
+        return None
+
+    def _retreat(self, state: ArmState, now_ns: int) -> Stop | None:
+        guard = self.stage.guard
+        assert guard is not None
+        if guard.wants_retreat:
+            return None  # the worker is still switching the controller
+        velocity = guard.retreat(state.position)
+        if velocity is None:
+            self.driver.stop()
+            self._activity = Activity.DISARMED
+            self._forget()
+            self.stage.rest()
+            self._listeners.changed()
+            return None
+        return self._send(self.stage.bound_retreat(velocity, state, now_ns))
