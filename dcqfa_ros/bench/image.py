@@ -7,9 +7,7 @@ second after it has found its subscriber, and what has not arrived by the end is
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,17 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from dcqfa_ros.errors import UserError
+from dcqfa_ros.bench.processes import BenchError, end, result
 from dcqfa_ros.ros.isolation import isolated_environment
+
+__all__ = ["BenchError", "ImageBench", "run_image_bench", "summarize"]
 
 _MODULE = "dcqfa_ros.ros.image_stream"
 _START_S = 30.0
 _DISCOVERY_S = 15.0
 _END_S = 10.0
-
-
-class BenchError(UserError, RuntimeError):
-    """The benchmark's processes did not do their part; says which and what they printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,38 +114,15 @@ def run_image_bench(seconds: float = 10.0, width: int = 640, height: int = 480, 
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            stack.callback(_end, process)
+            stack.callback(end, process)
             return process
 
         subscriber = start("subscribe")
         publisher = start("publish", *arguments)
-        sent = _result(publisher, "publisher", _START_S + _DISCOVERY_S + frames / rate + _END_S)
-        received = _result(subscriber, "subscriber", _START_S)
+        sent = result(publisher, "publisher", _START_S + _DISCOVERY_S + frames / rate + _END_S)
+        received = result(subscriber, "subscriber", _START_S)
     if not sent["sent"]:
         raise BenchError(
             f"the two processes did not find each other within {_DISCOVERY_S:g} s in an isolated ROS domain"
         )
     return summarize(sent, received["received"], width, height, rate)
-
-
-def _result(process: subprocess.Popen[str], name: str, timeout_s: float) -> dict[str, Any]:
-    """End a process' standard input, wait for it and return the JSON document of its last line."""
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"the {name} did not end within {timeout_s:.0f} s") from None
-    lines = out.strip().splitlines()
-    if process.returncode or not lines:
-        text = " ".join(err.split())[-500:] or "nothing on stderr"
-        raise BenchError(f"the {name} ended with code {process.returncode}: {text}")
-    document: dict[str, Any] = json.loads(lines[-1])
-    return document
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGKILL)
-    process.wait()
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()

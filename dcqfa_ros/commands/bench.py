@@ -70,6 +70,7 @@ def register(subparsers: Any) -> None:
     engine.add_argument("--json", action="store_true", help="print JSON")
     engine.set_defaults(func=_engine)
     importlib.import_module("dcqfa_ros.commands.bench_image").register(actions)
+    importlib.import_module("dcqfa_ros.commands.bench_camera").register(actions)
     _register_others(actions)
 
 

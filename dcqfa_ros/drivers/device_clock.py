@@ -26,6 +26,7 @@ class DeviceClock:
         """Forget the offset; for a device that was connected again."""
         self._buckets: deque[tuple[int, int]] = deque(maxlen=_BUCKETS)  # (number of the second, smallest offset)
         self._last_ns: int | None = None
+        self._device_ns = 0
         self.resets = getattr(self, "resets", -1) + 1
         """How often the device time has jumped or the device was connected again."""
 
@@ -37,10 +38,11 @@ class DeviceClock:
             arrival_ns: monotonic time at which it reached this process.
         """
         offset = arrival_ns - device_ns
-        if self._buckets and abs(offset - self.offset_ns) > _JUMP_NS:
+        if self._buckets and (device_ns < self._device_ns or abs(offset - self.offset_ns) > _JUMP_NS):
             last = self._last_ns
             self.reset()
             self._last_ns = last
+        self._device_ns = device_ns
         second = arrival_ns // _BUCKET_NS
         if self._buckets and self._buckets[-1][0] == second:
             self._buckets[-1] = (second, min(self._buckets[-1][1], offset))

@@ -94,8 +94,8 @@ class _Device:
         intrinsics = found.intrinsics(color)
         alignment, extrinsics = None, None
         if depth is not None:
-            scale = next(s for s, group in sensors if depth in group).as_depth_sensor().get_depth_scale()
-            alignment, extrinsics = DepthAlignment(self._options, scale), found.extrinsics(depth, color)
+            scale_m = found.depth_unit(next(sensor for sensor, group in sensors if depth in group))
+            alignment, extrinsics = DepthAlignment(self._options, scale_m), found.extrinsics(depth, color)
         streams = Streams(sensors, float(color.fps()), depth is not None)
         streams.start(self._what)
         self._serial = found.info(device, "serial_number")

@@ -170,6 +170,20 @@ def _checked(sensor: Any, option: Any, value: float, what: str) -> float:
     return float(span.min + steps * span.step) if span.step > 0 else own
 
 
+def depth_unit(sensor: Any) -> float:
+    """Return the value of one raw depth step, m.
+
+    Raises:
+        DriverError: the sensor does not say.
+    """
+    option = librealsense().option.depth_units
+    if sensor.supports(option):
+        return float(sensor.get_option(option))
+    if sensor.is_depth_sensor():
+        return float(sensor.as_depth_sensor().get_depth_scale())
+    raise DriverError(f"{_module(sensor)} does not say its depth unit")
+
+
 def intrinsics(profile: Any) -> CameraIntrinsics:
     """Return the intrinsics of a video stream profile.
 

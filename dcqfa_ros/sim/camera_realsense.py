@@ -37,6 +37,7 @@ class EmulatedRealSense:
         depth_unit_m: float = 0.001,
         usb: str = "3.2",
         repeat: int = 1,
+        baseline_m: float = BASELINE_M,
     ) -> None:
         """Describe the camera; it is plugged in by :meth:`plug`.
 
@@ -48,9 +49,10 @@ class EmulatedRealSense:
             depth_unit_m: value of one raw depth step, m.
             usb: the link it claims to be on.
             repeat: how often each frame is sent, as playback does.
+            baseline_m: distance between the depth and the color camera.
         """
         self.serial_number, self.width, self.height, self.fps = serial_number, width, height, fps
-        self.depth_unit_m, self.usb, self.repeat = depth_unit_m, usb, repeat
+        self.depth_unit_m, self.usb, self.repeat, self.baseline_m = depth_unit_m, usb, repeat, baseline_m
         self._device: Any = None
         self._thread: threading.Thread | None = None
         self._halt = threading.Event()
@@ -90,7 +92,7 @@ class EmulatedRealSense:
             sensor.add_option(rs.option.enable_auto_exposure, _range(0.0, 1.0, 1.0, 1.0))
         pose = rs.extrinsics()
         pose.rotation = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
-        pose.translation = [BASELINE_M, 0.0, 0.0]
+        pose.translation = [self.baseline_m, 0.0, 0.0]
         self._depth_profile.register_extrinsics_to(self._color_profile, pose)
         device.create_matcher(rs.matchers.default)
         return device
@@ -106,6 +108,12 @@ class EmulatedRealSense:
         stream.type, stream.index, stream.uid, stream.fmt, stream.bpp = kind, 0, uid, form, bytes_per_pixel
         stream.width, stream.height, stream.fps, stream.intrinsics = self.width, self.height, self.fps, i
         return stream
+
+    def prepare(self) -> list[tuple[Any, list[Any]]]:
+        """Make a device without a thread, for callers of :meth:`send`; return its sensors with their profiles."""
+        self._made = self.make()
+        self._color, self._depth = scene(self.width, self.height)
+        return [(sensor, list(sensor.get_stream_profiles())) for sensor in self._made.query_sensors()]
 
     def plug(self) -> None:
         """Plug it in; frames flow as soon as a driver streams. Does nothing when it is plugged in."""

@@ -1,0 +1,42 @@
+"""Child processes of a benchmark: their last line is a JSON document, and none outlives the measurement."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from typing import Any
+
+from dcqfa_ros.errors import UserError
+
+
+class BenchError(UserError, RuntimeError):
+    """The benchmark's processes did not do their part; says which and what they printed."""
+
+
+def result(process: subprocess.Popen[str], name: str, timeout_s: float) -> dict[str, Any]:
+    """End a process' standard input, wait for it and return the JSON document of its last line.
+
+    Raises:
+        BenchError: it did not end in time, or failed; the message holds the end of its stderr.
+    """
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"the {name} did not end within {timeout_s:.0f} s") from None
+    lines = out.strip().splitlines()
+    if process.returncode or not lines:
+        text = " ".join(err.split())[-500:] or "nothing on stderr"
+        raise BenchError(f"the {name} ended with code {process.returncode}: {text}")
+    document: dict[str, Any] = json.loads(lines[-1])
+    return document
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process if it still runs, and close its pipes."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
