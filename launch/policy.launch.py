@@ -50,7 +50,7 @@ def _action(node: NodeDescription, options: BringupOptions, python: str) -> Exec
         "on_exit": None if options.restart else partial(_ended, node.name),
     }
     if node.command:
-        return ExecuteProcess(cmd=list(node.command), name=node.name, **common)
+        return ExecuteProcess(cmd=node.command_line(python), name=node.name, **common)
     return Node(
         executable=python,
         arguments=["-m", node.module],

@@ -8,29 +8,28 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import ActionSpace
-from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle, find_config
+from dcqfa_ros.ros.arm_cell import ARM_CELLS, arm_cell
+from dcqfa_ros.ros.description import (
+    AUTO,
+    BringupError,
+    BringupOptions,
+    NodeDescription,
+    TrialOptions,
+    node,
+)
 from dcqfa_ros.ros.interfaces import INTERFACES
 
-AUTO = "auto"
 MANAGER = "lifecycle_manager_node"
 _NAMESPACE = re.compile(r"/?([A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*)?")
-ARM_CELLS = ("emulated", "real")
-CAMERAS = ("wrist", "front")
 PUSHT_BUNDLE = "pusht_keypoints"
 _CELL_FILES = {"pusht": ["pusht_cell"], "real": ["inovo_cell"], "emulated": ["inovo_cell", "emulated_cell"]}
-PYTHON = "{python}"
-"""As the first word of :attr:`NodeDescription.command`: the interpreter that runs the nodes."""
-
-
-class BringupError(UserError, ValueError):
-    """An option that cannot be brought up; the message names it and the possible values."""
 
 
 @dataclass(frozen=True)
@@ -55,67 +54,6 @@ OPTIONS: tuple[Option, ...] = (
     Option("teleop", "false", "hear a gamepad on the topic joy (a cell with an arm)", ("true", "false")),
     Option("parameters_file", "", "YAML file whose parameters replace those of the cell's own file"),
 )
-
-
-@dataclass(frozen=True)
-class TrialOptions:
-    """A series of trials to run.
-
-    Attributes:
-        trials: in order, ``realtime:SEED`` or ``lockstep:SEED``.
-        output: folder for records and report.
-        overwrite: replace the records of an earlier series in that folder.
-        parameters: further parameters of ``trial_node``.
-    """
-
-    trials: tuple[str, ...]
-    output: Path
-    overwrite: bool = False
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class BringupOptions:
-    """What to bring up; see :data:`OPTIONS`. ``trials`` are run at once, and their end ends the run."""
-
-    bundle: str = ""
-    variant: str = AUTO
-    cell: str = "pusht"
-    namespace: str = ""
-    autostart: bool = True
-    record: bool = False
-    rate: str = "realtime"
-    restart: bool = False
-    teleop: bool = False
-    parameters_file: str = ""
-    trials: TrialOptions | None = None
-
-
-@dataclass(frozen=True)
-class NodeDescription:
-    """One process of the graph.
-
-    Attributes:
-        name: node name.
-        module: Python module to run (``python -m module``); empty where ``command`` is given.
-        parameters: parameters of this node; they replace those of the files.
-        parameter_files: parameter files, later ones win.
-        remappings: from -> to.
-        env: additional environment variables.
-        needed: whether losing it stops the graph.
-        stops_first: on shutdown it is told first and given time to bring the others down in order.
-        command: a whole command line, for what is no node of this package.
-    """
-
-    name: str
-    module: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    parameter_files: tuple[Path, ...] = ()
-    remappings: Mapping[str, str] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
-    needed: bool = True
-    stops_first: bool = False
-    command: tuple[str, ...] = ()
 
 
 def options_from_text(values: Mapping[str, str]) -> BringupOptions:
@@ -153,7 +91,12 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
     files = [find_config(name) for name in _CELL_FILES[options.cell]]
     if options.parameters_file:
         files.append(find_config(options.parameters_file))
-    first, nodes = _arm_cell(options, files) if options.cell in ARM_CELLS else ([], _pusht_cell(options, files))
+    if options.cell in ARM_CELLS:
+        first, nodes = arm_cell(options, files)
+        if options.bundle:
+            nodes += _policy_nodes(options, files, options.bundle)
+    else:
+        first, nodes = [], _pusht_cell(options, files)
     manager = NodeDescription(
         name=MANAGER,
         module=f"dcqfa_ros.nodes.{MANAGER}",
@@ -171,25 +114,8 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
 
 def _pusht_cell(options: BringupOptions, files: Sequence[Path]) -> list[NodeDescription]:
     policy = _policy_nodes(options, files, options.bundle or PUSHT_BUNDLE)
-    arm = _node("arm_node", files, {"rate": options.rate})
-    return [arm, _node("camera_node", files, {}, needed=False), *policy]
-
-
-def _arm_cell(options: BringupOptions, files: Sequence[Path]) -> tuple[list[NodeDescription], list[NodeDescription]]:
-    """Return what runs beside the graph, and its lifecycle nodes in the order of bring-up."""
-    nodes = [_node("wrench_node", files, {})]
-    nodes += [
-        NodeDescription(
-            f"{camera}_camera_node", "dcqfa_ros.nodes.camera_node", {"camera_name": camera}, tuple(files), needed=False
-        )
-        for camera in CAMERAS
-    ]
-    nodes.append(NodeDescription("arm_node", "dcqfa_ros.nodes.cell_arm_node", {}, tuple(files)))
-    if options.teleop:
-        nodes.append(_node("teleop_node", files, {"input": "joy"}, needed=False))
-    if options.bundle:
-        nodes += _policy_nodes(options, files, options.bundle)
-    return [], nodes
+    arm = node("arm_node", files, {"rate": options.rate})
+    return [arm, node("camera_node", files, {}, needed=False), *policy]
 
 
 def _policy_nodes(options: BringupOptions, files: Sequence[Path], bundle: str) -> list[NodeDescription]:
@@ -208,14 +134,14 @@ def _policy_nodes(options: BringupOptions, files: Sequence[Path], bundle: str) -
             f"and {AUTO}"
         )
     nodes = [
-        _node("selector_node", files, {"bundle": str(folder)}, needed=False),
-        _node("policy_node", files, {"bundle": str(folder), "variant": options.variant, "rate": options.rate}),
+        node("selector_node", files, {"bundle": str(folder)}, needed=False),
+        node("policy_node", files, {"bundle": str(folder), "variant": options.variant, "rate": options.rate}),
     ]
     if options.trials is None:
         parameters: dict[str, Any] = {"bundle": spec.name, "cell": options.cell}
     else:
         parameters = _trial_parameters(options, options.trials, spec.name)
-    return [*nodes, _node("trial_node", files, parameters, needed=options.trials is not None)]
+    return [*nodes, node("trial_node", files, parameters, needed=options.trials is not None)]
 
 
 def _check(options: BringupOptions) -> None:
@@ -245,10 +171,6 @@ def check_namespace(namespace: str) -> None:
         raise BringupError(
             f"namespace:= expects letters, digits and underscores, parts divided by /, got {namespace!r}"
         )
-
-
-def _node(name: str, files: Sequence[Path], parameters: Mapping[str, Any], needed: bool = True) -> NodeDescription:
-    return NodeDescription(name, f"dcqfa_ros.nodes.{name}", dict(parameters), tuple(files), needed=needed)
 
 
 def _trial_parameters(options: BringupOptions, trials: TrialOptions, bundle: str) -> dict[str, Any]:

@@ -299,7 +299,7 @@ class _Printer:
 
 def _command(node: NodeDescription, namespace: str, folder: Path, python: str) -> list[str]:
     if node.command:
-        return list(node.command)
+        return node.command_line(python)
     arguments = [python, "-m", node.module, "--ros-args", "-r", f"__node:={node.name}", "-r", f"__ns:={namespace}"]
     for source, target in node.remappings.items():
         arguments += ["-r", f"{source}:={target}"]
