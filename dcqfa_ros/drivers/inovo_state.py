@@ -107,10 +107,13 @@ class InovoState:
             return ArmReadiness.OFF, f"nothing heard yet on {', '.join(missing)}"
         with self._lock:
             values = {topic: dict(fields) for topic, fields in self._values.items()}
-        for topic, name in ((m.ESTOP_STATE, "emergency stop"), (m.SAFE_STOP_STATE, "safe stop")):
+        for topic, name, readiness in (
+            (m.ESTOP_STATE, "emergency stop", ArmReadiness.STOPPED),
+            (m.SAFE_STOP_STATE, "safe stop", ArmReadiness.SAFE_STOPPED),
+        ):
             if not values[topic]["active"]:
                 can = "it can be reset" if values[topic]["circuit_complete"] else "release it, then reset"
-                return ArmReadiness.STOPPED, f"{name}: {can} ({topic})"
+                return readiness, f"{name}: {can} ({topic})"
         psu, robot, arm = values[m.PSU_STATUS], values[m.ROBOT_STATE], values.get(m.ARM_STATE, {})
         if psu["fault_code"]:
             return ArmReadiness.FAULT, f"power supply: fault code {psu['fault_code']} ({m.PSU_STATUS})"

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.drivers.arm_protocol import (
+    ArmReadiness,
+    ArmState,
     CartesianArmDriver,
     MotionHandle,
     MotionOutcome,
@@ -116,6 +118,7 @@ class ArmGate:
         self._rotation = np.eye(3)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
+        self._rising = threading.Lock()  # held while the arm is being brought up
 
     # State
 
@@ -158,6 +161,8 @@ class ArmGate:
         with self._gate:
             if self.armed:
                 raise ArmRefusedError("already armed")
+            if self._rising.locked():
+                raise ArmRefusedError("the arm is being brought up: try again in some seconds")
             now = time.monotonic_ns()
             cameras = self.lease.holder == "policy"
             problem = self.stage.refusal(state, now, cameras=cameras) or self._guardian.problem()
@@ -201,20 +206,59 @@ class ArmGate:
         if first:
             self._listeners.stopped(stop)
 
-    def reset_stop(self) -> Stop | None:
+    def reset_stop(self, wait_s: float = 1.0) -> Stop | None:
         """Take back the latched stop; the arm stays disarmed. Returns it, None where none was latched.
 
+        Where the controller holds the arm itself (a safe stop, an emergency stop that was released, drives off) it is
+        brought up again first, in the worker, because that takes seconds.
+
         Raises:
-            ArmRefusedError: its cause is still there, or the arm is still backing away.
+            ArmRefusedError: the cause is still there, or bringing the arm up takes longer than ``wait_s``.
         """
+        if self.armed:
+            raise ArmRefusedError(f"the arm is {self._activity.value}: disarm it, or wait for its end")
         state = self.driver.state()
+        if state.readiness not in (ArmReadiness.READY, ArmReadiness.DISCONNECTED):
+            self.bring_up(wait_s)
+            state = self._ready_state()
         with self._gate:
-            if self.armed:
-                raise ArmRefusedError(f"the arm is {self._activity.value}: nothing is latched, or wait for its end")
             try:
                 return self.stage.reset(state, time.monotonic_ns())
             except StillStoppedError as error:
                 raise ArmRefusedError(str(error)) from error
+
+    def bring_up(self, wait_s: float) -> None:
+        """Switch the arm on, in the worker. Nothing moves.
+
+        Raises:
+            ArmRefusedError: it failed, or has not come to its end within ``wait_s``: then it goes on.
+        """
+        if not self._rising.acquire(blocking=False):
+            raise ArmRefusedError("the arm is being brought up: try again in some seconds")
+        ended, problem = threading.Event(), []
+
+        def work() -> None:
+            try:
+                self.driver.bring_up()
+            except DriverError as error:
+                problem.append(str(error))
+            finally:
+                self._rising.release()
+                ended.set()
+                self._listeners.changed()
+
+        self._jobs.put(work)
+        if not ended.wait(wait_s):
+            raise ArmRefusedError("the arm is being brought up: try again in some seconds")
+        if problem:
+            raise ArmRefusedError(problem[0])
+
+    def _ready_state(self) -> ArmState:
+        """Return the state, waiting a moment for what a bring-up has changed to arrive."""
+        end = time.monotonic() + 0.5
+        while (state := self.driver.state()).readiness is not ArmReadiness.READY and time.monotonic() < end:
+            time.sleep(0.01)
+        return state
 
     def _forget(self) -> None:
         self._token += 1

@@ -146,7 +146,7 @@ class ArmStream(ArmGate):
             self._gripper = opening
             try:
                 self.driver.move_gripper(opening)
-            except DriverError as error:
+            except (DriverError, ValueError) as error:
                 self._fail(Stop(StopCode.DRIVER, f"gripper: {error}"))
 
     # Moves of the controller's own
@@ -183,7 +183,7 @@ class ArmStream(ArmGate):
         """Worker: start the move, unless something stopped the arm meanwhile."""
         try:
             handle = begin()
-        except DriverError as error:
+        except (DriverError, ValueError) as error:
             self._finish_move(token, MotionResult(MotionOutcome.REJECTED, str(error)))
             return
         with self._gate:

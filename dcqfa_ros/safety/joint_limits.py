@@ -24,11 +24,11 @@ _DAMPING = 1e-3  # of the inverse near a singular posture: speeds there are larg
 class Kinematics(Protocol):
     """What a limit needs to know of an arm's geometry. Joints (n,) rad, ``world``, metres."""
 
-    def jacobian(self, joints: Floats) -> Floats:
-        """Return the Jacobian (6, n): joint speeds to (vx, vy, vz, wx, wy, wz) of the tool centre point."""
+    def jacobian(self, joints: Floats, point: Floats | None = None) -> Floats:
+        """Return the Jacobian (6, n): joint speeds to (vx, vy, vz, wx, wy, wz) of ``point`` (3,) of the last link."""
 
     def forward(self, joints: Floats) -> tuple[Floats, Floats]:
-        """Return position (3,) and orientation (4,) (x, y, z, w) of the tool centre point."""
+        """Return position (3,) and rotation (3, 3) of the last link, or of a tool on it."""
 
 
 class JointLimits:
@@ -74,8 +74,8 @@ class JointLimits:
         self.clamped = 0
         self.tightest = -1
 
-    def joint_speeds(self, joints: Floats, twist: Floats) -> Floats:
-        """Return the joint speeds (n,) rad/s that make the tool centre point move with ``twist`` (6,).
+    def joint_speeds(self, joints: Floats, twist: Floats, point: Floats | None = None) -> Floats:
+        """Return the joint speeds (n,) rad/s that make ``point`` (3,) of the last link move with ``twist`` (6,).
 
         Raises:
             NotFiniteActionError: joints or twist hold NaN or infinity, or have another length.
@@ -87,11 +87,11 @@ class JointLimits:
             )
         if not (np.isfinite(joints).all() and np.isfinite(twist).all()):
             raise NotFiniteActionError("joint positions or twist hold NaN or infinity")
-        jacobian = np.asarray(self.kinematics.jacobian(joints), np.float64)
+        jacobian = np.asarray(self.kinematics.jacobian(joints, point), np.float64)
         square = jacobian @ jacobian.T + _DAMPING**2 * np.eye(6)
         return np.asarray(jacobian.T @ np.linalg.solve(square, twist))
 
-    def factor(self, joints: Floats, twist: Floats, share: float = 1.0) -> float:
+    def factor(self, joints: Floats, twist: Floats, share: float = 1.0, point: Floats | None = None) -> float:
         """Return the share (0..1) of ``twist`` that keeps every joint below ``share`` of its limits.
 
         A joint beyond its end blocks every motion that would take it further, and none that brings it back.
@@ -99,7 +99,7 @@ class JointLimits:
         Raises:
             NotFiniteActionError: see :meth:`joint_speeds`.
         """
-        speeds = self.joint_speeds(joints, twist)
+        speeds = self.joint_speeds(joints, twist, point)
         distance = np.where(speeds > 0.0, self.upper - joints, joints - self.lower)
         allowed = share * np.minimum(self.speeds, np.sqrt(2.0 * self._braking * np.maximum(distance, 0.0)))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -109,6 +109,13 @@ class JointLimits:
             self.clamped += 1
             self.tightest = index
         return float(ratios[index])
+
+    def places(self, joints: Floats, position: Floats, path: Floats) -> Floats:
+        """Return where the tool centre point, now at ``position`` (3,) with ``joints`` (6,), is for ``path`` (n, 6)."""
+        origin, rotation = self.kinematics.forward(joints)
+        tool = np.asarray(rotation).T @ (np.asarray(position) - origin)
+        ends = (self.kinematics.forward(row) for row in path)
+        return np.array([end + np.asarray(turn) @ tool for end, turn in ends])
 
     def check_path(self, times_s: Floats, positions: Floats, start: Floats) -> str | None:
         """Return why joint positions (n, 6) at ``times_s`` (n,) from ``start`` (6,) may not be followed, None if so."""

@@ -265,10 +265,10 @@ class SafetyStage:
     def _limited(self, wanted: Floats, state: ArmState, now_ns: int) -> tuple[float, ...] | Stop:
         try:
             if self.joints is not None:
-                wanted = wanted * self.joints.factor(state.joints, wanted, JOINT_SHARE)
+                wanted = wanted * self.joints.factor(state.joints, wanted, JOINT_SHARE, state.position)
             twist = self.limiter.bound(wanted, state.position, state.stamp_ns, now_ns)
             if self.joints is not None:
-                factor = self.joints.factor(state.joints, np.array(twist))
+                factor = self.joints.factor(state.joints, np.array(twist), 1.0, state.position)
                 if factor < 1.0:
                     self.limiter.scale_down(factor)
                     twist = self.limiter.velocity
@@ -319,8 +319,8 @@ class SafetyStage:
         before = np.asarray(state.joints)
         for row in np.asarray(positions, np.float64):
             pieces = max(2, int(np.ceil(np.abs(row - before).max() / 0.05)) + 1)  # at most 0.05 rad apart
-            for joints in np.linspace(before, row, pieces)[1:]:
-                place, _ = self.joints.kinematics.forward(joints)
+            path = np.linspace(before, row, pieces)[1:]
+            for place in self.joints.places(np.asarray(state.joints), state.position, path):
                 if not self.limiter.workspace.holds(place):
                     return f"the path leaves the workspace at ({', '.join(f'{p:.3f}' for p in place)}) m"
             before = row

@@ -203,8 +203,8 @@ class WrenchCompensation:
         rotations = [r.rotation for r in readings if r.rotation is not None]
         if self.needs_orientation and len(rotations) < len(readings):
             raise ZeroRefusedError(
-                f"zero refused: mass is {self.load.mass:g} kg but tcp_pose does not come, so that the zero would hold the "
-                "tool's weight in this orientation; start the arm's node, or set mass to 0"
+                f"zero refused: mass is {self.load.mass:g} kg but tcp_pose does not come, so that the zero would hold "
+                "the tool's weight in this orientation; start the arm's node, or set mass to 0"
             )
         turn = max(
             (_angle(rotations[0], rotation) for rotation in rotations[:: max(1, len(rotations) // 10)]), default=0.0

@@ -20,11 +20,11 @@ class Linear:
     def __init__(self, jacobian: np.ndarray) -> None:
         self.matrix = jacobian
 
-    def jacobian(self, joints: np.ndarray) -> np.ndarray:
+    def jacobian(self, joints: np.ndarray, point: np.ndarray | None = None) -> np.ndarray:
         return self.matrix
 
     def forward(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return (self.matrix @ joints)[:3], np.array([0.0, 0.0, 0.0, 1.0])
+        return (self.matrix @ joints)[:3], np.eye(3)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6))
