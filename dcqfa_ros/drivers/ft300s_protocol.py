@@ -15,9 +15,12 @@ look like a frame once in 2^32 positions. That is too often for a force guard, s
   real; at most :data:`MAX_WITHHELD` frames wait, so that no course of the load blinds the guard. On a line without
   damage nothing waits: a collision reaches the force guard with its own frame.
 
+So after damage the second of two valid frames is believed while the load changes by less than :data:`NEAR` per frame
+(80 N/s, 4 N m/s), and the third while it changes faster.
+
 What remains is damage spread over more than 16 bits that follows a valid frame at once, meets the CRC (2^-16) *and*
-keeps all six values within 1 N and 0.1 N m of their course (5 % of such damage), or that comes alone after 10 s without
-damage. ``dcqfa_ros.sim.fuzz_ft300s`` measures it.
+keeps all six values within :data:`NEAR` of their course, or that comes alone after 10 s without damage.
+``dcqfa_ros.sim.fuzz_ft300s`` measures it.
 """
 
 from __future__ import annotations
@@ -62,11 +65,10 @@ COUNTS_PER_NEWTON, COUNTS_PER_NEWTON_METRE = 100.0, 1000.0
 OVERRANGE_COUNTS = 30_000
 """Measuring range of every axis: 300 N and 30 N m. Readings beyond it are no measurement."""
 
-NEAR = 100
-"""Change that is believed at once on a suspect line: 1 N, 0.1 N m from the reading before or from a straight course."""
-CONFIRMS = 400
-"""Two adjacent readings that differ by no more, 4 N and 0.4 N m, confirm each other."""
-FAR = 6000
+NEAR = (80, 80, 80, 40, 40, 40)
+"""Change that is believed at once on a suspect line: 0.8 N, 0.04 N m (eight times the noise) in 10 ms, from the
+reading before or from a straight course."""
+FAR = (6000,) * 6
 """Change that is believed as part of a movement that goes on for a second frame: 60 N, 6 N m in 10 ms."""
 MAX_WITHHELD = 3
 """At most so many adjacent valid frames are withheld, however the load changes."""
@@ -213,7 +215,7 @@ def _plausible(previous: Link, counts: Counts) -> bool:
         return _within(counts, last, NEAR) or (before is not None and _within(counts, _continued(before, last), NEAR))
     if previous.withheld >= MAX_WITHHELD:
         return True
-    if _within(counts, last, CONFIRMS):
+    if _within(counts, last, NEAR):
         return True
     if trusted is None:
         return previous.withheld > 1 and _within(counts, last, FAR)
@@ -225,8 +227,8 @@ def _continued(a: Counts, b: Counts) -> Counts:
     return tuple(2 * y - x for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
-def _within(a: Counts, b: Counts, limit: int) -> bool:
-    return all(-limit <= x - y <= limit for x, y in zip(a, b, strict=True))
+def _within(a: Counts, b: Counts, limits: tuple[int, ...]) -> bool:
+    return all(-limit <= x - y <= limit for x, y, limit in zip(a, b, limits, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

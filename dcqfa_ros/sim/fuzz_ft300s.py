@@ -14,7 +14,15 @@ from dcqfa_ros.drivers.ft300s_protocol import FRAME_BYTES, HEADER, Counts, Strea
 from dcqfa_ros.drivers.modbus import crc16
 
 _BATCH = 1000
-_SLOPE = 300  # most counts by which an intact frame's values differ from those before: 3 N, 0.3 N m in 10 ms
+_SLOPES = (
+    50,
+    50,
+    50,
+    25,
+    25,
+    25,
+)  # most counts by which an intact frame differs from the one before: 50 N/s, 2.5 N m/s
+_NOISE = (10, 10, 10, 5, 5, 5)
 _HEADER_VALUE = int.from_bytes(HEADER, "little")  # 200 N: a payload that holds the header
 _EXAMPLES = 5
 
@@ -110,28 +118,32 @@ class _Signal:
         self._rng = rng
         self._values = [0, 0, 900, 0, 0, 0]
         self._slopes = [0] * 6
-        self._left = 0
+        self._moving = self._resting = 0
 
     def next(self) -> Counts:
         """Return the next reading."""
         rng = self._rng
-        if self._left == 0:
-            self._left = rng.randint(20, 200)
-            if rng.random() < 0.3:
-                goals = [_HEADER_VALUE, 0, 0, 0, 0, 0]
-                rng.shuffle(goals)
-            else:
-                goals = [rng.randint(-15_000, 15_000) for _ in range(6)]
-            span = max(1, max(abs(g - v) for g, v in zip(goals, self._values, strict=True)) // (_SLOPE - 20))
-            self._left = max(self._left, span)
-            self._slopes = [(g - v) // span for g, v in zip(goals, self._values, strict=True)]
-            self._steps = span
-        if self._steps:
-            self._steps -= 1
+        if self._moving:
+            self._moving -= 1
             self._values = [v + s for v, s in zip(self._values, self._slopes, strict=True)]
-        self._left -= 1
-        a, b, c, d, e, f = (v + int(rng.random() * 21) - 10 for v in self._values)
+        elif self._resting:
+            self._resting -= 1
+        else:
+            self._choose()
+        a, b, c, d, e, f = (v + int(rng.random() * (2 * n + 1)) - n for v, n in zip(self._values, _NOISE, strict=True))
         return a, b, c, d, e, f
+
+    def _choose(self) -> None:
+        rng = self._rng
+        if rng.random() < 0.3:
+            goals = [_HEADER_VALUE, 0, 0, 0, 0, 0]
+            rng.shuffle(goals)
+        else:
+            goals = [rng.randint(-15_000, 15_000) for _ in range(6)]
+        ways = [goal - value for goal, value in zip(goals, self._values, strict=True)]
+        self._moving = 1 + max(abs(way) // slope for way, slope in zip(ways, _SLOPES, strict=True))
+        self._slopes = [int(way / self._moving) for way in ways]
+        self._resting = rng.randint(20, 200)
 
 
 def fuzz(
