@@ -18,11 +18,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dcqfa_ros.drivers import ft300s_protocol as ft
 from dcqfa_ros.drivers.modbus import EXCEPTION_BIT, READ_HOLDING_REGISTERS, WRITE_MULTIPLE_REGISTERS, crc16, with_crc
-from dcqfa_ros.errors import UserError
+from dcqfa_ros.sim.ft300s_options import EmulatorError, FT300SOptions, SentFrame, wrench_counts
+
+__all__ = ["EmulatorError", "FT300SEmulator", "FT300SOptions", "SentFrame", "WrenchSource"]
 
 WrenchSource = Callable[[int], Sequence[float]]
 """From monotonic time, ns, to Fx Fy Fz (N) and Mx My Mz (N m) as the sensor would read them."""
@@ -31,85 +32,6 @@ _STOP_BYTES = len(ft.STOP_SEQUENCE)
 _ILLEGAL_FUNCTION, _ILLEGAL_ADDRESS = 1, 2
 _REST_NS = 1_000_000_000
 _KEPT_FRAMES = 100_000
-
-
-class EmulatorError(UserError):
-    """The emulator cannot do what it was asked for; the message says what to do."""
-
-
-@dataclass
-class FT300SOptions:
-    """What the emulated sensor is and does wrong.
-
-    Attributes:
-        link: path of a symbolic link to the pseudo-terminal, which disappears while unplugged; None: none.
-        serial_number: like ``FTS-4711``.
-        firmware: like ``FTS-1.2.3``.
-        production_year: register 514.
-        wrench: constant load, N and N m, until :meth:`FT300SEmulator.set_load`.
-        noise: standard deviation of force, N; a hundredth of it in N m for torque.
-        rate_hz: frames per second.
-        paced: bytes leave one by one, as at 19200 baud; otherwise a frame leaves whole when its last byte would.
-        boot_streaming: the sensor streams when it has booted, without being asked.
-        stream_works: whether a request for the stream is obeyed.
-        boot_s: time after plugging in before the sensor does anything.
-        answer_delay_s: from a request's last byte to its answer's first.
-        damaged_share: share of frames of which a byte is changed.
-        cut_share: share of frames that lose some bytes.
-        noise_share: share of frames before which random bytes come.
-        seed: of noise and damage.
-    """
-
-    link: Path | None = None
-    serial_number: str = "FTS-4711"
-    firmware: str = "FTS-2.0.1"
-    production_year: int = 2024
-    wrench: Sequence[float] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    noise: float = 0.05
-    rate_hz: float = ft.STREAM_HZ
-    paced: bool = False
-    boot_streaming: bool = False
-    stream_works: bool = True
-    boot_s: float = 0.0
-    answer_delay_s: float = 0.004
-    damaged_share: float = 0.0
-    cut_share: float = 0.0
-    noise_share: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that no sensor could have.
-
-        Raises:
-            EmulatorError: one is out of range; the message names it.
-        """
-        if not 1.0 <= self.rate_hz <= ft.STREAM_HZ:
-            raise EmulatorError(f"rate_hz: expected 1 to {ft.STREAM_HZ:g}, got {self.rate_hz}")
-        for name in ("noise", "boot_s", "answer_delay_s"):
-            if not 0.0 <= getattr(self, name) < 1e6:
-                raise EmulatorError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("damaged_share", "cut_share", "noise_share"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise EmulatorError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        _counts(self.wrench)
-        try:
-            ft.info_registers(ft.SensorInfo(self.serial_number, self.production_year, self.firmware))
-        except ValueError as error:
-            raise EmulatorError(str(error)) from error
-
-
-@dataclass(frozen=True, slots=True)
-class SentFrame:
-    """One frame that left: its number from 0, when it was sampled and when its last byte left (monotonic ns), counts.
-
-    ``intact`` is False when bytes of it were changed or lost.
-    """
-
-    number: int
-    sampled_ns: int
-    last_byte_ns: int
-    counts: ft.Counts
-    intact: bool
 
 
 @dataclass(slots=True)
@@ -136,15 +58,6 @@ class _State:
     stop_bytes: int = 0
     received: bytearray = field(default_factory=bytearray)
     outgoing: deque[_Outgoing] = field(default_factory=deque)
-
-
-def _counts(wrench: Sequence[float]) -> ft.Counts:
-    """Return counts for six values in N and N m, held at int16's ends as an overloaded sensor does."""
-    if len(wrench) != 6 or not all(-1e9 < value < 1e9 for value in wrench):
-        raise EmulatorError(f"wrench: expected six finite numbers (N, N m), got {list(wrench)}")
-    scale = (ft.COUNTS_PER_NEWTON,) * 3 + (ft.COUNTS_PER_NEWTON_METRE,) * 3
-    a, b, c, d, e, f = (max(-32768, min(32767, round(v * s))) for v, s in zip(wrench, scale, strict=True))
-    return a, b, c, d, e, f
 
 
 class FT300SEmulator:
@@ -232,7 +145,7 @@ class FT300SEmulator:
         Raises:
             EmulatorError: not six finite numbers.
         """
-        _counts(wrench)
+        wrench_counts(wrench)
         self._load, self._source = tuple(float(value) for value in wrench), None
 
     def set_silent(self, silent: bool) -> None:
@@ -354,7 +267,7 @@ class FT300SEmulator:
         wrench = self._load if self._source is None else self._source(now_ns)
         noise, gauss = self.options.noise, self._random.gauss
         scale = (1.0,) * 3 + (0.01,) * 3
-        return _counts([value + gauss(0.0, noise) * s for value, s in zip(wrench, scale, strict=True)])
+        return wrench_counts([value + gauss(0.0, noise) * s for value, s in zip(wrench, scale, strict=True)])
 
     def _damage(self, frame: bytes) -> bytes:
         o, rng = self.options, self._random
@@ -485,14 +398,3 @@ def _make_link(link: Path, target: str) -> None:
     staging.unlink(missing_ok=True)
     staging.symlink_to(target)
     staging.replace(link)
-
-
-def describe(frame: SentFrame) -> dict[str, Any]:
-    """Return plain values for JSON."""
-    return {
-        "number": frame.number,
-        "sampled_ns": frame.sampled_ns,
-        "last_byte_ns": frame.last_byte_ns,
-        "counts": list(frame.counts),
-        "intact": frame.intact,
-    }
