@@ -266,13 +266,18 @@ def measure_jpeg(width: int, height: int, pictures: int = 100, quality: int = 90
     from dcqfa_ros.nodes.camera_jpeg import encode_jpeg
     from dcqfa_ros.sim.camera_synthetic import scene
 
-    opencv().setNumThreads(1)
+    cv2 = opencv()
+    threads = cv2.getNumThreads()
     color, _ = scene(width, height)
     times = []
-    for number in range(pictures + _WARM):
-        picture = color[number : number + height]
-        began = time.perf_counter()
-        encode_jpeg(picture, quality)
-        if number >= _WARM:
-            times.append((time.perf_counter() - began) * 1e3)
+    cv2.setNumThreads(1)
+    try:
+        for number in range(pictures + _WARM):
+            picture = color[number : number + height]
+            began = time.perf_counter()
+            encode_jpeg(picture, quality)
+            if number >= _WARM:
+                times.append((time.perf_counter() - began) * 1e3)
+    finally:
+        cv2.setNumThreads(threads)
     return times

@@ -194,7 +194,8 @@ class RealSenseCamera(_Device):
             if self._serial not in serials:
                 self._lose(f"{self._what} was disconnected; it is used again as soon as it is back")
             if self._silent_s >= _STALLED_S:
-                self._lose(f"{self._what} has been silent for {_STALLED_S:g} s; opening it anew")
+                trouble = self._streams.pairing.trouble() or "it is connected but sends nothing"
+                self._lose(f"{self._what} has delivered nothing for {_STALLED_S:g} s ({trouble}); opening it anew")
         trouble = self._streams.pairing.trouble()
         raise DriverError(f"{self._what}: no frame within {timeout_s:g} s{': ' if trouble else ''}{trouble}")
 

@@ -170,7 +170,7 @@ def test_a_camera_that_is_there_and_silent_is_opened_anew(
     device = emulated.devices()[0]
     emulated.unplug()
     camera._list = lambda: [device]  # it answers but sends nothing
-    assert "silent for" in error_of(camera)
+    assert "delivered nothing for 0.5 s (it is connected but sends nothing)" in error_of(camera)
     camera._list = emulated.devices
     emulated.plug()
     frames_until(camera, 1)

@@ -182,6 +182,23 @@ def test_deactivating_ends_the_pictures_and_activating_resumes_them(graph: Graph
         ({"source": "kinect"}, "source is 'kinect', expected one of simulated, realsense"),
         ({"camera_name": "wrist/left"}, "camera_name is 'wrist/left'"),
         ({"cell": "../escape"}, "cell state name"),
+        ({"source": "opencv", "device": "/dev/no_camera"}, "OpenCV camera /dev/no_camera does not exist"),
+        ({"source": "video"}, "camera front: parameter file is empty, source video needs one"),
+        ({"source": "playback", "file": "/nowhere/x.db3"}, "recording /nowhere/x.db3 does not exist"),
+        ({"source": "realsense", "serial_number": "no_such"}, "RealSense camera no_such"),
+        ({"source": "realsense", "fps": 29.97}, "fps is 29.97, expected a whole number"),
+        ({"source": "opencv", "intrinsics.fx": 600.0}, "intrinsics.fx and .fy: expected both or neither"),
+        ({"source": "opencv", "intrinsics.fx": 6.0, "intrinsics.fy": 6.0, "intrinsics.distortion": [0.1]}, "5 numbers"),
+        ({"source": "synthetic", "extrinsics.parent": "moon"}, "camera front: extrinsics.parent"),
+        ({"source": "synthetic", "extrinsics.calibration_file": "no_such"}, "no_such: no such configuration"),
+        (
+            {"source": "synthetic", "camera_name": "side", "extrinsics.calibration_file": "camera_extrinsics"},
+            "cameras: no entry for side",
+        ),
+        (
+            {"extrinsics.parent": "world", "extrinsics.calibration_file": "camera_extrinsics"},
+            "extrinsics.calibration_file or extrinsics.parent, not both",
+        ),
     ],
 )
 def test_unusable_parameters_refuse_to_configure_with_the_reason(graph: Graph, parameters: dict, words: str) -> None:

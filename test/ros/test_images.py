@@ -11,9 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rclpy.serialization import deserialize_message, serialize_message
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 
-from dcqfa_ros.ros.images import ENCODINGS, ImageError, ImageView, decode_image, encode_image
+from dcqfa_ros.ros.images import (
+    ENCODINGS,
+    ImageError,
+    ImageView,
+    decode_image,
+    encode_compressed_image,
+    encode_image,
+)
 
 
 def picture(encoding: str, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -65,6 +72,19 @@ def test_decodes_what_rclpy_writes(spec) -> None:
     assert (view.stamp, view.frame_id, view.encoding) == (stamp, frame_id, encoding)
     assert view.array.shape == pixels.shape
     assert view.array.tobytes() == pixels.tobytes()
+
+
+@given(images, st.binary(max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_compressed_bytes_are_the_message_rclpy_reads(spec, data: bytes) -> None:
+    _, _, _, frame_id, stamp = spec
+    expected = CompressedImage()
+    expected.header.stamp.sec, expected.header.stamp.nanosec = stamp
+    expected.header.frame_id, expected.format = frame_id, "jpeg"
+    expected.data = byte_array("B", data)
+    written = encode_compressed_image(stamp, frame_id, "jpeg", data)
+    assert deserialize_message(written, CompressedImage) == expected
+    assert len(written) == len(serialize_message(expected))
 
 
 def test_decoding_copies_no_pixels() -> None:
