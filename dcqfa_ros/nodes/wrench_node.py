@@ -22,7 +22,9 @@ from geometry_msgs.msg import PoseStamped, WrenchStamped
 from rclpy.clock import ROSClock
 
 from dcqfa_ros.drivers.ft300s import FT300S, MODES
+from dcqfa_ros.drivers.ft300s_line import SensorUnpluggedError
 from dcqfa_ros.drivers.ft300s_reader import WrenchReader
+from dcqfa_ros.drivers.patience import connect_patiently
 from dcqfa_ros.drivers.protocols import WrenchSample
 from dcqfa_ros.ros.conversions import to_time
 from dcqfa_ros.ros.diagnostics import Level, Status
@@ -63,6 +65,7 @@ class WrenchNode(ManagedNode):
             maximum=60_000,
             read_only=True,
         )
+        add("appear_timeout_s", 0.0, "how long the port may take to appear, s", minimum=0.0, maximum=600.0)
         add("silence_ms", 100, "without a reading for longer the sensor counts as lost", minimum=20, maximum=10_000)
         add("maximum_age_ms", 50, "older readings are dropped, not published", minimum=10, maximum=10_000)
         self._driver: FT300S | None = None
@@ -84,7 +87,12 @@ class WrenchNode(ManagedNode):
         self._compensation = WrenchCompensation(load, rotation, low_pass)
         self._frame_id = self.parameter("frame_id")
         self._driver = FT300S(self.parameter("port"), self.parameter("mode"))
-        self._driver.connect()
+        connect_patiently(
+            self._driver.connect,
+            self.parameter("appear_timeout_s"),
+            SensorUnpluggedError,
+            lambda text: self.event(Level.WARN, text),
+        )
         self._wrench_publisher = self.create_interface_publisher("wrench")
         self._raw_publisher = self.create_interface_publisher("wrench_raw")
         self.create_guarded_subscription("tcp_pose", self._take_pose)
