@@ -23,7 +23,7 @@ from dcqfa_ros.errors import UserError
 
 Register = Callable[[Any], None]
 
-COMMANDS = ("bench", "bundle", "calibrate", "demo", "devices", "teleop", "up")
+COMMANDS = ("bench", "bundle", "calibrate", "demo", "devices", "emulate", "teleop", "tool-load", "up")
 ENTRY_POINT_GROUP = "dcqfa.commands"
 DEBUG_VARIABLE = "DCQFA_DEBUG"
 
@@ -112,7 +112,7 @@ def _registry() -> dict[str, Callable[[], Register]]:
 
 def _built_in(name: str) -> Callable[[], Register]:
     def load() -> Register:
-        register: Register = importlib.import_module(f"dcqfa_ros.commands.{name}").register
+        register: Register = importlib.import_module(f"dcqfa_ros.commands.{name.replace('-', '_')}").register
         return register
 
     return load

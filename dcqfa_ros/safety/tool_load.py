@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcqfa_ros.errors import UserError
+from dcqfa_ros.safety.wrench_frames import rotation_of
 
 Floats = NDArray[np.float64]
 
@@ -85,14 +86,7 @@ def rotation_matrix(quaternion: ArrayLike, name: str = "orientation") -> Floats:
     norm = float(np.linalg.norm(q)) if q.shape == (4,) else math.nan
     if not 0.5 < norm < 2.0:
         raise ToolLoadError(f"{name}: expected a unit quaternion (x, y, z, w), got {q.tolist()}")
-    x, y, z, w = (q / norm).tolist()
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
+    return rotation_of(q)
 
 
 class LowPass:
@@ -207,7 +201,8 @@ class WrenchCompensation:
                 "the tool's weight in this orientation; start the arm's node, or set mass to 0"
             )
         turn = max(
-            (_angle(rotations[0], rotation) for rotation in rotations[:: max(1, len(rotations) // 10)]), default=0.0
+            (angle_between(rotations[0], rotation) for rotation in rotations[:: max(1, len(rotations) // 10)]),
+            default=0.0,
         )
         if turn > STEADY_ANGLE_RAD:
             raise ZeroRefusedError(
@@ -247,6 +242,6 @@ def unsteady(values: Floats) -> str:
     return ""
 
 
-def _angle(a: Floats, b: Floats) -> float:
+def angle_between(a: Floats, b: Floats) -> float:
     """Return the angle, rad, between two rotations (3, 3)."""
     return float(np.arccos(np.clip((np.sum(a * b) - 1.0) / 2.0, -1.0, 1.0)))
