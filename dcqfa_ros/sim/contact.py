@@ -1,4 +1,4 @@
-"""Contact of an emulated tool with a surface, so that force guards can be tried in closed loop."""
+"""What an emulated tool feels: a surface and its own weight, so that force guards can be tried in closed loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+GRAVITY = 9.80665
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +32,26 @@ class ContactPlane:
         if depth <= 0.0:
             return np.zeros(3)
         return np.array([0.0, 0.0, self.stiffness * depth + self.damping * max(0.0, -float(velocity[2]))])
+
+
+@dataclass(frozen=True)
+class ToolLoad:
+    """The weight of what hangs on the flange.
+
+    Attributes:
+        mass: kg.
+        centre: of mass (3,), in the frame of the flange, m.
+    """
+
+    mass: float
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def weight(self, rotation: Floats) -> Floats:
+        """Return the force (3,) N in the frame of the flange, whose orientation in ``world`` is ``rotation`` (3, 3)."""
+        return rotation.T @ np.array([0.0, 0.0, -self.mass * GRAVITY])
+
+
+def cross(a: Floats | tuple[float, float, float], b: Floats) -> Floats:
+    """Return the cross product of two vectors (3,); much faster than numpy's for one pair."""
+    (ax, ay, az), (bx, by, bz) = (np.asarray(a).tolist(), b.tolist())
+    return np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])

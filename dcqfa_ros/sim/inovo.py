@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dcqfa_ros.drivers import inovo_messages as m
 from dcqfa_ros.drivers.kinematics import JOINTS, inovo_kinematics, quaternion_of
-from dcqfa_ros.sim.contact import ContactPlane
+from dcqfa_ros.sim.contact import ContactPlane, ToolLoad, cross
 from dcqfa_ros.sim.inovo_actions import ABORTED, PREEMPTED, SUCCEEDED, EmulatedAction
 from dcqfa_ros.sim.inovo_gripper import EmulatedGripper
 from dcqfa_ros.sim.inovo_motion import HOME, ArmMotion, JointPath, PlanError, plan_move, plan_trajectory
@@ -71,6 +71,7 @@ class InovoEmulator:
         time_scale: float = 1.0,
         rate_hz: float = 100.0,
         contact: ContactPlane | None = None,
+        load: ToolLoad | None = None,
         keep_frames: int = 20_000,
         seed: int = 0,
     ) -> None:
@@ -87,6 +88,7 @@ class InovoEmulator:
             time_scale: of bring-up times, 1 as long as the real ones.
             rate_hz: of motion, joint states and pose.
             contact: a surface that the tool can touch.
+            load: weight of the tool, felt by :meth:`wrench`.
             keep_frames: how many motion frames are kept.
             seed: of the jitter.
 
@@ -100,7 +102,7 @@ class InovoEmulator:
         self.gripper = EmulatedGripper(activation_s=time_scale)
         self.gripper.activated = ready
         self.motion = ArmMotion(self.kinematics, joints)
-        self.contact = contact
+        self.contact, self.load = contact, load
         self.controller = TRAJECTORY
         self.sequence_state = 0
         self.services = EmulatedServices(self)
@@ -224,8 +226,13 @@ class InovoEmulator:
         return bool(np.abs(self.joint_velocities).max() > 1e-4)
 
     def wrench(self) -> tuple[Floats, Floats]:
-        """Return force (3,) N and torque (3,) N m of the contact on the tool, at and in the frame of the flange."""
+        """Return force (3,) N and torque (3,) N m of contact and weight on the tool, at and in the flange's frame."""
         return self._wrench
+
+    def sensor_wrench(self, _: int = 0) -> list[float]:
+        """Return :meth:`wrench` as six numbers: the source of an emulated force/torque sensor on the flange."""
+        force, torque = self._wrench
+        return [*force.tolist(), *torque.tolist()]
 
     def trip(self) -> None:
         """Trip the safe stop."""
@@ -466,12 +473,16 @@ class InovoEmulator:
         return messages
 
     def _feel(self, joints: Floats, position: Floats, velocity: Floats) -> None:
-        if self.contact is None:
-            return
-        force = self.contact.force(position, velocity)
-        flange, rotation = self.kinematics.flange(joints)
-        local = rotation.T @ force
-        self._wrench = (local, np.cross(rotation.T @ (position - flange), local))
+        force, torque = np.zeros(3), np.zeros(3)
+        if self.contact is not None or self.load is not None:
+            flange, rotation = self.kinematics.flange(joints)
+            if self.contact is not None:
+                force = rotation.T @ self.contact.force(position, velocity)
+                torque = cross(rotation.T @ (position - flange), force)
+            if self.load is not None:
+                weight = self.load.weight(rotation)
+                force, torque = force + weight, torque + cross(self.load.centre, weight)
+        self._wrench = (force, torque)
 
     def _arm_state(self, header: m.Message) -> m.Message:
         fault = 3 if self.power.fault_code else (2 if self.power.arm == m.ARM_ENABLED else 1)
