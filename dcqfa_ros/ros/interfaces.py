@@ -250,6 +250,10 @@ INTERFACES: tuple[Interface, ...] = (
         "reset_stop", "arm_node/reset_stop", "arm_node", ("operator",),
         "Take back a latched stop once its cause is gone; the arm stays disarmed.", "arm",
     ),
+    _trigger(
+        "stop_service", "arm_node/stop", "arm_node", ("operator",),
+        "Stop at once, armed or not; the stop latches until `arm_node/reset_stop`.", "arm",
+    ),
     _trigger("wrench_zero", "wrench_node/zero", "wrench_node", ("operator",), "Take the present load as zero.", "arm"),
     _trigger(
         "reset_cell", "arm_node/reset_cell", "arm_node", ("trial_node",),

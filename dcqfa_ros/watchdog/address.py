@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,3 +100,10 @@ class Address:
 
     def __str__(self) -> str:
         return f"unix:{self.target}" if isinstance(self.target, str) else f"udp:{self.target[0]}:{self.target[1]}"
+
+
+def default_address(domain: int, namespace: str = "") -> str:
+    """Return where the graph of a ROS domain and namespace expects its watchdog: a Unix socket of this user."""
+    folder = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    name = re.sub(r"[^A-Za-z0-9]+", "_", namespace.strip("/"))
+    return f"unix:{folder}/dcqfa_watchdog_{os.getuid()}_{domain}{'_' if name else ''}{name}.sock"

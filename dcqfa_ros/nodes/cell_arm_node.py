@@ -1,0 +1,381 @@
+"""arm_node of a cell with a six-axis arm: chunks, twists, poses and joint trajectories in, one bounded stream out.
+
+The node converts messages; sources, deadman, limits, force guard and stops are ``dcqfa_ros.runtime.arm_stream`` and
+``dcqfa_ros.safety``. The control thread drives the arm and publishes its state; the executor hears commands and
+wrenches, and a wrench that crosses a limit stops the arm in its own callback. The arm is inactive until ``~/arm``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from std_srvs.srv import Trigger
+
+from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionResult
+from dcqfa_ros.drivers.inovo import InovoArm
+from dcqfa_ros.drivers.protocols import DriverError
+from dcqfa_ros.ros import arm_messages as msg
+from dcqfa_ros.ros import arm_parameters as par
+from dcqfa_ros.ros.arm_diagnostics import arm_status
+from dcqfa_ros.ros.arm_outputs import make_topic_arm
+from dcqfa_ros.ros.conversions import MessageError, from_time, status_message
+from dcqfa_ros.ros.diagnostics import Level, Status
+from dcqfa_ros.ros.generic_arm import TopicArm
+from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
+from dcqfa_ros.runtime.arm_activity import CommandRefusal
+from dcqfa_ros.runtime.arm_executor import ArmRefusedError
+from dcqfa_ros.runtime.arm_gate import Listeners
+from dcqfa_ros.runtime.arm_stream import ArmStream
+from dcqfa_ros.safety.lease import CommandLease
+from dcqfa_ros.safety.stops import Stop, StopCode
+from dcqfa_ros.watchdog.client import WatchdogClient
+
+RIVALS_PERIOD_S = 0.2
+_COMMANDS = ("twist_command", "pose_command", "joint_command", "gripper_command")
+_CHUNKS = ("chunk", "gripper_chunk")
+
+
+class CellArmNode(ManagedNode):
+    """An arm behind its driver, the safety stage and the control loop."""
+
+    NODE_NAME: ClassVar[str] = "arm_node"
+
+    def declare(self) -> None:
+        """Declare the parameters (``dcqfa_ros.ros.arm_parameters``)."""
+        par.declare(self)
+        self.on_parameter("command_source", self._validate_source, self._apply_source)
+        self._driver: InovoArm | TopicArm | None = None
+        self._stream: ArmStream | None = None
+        self._watchdog: WatchdogClient | None = None
+        self._control: threading.Thread | None = None
+        self._halt = threading.Event()
+        self._pressed = False
+        self._state_lock = threading.Lock()
+
+    def _validate_source(self, value: str) -> str | None:
+        if value not in par.SOURCES:
+            return f"expected one of {', '.join(par.SOURCES)}"
+        stream = self._stream
+        return "the arm is armed: call ~/disarm first" if stream is not None and stream.armed else None
+
+    def _apply_source(self, value: str) -> None:
+        if self._stream is not None:
+            self._stream.lease.give(value)
+
+    # Lifecycle
+
+    def setup(self) -> None:
+        """Check the limits, connect the arm and create the interfaces. Nothing moves.
+
+        Raises:
+            UserError: a limit is absent or beyond its hard maximum, or the arm cannot be reached.
+        """
+        settings, mount = par.make_settings(self), par.make_mount(self)
+        kinematics = par.make_kinematics(self)
+        stage = par.make_stage(self, kinematics)
+        lease = CommandLease(par.SOURCES, self.parameter("command_source"))
+        self._watchdog = par.make_watchdog(self)
+        if self.parameter("driver") == "inovo":
+            self._driver = par.make_inovo(self)
+            self._names = tuple(f"j{i + 1}" for i in range(6))
+        else:
+            self._driver = make_topic_arm(self, kinematics)
+            self._names = tuple(self.parameter("ros.joint_names"))
+        self._driver.connect()
+        listeners = Listeners(self._on_stop, lambda: self.post(self._publish_arm_state), self._on_moved)
+        self._stream = ArmStream(self._driver, stage, lease, settings, mount, listeners, self._watchdog)
+        self._every = max(1, round(settings.rate / float(self.parameter("state_rate"))))
+        self._ticks = 0
+        publish = self.create_interface_publisher
+        self._out = {
+            key: publish(key)
+            for key in ("joint_states", "tcp_pose", "tcp_speed", "gripper_state", "tool_wrench", "arm_state",
+                        "motion_result")
+        }  # fmt: skip
+        self._subscribe()
+        for key, callback in (
+            ("arm", self._arm), ("disarm", self._disarm), ("reset_stop", self._reset_stop),
+            ("stop_service", self._stop_service),
+        ):  # fmt: skip
+            self.create_guarded_service(key, callback)
+
+    def _subscribe(self) -> None:
+        hear = self.create_guarded_subscription
+        self._topics = {("policy", key): hear(key, self._checked(callback)) for key, callback in (
+            ("chunk", self._on_chunk), ("gripper_chunk", self._on_gripper_chunk))}  # fmt: skip
+        callbacks = (self._on_twist, self._on_pose, self._on_joints, self._on_gripper)
+        for source in par.SOURCES:
+            for key, callback in zip(_COMMANDS, callbacks, strict=True):
+                if (source, key) != ("policy", "gripper_command"):  # its topic is that of the policy's gripper chunks
+                    heard = self._checked(functools.partial(callback, source))
+                    self._topics[source, key] = hear(key, heard, source=source)
+        hear("wrench", self._on_wrench)
+        hear("operator_stop", self._on_operator_stop)
+        for camera in par.cameras(self):
+            hear("camera_info", functools.partial(self._on_camera, camera), camera=camera)
+
+    def start(self) -> None:
+        """Bring the arm up, if so configured, and start the control thread; the arm stays disarmed."""
+        stream, driver = self._running()
+        if self.parameter("bring_up") and driver.state().readiness is not ArmReadiness.READY:
+            try:
+                driver.bring_up()
+            except DriverError as error:  # an open emergency stop, for one: reset_stop tries again
+                self.event(Level.ERROR, f"the arm was not brought up: {error}")
+        self._halt = threading.Event()
+        stream.start()
+        run = self.guard(functools.partial(stream.run, self._halt, self._after_tick))
+        self._control = threading.Thread(target=run, name="control", daemon=True)
+        self._control.start()
+        self.create_guarded_timer(RIVALS_PERIOD_S, self._check_rivals)
+        self._publish_arm_state()
+
+    def stop(self, reason: str) -> None:
+        """Stop the arm, publish why, and end the control thread."""
+        stream, self._control, control = self._stream, None, self._control
+        if stream is not None:
+            stream.close(Stop(StopCode.FAULT if self.faulted else StopCode.SHUTDOWN, reason))
+        self._halt.set()
+        if control is not None and control is not threading.current_thread():
+            control.join(2.0)
+        if self._watchdog is not None and control is not None:
+            self._watchdog.beat(False)  # the silence that follows is no accident
+
+    def teardown(self) -> None:
+        """Release the arm."""
+        driver, self._driver, self._stream = self._driver, None, None
+        watchdog, self._watchdog = self._watchdog, None
+        if driver is not None:
+            driver.close()
+        if watchdog is not None:
+            watchdog.close()
+
+    def _running(self) -> tuple[ArmStream, InovoArm | TopicArm]:
+        if self._stream is None or self._driver is None:
+            raise DriverError("arm_node is not configured")
+        return self._stream, self._driver
+
+    # Control thread
+
+    def _after_tick(self, state: ArmState, now_ns: int) -> None:
+        self._ticks += 1
+        if self._ticks % self._every:
+            return
+        stamp = self.get_clock().now().nanoseconds - max(0, now_ns - state.stamp_ns)
+        out = self._out
+        if state.readiness is ArmReadiness.DISCONNECTED:
+            return  # its last figures are not of now
+        out["joint_states"].publish(msg.joints_message(stamp, self._names, state))
+        out["tcp_pose"].publish(msg.pose_message(stamp, state))
+        out["tcp_speed"].publish(msg.twist_message(stamp, state.linear, state.angular))
+        if state.gripper is not None:
+            out["gripper_state"].publish(msg.gripper_message(stamp, state.gripper))
+
+    # Listeners, in whichever thread
+
+    def _on_stop(self, stop: Stop) -> None:
+        def tell() -> None:
+            self._publish_arm_state()
+            level = Level.OK if stop.code.normal else Level.ERROR
+            self.event(level, f"disarmed: {stop.text}", code=stop.code.value)
+
+        if self.on_executor_thread:
+            tell()
+        else:
+            self.post(tell)
+
+    def _on_moved(self, kind: str, result: MotionResult) -> None:
+        values = {"command": kind, "outcome": result.outcome.value, "reason": result.message}
+        level = Level.OK if result.outcome.value == "succeeded" else Level.WARN
+        stamp = self.get_clock().now().nanoseconds
+        text = f"{kind}: {result.outcome.value}"
+        self._out["motion_result"].publish(status_message(stamp, "motion", level, text, values))
+
+    def _publish_arm_state(self) -> None:
+        stream = self._stream
+        if stream is None:
+            return
+        with self._state_lock:  # what is published last is what was true last
+            now, armed = stream.snapshot(), stream.armed
+            values = {
+                "state": "armed" if armed else "disarmed",
+                "activity": now.activity.value,
+                "episode": now.episode,
+                "code": "" if armed else now.stop.code.value,
+                "reason": "" if armed else now.stop.text,
+                "latched": now.latched,
+                "contact": now.contact,
+                "source": stream.lease.holder,
+                "seed": 0,
+                "rate": "realtime",
+                "step": stream.player.consumed,
+                "missed_ticks": stream.ticker.missed,
+                "starved_ticks": stream.player.starved,
+            }
+            text = "armed" if armed else f"disarmed: {now.stop.text}"
+            level = Level.OK if armed or not now.latched else Level.ERROR
+            stamp = self.get_clock().now().nanoseconds
+            self._out["arm_state"].publish(status_message(stamp, "arm", level, text, values))
+
+    # Commands
+
+    def _checked(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Count and report what cannot be read, instead of treating it as a fault of this node."""
+
+        def take(message: Any) -> None:
+            stream = self._stream
+            if stream is None or not self.is_active:
+                return
+            try:
+                callback(message)
+            except MessageError as error:
+                stream.refused[CommandRefusal.MALFORMED.value] += 1
+                self.event(Level.ERROR, f"command refused: {error}")
+
+        return take
+
+    def _times(self, stamp: Any) -> tuple[int, int]:
+        """Return the monotonic time of a message's stamp (now, where it has none), and now."""
+        now, then = time.monotonic_ns(), from_time(stamp)
+        return (now - (self.get_clock().now().nanoseconds - then) if then else now), now
+
+    def _on_chunk(self, message: Any) -> None:
+        twists, period = msg.twist_chunk(message)
+        refusal = self._running()[0].submit_chunk("policy", self._times(message.header.stamp)[0], period, twists,
+                                                  time.monotonic_ns())  # fmt: skip
+        if refusal not in (None, CommandRefusal.SOURCE, CommandRefusal.DISARMED):
+            self.event(Level.WARN, f"chunk refused: {refusal.value}")
+
+    def _on_gripper_chunk(self, message: Any) -> None:
+        openings = msg.gripper_chunk(message)
+        self._running()[0].submit_gripper_chunk("policy", *self._times(message.header.stamp)[:1], openings,
+                                                time.monotonic_ns())  # fmt: skip
+
+    def _on_twist(self, source: str, message: Any) -> None:
+        twist, in_tool = msg.twist_command(message)
+        self._running()[0].submit_twist(source, twist, *self._times(message.header.stamp), in_tool=in_tool)
+
+    def _on_pose(self, source: str, message: Any) -> None:
+        position, orientation = msg.pose_command(message)
+        times = self._times(message.header.stamp)
+        self._answer("pose", *self._running()[0].submit_pose(source, position, orientation, *times))
+
+    def _on_joints(self, source: str, message: Any) -> None:
+        times, positions = msg.joint_command(message, self._names)
+        stamps = self._times(message.header.stamp)
+        self._answer("joint_trajectory", *self._running()[0].submit_joints(source, times, positions, *stamps))
+
+    def _answer(self, kind: str, refusal: CommandRefusal | None, text: str) -> None:
+        if refusal is None:
+            return
+        self.event(Level.WARN, f"{kind} refused: {text}", refusal=refusal.value)
+        values = {"command": kind, "outcome": "rejected", "reason": text}
+        stamp = self.get_clock().now().nanoseconds
+        message = status_message(stamp, "motion", Level.WARN, f"{kind}: rejected", values)
+        self._out["motion_result"].publish(message)
+
+    def _on_gripper(self, source: str, message: Any) -> None:
+        self._running()[0].submit_gripper(source, float(message.data), time.monotonic_ns())
+
+    # Signals
+
+    def _on_wrench(self, message: Any) -> None:
+        stream = self._stream
+        if stream is None:
+            return
+        taken, now = self._times(message.header.stamp)
+        force, torque = stream.on_wrench(*msg.wrench_arrays(message), min(taken, now))
+        wrench = msg.wrench_message(message.header.stamp, msg.TOOL, force, torque)
+        self._out["tool_wrench"].publish(wrench)
+
+    def _on_camera(self, camera: str, message: Any) -> None:
+        if self._stream is not None:
+            taken, now = self._times(message.header.stamp)
+            self._stream.on_camera(camera, min(taken, now))
+
+    def _on_operator_stop(self, message: Any) -> None:
+        self._pressed = bool(message.data)
+        if self._pressed and self._stream is not None:
+            self._stream.operator_stop("operator_stop: true")
+
+    def _check_rivals(self) -> None:
+        rivals = self._rivals()
+        stream = self._stream
+        if rivals and stream is not None and stream.armed:
+            stream.disarm(Stop(StopCode.TWO_PUBLISHERS, rivals))
+
+    def _rivals(self) -> str:
+        holder = self._running()[0].lease.holder
+        for (source, _), subscription in self._topics.items():
+            if source == holder and self.count_publishers(subscription.topic_name) > 1:
+                return f"two publishers on {subscription.topic_name}: only one process may command the arm"
+        return ""
+
+    # Services
+
+    def _arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        stream, _driver = self._running()
+        if not self.is_active:
+            raise Refused("arm_node is not active")
+        rivals = self._rivals()
+        if rivals:
+            raise Refused(rivals)
+        stream.ticker.missed = 0
+        self._refusing(stream.arm)
+        self._publish_arm_state()
+        response.success, response.message = True, f"armed, episode {stream.episode}"
+        return response
+
+    def _disarm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        done = self._running()[0].disarm(Stop(StopCode.OPERATOR, "disarmed by ~/disarm"))
+        response.success, response.message = True, "disarmed" if done else "was not armed"
+        return response
+
+    def _stop_service(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._running()[0].operator_stop("stopped by ~/stop")
+        response.success, response.message = True, "stopped; call ~/reset_stop before arming again"
+        return response
+
+    def _reset_stop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        stream, _driver = self._running()
+        if not self.is_active:
+            raise Refused("arm_node is not active")
+        if self._pressed:
+            raise Refused("the last message on operator_stop is true: release it first")
+        stop = self._refusing(stream.reset_stop)
+        self._publish_arm_state()
+        response.success = True
+        response.message = (
+            "nothing was latched" if stop is None else f"{stop.code.value} was reset; the arm is disarmed"
+        )
+        return response
+
+    @staticmethod
+    def _refusing(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (ArmRefusedError, DriverError) as error:
+            raise Refused(str(error)) from error
+
+    # Diagnostics
+
+    def status(self) -> list[Status]:
+        """Report activity, stop, refusals, limits, tick, watchdog and driver."""
+        stream, driver = self._stream, self._driver
+        if stream is None or driver is None:
+            return [Status(Level.WARN, "arm", "not configured", {})]
+        return arm_status(stream, driver, self._watchdog)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``arm_node`` of a cell with an arm."""
+    return run_node(CellArmNode, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
