@@ -28,6 +28,7 @@ from dcqfa_ros.nodes.camera_sources import camera_pose, declare_camera, open_cam
 from dcqfa_ros.ros.camera_messages import camera_info, camera_transforms, quaternion, transform_message
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.fastdds import use_image_profile
+from dcqfa_ros.ros.image_memory import keep_picture_memory
 from dcqfa_ros.ros.images import encode_image, restamp
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode, run_node
@@ -44,7 +45,8 @@ class CameraNode(ManagedNode):
     NODE_NAME: ClassVar[str] = "camera_node"
 
     def __init__(self, **kwargs: Any) -> None:
-        """Choose the transport for images (before DDS starts), then create the node."""
+        """Choose the transport and memory for images (before DDS starts), then create the node."""
+        keep_picture_memory()
         self._transport = use_image_profile()
         super().__init__(**kwargs)
 

@@ -25,6 +25,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import get_rmw_implementation_identifier, try_shutdown
 
+from dcqfa_ros.ros.image_memory import keep_picture_memory
 from dcqfa_ros.ros.images import decode_image
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.process import die_with_parent
@@ -102,6 +103,7 @@ def receive(cameras: Sequence[str], pids: Sequence[int], seconds: float, timeout
     Raises:
         StreamError: a node did not come up or nothing came.
     """
+    keep_picture_memory()
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     node = rclpy.create_node("camera_bench_subscriber")
     executor = SingleThreadedExecutor()

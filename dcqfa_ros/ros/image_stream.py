@@ -25,6 +25,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import get_rmw_implementation_identifier, try_shutdown
 
 from dcqfa_ros.ros.fastdds import use_image_profile
+from dcqfa_ros.ros.image_memory import keep_picture_memory
 from dcqfa_ros.ros.images import decode_image, encode_image
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.process import die_with_parent
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not die_with_parent():
         return 1
+    keep_picture_memory()
     if args.role == "publish":
         report = publish(args.frames, args.rate, args.width, args.height, args.timeout)
     else:
