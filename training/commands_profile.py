@@ -84,9 +84,11 @@ def profile(subparsers: Any) -> None:
 
 def _profile(args: argparse.Namespace) -> int:
     from dcqfa_ros.paths import share_directory
+    from dcqfa_ros.runtime.huge_pages import keep_heap_together
     from training.commands import ArgumentError, check_least
     from training.config import load_config
 
+    keep_heap_together()  # as the robot's worker process does
     if args.config is None:
         args.config = share_directory() / CONFIG
     config = load_config(args.config)

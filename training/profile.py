@@ -37,7 +37,7 @@ from training.space import SearchSpace
 from training.space_counts import real_bytes
 from training.subnet import Precision, Subnet, make_layer
 
-GRAPHS = 3  # counts changes of the timed graphs: an interrupted measurement of others is not continued
+GRAPHS = 4  # counts changes of the timed graphs: an interrupted measurement of others is not continued
 WEIGHED = 6  # random networks whose memory is measured, beside the smallest and the largest
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engine import ROLES, Engine
 from dcqfa_ros.runtime.engines import open_engine
+from dcqfa_ros.runtime.huge_pages import keep_heap_together, use_huge_pages
 
 _SECONDS = 1800.0  # engines on GPUs may have to be built
 Inputs = Mapping[str, NDArray[np.float32]]
@@ -128,8 +129,10 @@ def _measure(folder: Path) -> int:
         timestep_kv = engine.timestep_kv(np.zeros(1, np.int64))
         for _ in range(2):
             engine.denoise(inputs["noisy"], timestep_kv, observation_kv)
+        use_huge_pages()
         return engine
 
+    keep_heap_together()  # as the robot's worker process does
     (small, small_inputs), (files, inputs) = read("small"), read("variant")
     held = opened(small, small_inputs)
     growth = resident_growth(lambda: opened(files, inputs), device_bytes if on_gpu else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dcqfa_ros.runtime.huge_pages import use_huge_pages
 from training.profile_graphs import BlockSize, PolicyGraphs
 from training.profile_memory import engine_growth
 from training.profile_runtime import ProfiledRuntime
@@ -62,7 +63,10 @@ class Workbench:
             EngineError: the runtime cannot load it.
         """
         files, feeds = variant_of(self.graphs, blocks, self.settings.diffusion.train_timesteps)
-        return TimedNetwork(self.runtime.open(files, self.settings.threads), feeds, self.settings.diffusion)
+        network = TimedNetwork(self.runtime.open(files, self.settings.threads), feeds, self.settings.diffusion)
+        network.chunk()  # takes its buffers
+        use_huge_pages()  # as the robot's worker process does
+        return network
 
     def subnets(self, subnets: Sequence[Subnet]) -> list[Callable[[], object]]:
         """The context network as the reference against drift, then each subnet: whole chunks, observations included."""

@@ -18,6 +18,7 @@ from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engine import ROLES
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, open_engine, runtime_facts
 from dcqfa_ros.runtime.errors import EngineError
+from dcqfa_ros.runtime.huge_pages import keep_heap_together, use_huge_pages
 from dcqfa_ros.runtime.policy import PolicyError, PolicyRuntime
 
 ENTRY_POINT_GROUP = "dcqfa.bench_engines"
@@ -136,6 +137,7 @@ def compare_engines(
         runtime_facts(runtime)
     contenders: list[Contender] = []
     notes: list[str] = []
+    keep_heap_together()  # as the robot's worker process does
     try:
         for runtime in runtimes:
             for name in variants or known:
@@ -145,6 +147,7 @@ def compare_engines(
                     notes.append(f"no row {runtime} {name}: {error}")
         if not contenders:
             raise BenchError("\n".join(notes))
+        use_huge_pages()
         references, more = _references(spec, count, threads)
         conditions = watch_conditions()
         rows = measure(contenders + references, rounds)

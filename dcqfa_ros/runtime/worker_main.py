@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dcqfa_ros.runtime.huge_pages import keep_heap_together, use_huge_pages
+
 MAX_MESSAGE = 65_536
 _PARENT_POLL_MS = 1000
 
@@ -52,6 +54,7 @@ def resident_bytes(pid: int | str = "self") -> int:
 def _serve(control: socket.socket, memory_fd: int) -> None:
     request = json.loads(control.recv(MAX_MESSAGE))
     begin = time.perf_counter()
+    keep_heap_together()
     # Imported here, so that a missing or broken package is reported to the parent like any other failure.
     from dcqfa_ros.bundle.load import load_bundle
     from dcqfa_ros.runtime.engine import ROLES
@@ -72,6 +75,7 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     gc.collect()
     gc.freeze()  # what is loaded now stays: later collections need not look at it
     _return_free_memory()
+    use_huge_pages()
     ready = {
         "engine": runtime.engine.name,
         "load_ms": 1e3 * (loaded - begin),
