@@ -106,6 +106,7 @@ def compare_engines(
     steps: int | None = None,
     threads: int = 1,
     rounds: int = 60,
+    huge_pages: bool = True,
 ) -> EngineReport:
     """Measure every variant on every runtime and every registered reference, one chunk each per round.
 
@@ -116,6 +117,7 @@ def compare_engines(
         steps: denoising steps; default: the bundle's.
         threads: threads of every engine.
         rounds: chunks per contender, at least 2.
+        huge_pages: let weights lie in huge pages, as the robot does.
 
     Raises:
         BenchError: rounds or steps is out of range, there is no such variant, or no runtime can run one.
@@ -137,7 +139,8 @@ def compare_engines(
         runtime_facts(runtime)
     contenders: list[Contender] = []
     notes: list[str] = []
-    keep_heap_together()  # as the robot's worker process does
+    if huge_pages:
+        keep_heap_together()  # as the robot's worker process does
     try:
         for runtime in runtimes:
             for name in variants or known:
@@ -147,7 +150,8 @@ def compare_engines(
                     notes.append(f"no row {runtime} {name}: {error}")
         if not contenders:
             raise BenchError("\n".join(notes))
-        use_huge_pages()
+        if huge_pages:
+            use_huge_pages()
         references, more = _references(spec, count, threads)
         conditions = watch_conditions()
         rows = measure(contenders + references, rounds)

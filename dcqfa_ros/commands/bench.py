@@ -66,6 +66,9 @@ def register(subparsers: Any) -> None:
     engine.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
     engine.add_argument("--threads", type=int, default=1, metavar="N", help="threads per engine (default: %(default)s)")
     engine.add_argument("--rounds", type=int, default=60, metavar="N", help="chunks per engine (default: %(default)s)")
+    engine.add_argument(
+        "--small-pages", action="store_true", help="leave weights in small pages, to see what huge ones gain"
+    )
     engine.add_argument("--save", action="store_true", help="keep the latencies for the selector, in the user's cache")
     engine.add_argument("--json", action="store_true", help="print JSON")
     engine.set_defaults(func=_engine)
@@ -106,7 +109,13 @@ def _engine(args: argparse.Namespace) -> int:
     variants = [name for name in args.variants.split(",") if name]
     runtimes = [name for name in args.runtimes.split(",") if name] or _at_hand(device)
     report = compare_engines(
-        bundle, variants=variants, runtimes=runtimes, steps=args.steps, threads=args.threads, rounds=args.rounds
+        bundle,
+        variants=variants,
+        runtimes=runtimes,
+        steps=args.steps,
+        threads=args.threads,
+        rounds=args.rounds,
+        huge_pages=not args.small_pages,
     )
     facts = {
         "bundle": bundle.spec.name,
