@@ -18,7 +18,9 @@ from std_srvs.srv import Trigger
 
 from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionResult
 from dcqfa_ros.drivers.inovo import InovoArm
+from dcqfa_ros.drivers.patience import connect_patiently
 from dcqfa_ros.drivers.protocols import DriverError
+from dcqfa_ros.drivers.rosbridge import LinkError
 from dcqfa_ros.ros import arm_messages as msg
 from dcqfa_ros.ros import arm_parameters as par
 from dcqfa_ros.ros.arm_diagnostics import arm_status
@@ -86,7 +88,8 @@ class CellArmNode(ManagedNode):
         else:
             self._driver = make_topic_arm(self, kinematics)
             self._names = tuple(self.parameter("ros.joint_names"))
-        self._driver.connect()
+        patience_s, tell = self.parameter("appear_timeout_s"), functools.partial(self.event, Level.WARN)
+        connect_patiently(self._driver.connect, patience_s, LinkError, tell)
         listeners = Listeners(self._on_stop, lambda: self.post(self._publish_arm_state), self._on_moved)
         self._stream = ArmStream(self._driver, stage, lease, settings, mount, listeners, self._watchdog)
         self._every = max(1, round(settings.rate / float(self.parameter("state_rate"))))
@@ -137,7 +140,8 @@ class CellArmNode(ManagedNode):
 
     def stop(self, reason: str) -> None:
         """Stop the arm, publish why, and end the control thread."""
-        stream, self._control, control = self._stream, None, self._control
+        stream = self._stream
+        control, self._control = self._control, None
         if stream is not None:
             stream.close(Stop(StopCode.FAULT if self.faulted else StopCode.SHUTDOWN, reason))
         self._halt.set()

@@ -1,0 +1,356 @@
+"""arm_node of a cell with an arm as a real process: emulated Inovo over its WebSocket, the real watchdog process."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from geometry_msgs.msg import PoseStamped
+from sensor_msgs.msg import JointState
+from std_msgs.msg import Bool
+from trajectory_msgs.msg import (
+    JointTrajectory,
+    JointTrajectoryPoint,
+    MultiDOFJointTrajectory,
+    MultiDOFJointTrajectoryPoint,
+)
+
+from dcqfa_ros.drivers.kinematics import inovo_kinematics
+from dcqfa_ros.paths import find_config
+from dcqfa_ros.ros.arm_messages import twist_message, wrench_message
+from dcqfa_ros.ros.conversions import status_values, to_duration, to_time
+from dcqfa_ros.ros.interfaces import interface
+from dcqfa_ros.ros.qos import qos
+from dcqfa_ros.ros.testing import Graph, wait_until
+from dcqfa_ros.sim.inovo import HOME, InovoEmulator, MotionFrame
+
+BOX = {"workspace.minimum": "[-0.4, 0.2, 0.1]", "workspace.maximum": "[0.4, 0.6, 0.8]"}
+# Generous, for machines that are busy: the figures of the real cell are those of the benchmarks.
+AGES = {"maximum_age.wrench": 0.2, "maximum_age.state": 0.5, "maximum_age.command": 1.0, "maximum_age.observation": 2.0,
+        "hold_after_s": 0.8, "stop_after_s": 1.5, "cameras": "['']"}  # fmt: skip
+
+
+class Cell:
+    """The node, what it publishes, and the one who commands it."""
+
+    def __init__(self, graph: Graph, source: str = "teleop", **parameters: Any) -> None:
+        self.graph, self.source = graph, source
+        self.states: list[dict[str, str]] = []
+        self.results: list[dict[str, str]] = []
+        self.heard: dict[str, Any] = {}
+        self._listen("arm_state", lambda m: self.states.append(status_values(m)))
+        self._listen("motion_result", lambda m: self.results.append(status_values(m)))
+        for key in ("tcp_pose", "joint_states", "tcp_speed", "gripper_state", "tool_wrench"):
+            self._listen(key, lambda m, key=key: self.heard.__setitem__(key, m))
+        self._publishers: dict[str, Any] = {}
+        values = {**AGES, "command_source": source, "rate": 50.0, **parameters}
+        self.arm = graph.spawn_node("dcqfa_ros.nodes.cell_arm_node", "arm_node", **values)
+        self.wrench: np.ndarray | None = np.zeros(3)
+        self.wish: Any = None
+        self._halt = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _listen(self, key: str, callback: Any) -> None:
+        entry = interface(key)
+        self.graph.node.create_subscription(entry.message_class(), entry.name, callback, qos(entry.qos))
+
+    def begin(self) -> None:
+        assert self.graph.activate("arm_node"), self.arm.output
+        self._thread.start()
+
+    def end(self) -> None:
+        self._halt.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._halt.wait(0.02):
+            if self.wrench is not None:
+                stamp = self.graph.node.get_clock().now().to_msg()
+                self.publish("wrench", wrench_message(stamp, "ft_sensor", self.wrench, np.zeros(3)))
+            if self.wish is not None:
+                self.publish("twist_command", twist_message(self.now(), self.wish, np.zeros(3)))
+
+    def now(self) -> int:
+        return self.graph.node.get_clock().now().nanoseconds
+
+    def publish(self, key: str, message: Any) -> None:
+        if key not in self._publishers:
+            entry = interface(key)
+            name = entry.resolve(source=self.source)
+            self._publishers[key] = self.graph.node.create_publisher(entry.message_class(), name, qos(entry.qos))
+        self._publishers[key].publish(message)
+
+    def armed(self) -> None:
+        def arm() -> bool:
+            response = self.graph.trigger("arm_node/arm")
+            self.last = response.message
+            return bool(response.success)
+
+        try:
+            wait_until(arm, "armed")
+        except AssertionError:
+            raise AssertionError(f"not armed: {self.last}") from None
+
+    def stopped(self, code: str) -> dict[str, str]:
+        state = wait_until(
+            lambda: (
+                self.states
+                and self.states[-1]["state"] == "disarmed"
+                and self.states[-1]["code"] != "never_armed"
+                and self.states[-1]
+            ),
+            code,
+        )
+        assert state["code"] == code, state
+        return state
+
+
+@pytest.fixture
+def graph() -> Iterator[Graph]:
+    with Graph() as graph:
+        yield graph
+
+
+@pytest.fixture
+def emulator() -> Iterator[InovoEmulator]:
+    with InovoEmulator(ready=True, time_scale=0.05) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def cell(graph: Graph, emulator: InovoEmulator) -> Iterator[Cell]:
+    cell = Cell(graph, **BOX, **{"inovo.host": "127.0.0.1", "inovo.port": emulator.port, "watchdog.use": "none"})
+    cell.begin()
+    yield cell
+    cell.end()
+
+
+def moving(frame: MotionFrame) -> bool:
+    return frame.moves
+
+
+def moves(cell: Cell, emulator: InovoEmulator) -> None:
+    cell.wish = np.array([0.05, 0.0, 0.0])
+    cell.armed()
+    wait_until(lambda: emulator.twist[0] > 0.03, "motion")
+
+
+def at_rest(emulator: InovoEmulator) -> None:
+    wait_until(lambda: not emulator.is_moving, "rest")
+    last = emulator.frames[-1].number
+    time.sleep(0.3)
+    assert not [f for f in emulator.frames if f.number > last and f.moves], "a motion command after the stop"
+
+
+def test_a_twist_moves_the_arm_and_each_stop_latches_until_it_is_reset(cell: Cell, emulator: InovoEmulator) -> None:
+    trigger = cell.graph.trigger
+    moves(cell, emulator)
+    for key in ("tcp_pose", "joint_states", "tcp_speed", "gripper_state", "tool_wrench"):
+        wait_until(lambda key=key: key in cell.heard, key)
+    assert cell.heard["tcp_pose"].header.frame_id == "world"
+
+    assert trigger("arm_node/stop").success
+    cell.stopped("operator_stop")
+    at_rest(emulator)
+    refused = trigger("arm_node/arm")
+    assert not refused.success and "reset_stop" in refused.message
+    assert trigger("arm_node/reset_stop").success
+
+    moves(cell, emulator)
+    cell.publish("operator_stop", Bool(data=True))
+    cell.stopped("operator_stop")
+    at_rest(emulator)
+    held = trigger("arm_node/reset_stop")
+    assert not held.success and "release it" in held.message
+    cell.publish("operator_stop", Bool(data=False))
+    wait_until(lambda: trigger("arm_node/reset_stop").success, "reset")
+
+    moves(cell, emulator)
+    cell.wrench = np.array([0.0, 0.0, 60.0])
+    cell.stopped("force")
+    cell.wrench = np.zeros(3)
+    wait_until(lambda: cell.states[-1]["activity"] == "disarmed", "end of the retreat")
+    at_rest(emulator)
+    wait_until(lambda: trigger("arm_node/reset_stop").success, "reset without load")
+
+    moves(cell, emulator)
+    cell.wish = np.array([np.nan, 0.0, 0.0])
+    cell.stopped("not_finite")
+    at_rest(emulator)
+    assert trigger("arm_node/reset_stop").success
+
+    moves(cell, emulator)
+    cell.wish = None
+    cell.stopped("command_timeout")
+    at_rest(emulator)
+    assert trigger("arm_node/reset_stop").success
+
+    moves(cell, emulator)
+    cell.wrench = None
+    cell.stopped("wrench_lost")
+    at_rest(emulator)
+    cell.wrench = np.zeros(3)
+    wait_until(lambda: trigger("arm_node/reset_stop").success, "reset")
+
+    moves(cell, emulator)
+    emulator.drop_connections(0.2)
+    cell.stopped("arm_lost")
+    wait_until(lambda: trigger("arm_node/reset_stop").success, "reset after the reconnection")
+    at_rest(emulator)
+
+    moves(cell, emulator)
+    emulator.press_estop()
+    cell.stopped("estop")
+    emulator.release_estop()
+    wait_until(lambda: trigger("arm_node/reset_stop").success, "reset of the emergency stop")
+    at_rest(emulator)
+
+    moves(cell, emulator)
+    entry = interface("twist_command")
+    cell.graph.node.create_publisher(entry.message_class(), entry.resolve(source="teleop"), qos(entry.qos))
+    cell.stopped("two_publishers")
+    at_rest(emulator)
+
+
+def test_a_pose_and_its_refusal_are_answered(graph: Graph, emulator: InovoEmulator) -> None:
+    cell = Cell(
+        graph, "operator", **BOX, **{"inovo.host": "127.0.0.1", "inovo.port": emulator.port, "watchdog.use": "none"}
+    )
+    try:
+        cell.begin()
+        cell.armed()
+        pose: PoseStamped = wait_until(lambda: cell.heard.get("tcp_pose"), "pose")
+        start = emulator.position
+        pose.header.stamp = to_time(0)
+        pose.pose.position.z = 5.0
+        wait_until(lambda: cell.publish("pose_command", pose) or cell.results, "refusal")
+        assert cell.results[-1]["outcome"] == "rejected" and "workspace" in cell.results[-1]["reason"]
+        pose.pose.position.z = float(start[2]) + 0.03
+        cell.publish("pose_command", pose)
+        wait_until(lambda: cell.results[-1]["outcome"] == "succeeded", "end of the move")
+        assert emulator.position[2] == pytest.approx(start[2] + 0.03, abs=2e-3)
+    finally:
+        cell.end()
+
+
+def test_a_policy_chunk_moves_the_arm(graph: Graph, emulator: InovoEmulator) -> None:
+    cell = Cell(
+        graph, "policy", **BOX, **{"inovo.host": "127.0.0.1", "inovo.port": emulator.port, "watchdog.use": "none"}
+    )
+    try:
+        cell.begin()
+        cell.armed()
+        wait_until(lambda: cell.heard.get("tcp_pose"), "pose")
+        chunk = MultiDOFJointTrajectory(joint_names=["tcp"])
+        chunk.header.frame_id = "world"
+        gripper = JointTrajectory(joint_names=["gripper"])
+        for index in range(16):
+            point = MultiDOFJointTrajectoryPoint()
+            twist = twist_message(0, np.array([0.04, 0.0, 0.0]), np.zeros(3)).twist
+            point.velocities = [twist]
+            point.time_from_start = to_duration(index * 33_333_333)
+            chunk.points.append(point)
+            opening = JointTrajectoryPoint(positions=[0.0], time_from_start=point.time_from_start)
+            gripper.points.append(opening)
+        start = emulator.position[0]
+
+        def send() -> bool:
+            chunk.header.stamp = gripper.header.stamp = to_time(cell.now())
+            cell.publish("gripper_chunk", gripper)
+            cell.publish("chunk", chunk)
+            time.sleep(0.2)
+            return bool(emulator.position[0] - start > 0.01)
+
+        wait_until(send, "motion by chunks")
+        wait_until(lambda: cell.heard["gripper_state"].position[0] < 0.9, "gripper closes")
+        cell.stopped("command_timeout")
+    finally:
+        cell.end()
+
+
+def test_a_cell_without_a_workspace_or_beyond_a_hard_limit_is_refused(graph: Graph, emulator: InovoEmulator) -> None:
+    address = {"inovo.host": "127.0.0.1", "inovo.port": emulator.port}
+    for name, parameters, text in (
+        ("a", {}, "a cell without a workspace box is refused"),
+        ("b", {**BOX, "limits.linear_speed": 3.0}, "linear_speed: expected a number above 0 and at most 1"),
+        ("c", {**BOX, "has_wrench": False}, "cannot be left out"),
+    ):
+        graph.spawn_node("dcqfa_ros.nodes.cell_arm_node", name, **address, **parameters)
+        assert not graph.configure(name)
+        graph.wait_for(name, "event", text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_watchdog_trips_the_safe_stop_in_mid_motion(
+    graph: Graph, emulator: InovoEmulator, number: signal.Signals, tmp_path: Any
+) -> None:
+    listen = f"unix:{tmp_path}/w.sock"
+    cell = Cell(graph, **BOX, **{"inovo.host": "127.0.0.1", "inovo.port": emulator.port, "watchdog.address": listen})
+    try:
+        cell.begin()
+        wait_until(lambda: "watchdog" in graph.trigger("arm_node/arm").message, "refused without a watchdog")
+        assert "armed" not in [state["state"] for state in cell.states]
+        url = f"ws://127.0.0.1:{emulator.port}"
+        # Longer than in the real cell: a busy machine must not trip it before the test does.
+        dog = graph.spawn(
+            sys.executable, "-m", "dcqfa_ros.watchdog", "--url", url, "--listen", listen, "--timeout-ms", "400"
+        )
+        moves(cell, emulator)
+        cell.arm.send(number)
+        wait_until(lambda: not emulator.is_moving, "rest")
+        wait_until(lambda: '"tripped"' in dog.output, "trip")
+        if number is signal.SIGSTOP:
+            cell.arm.send(signal.SIGCONT)
+            state = wait_until(lambda: self_stopped(cell), "stop of the node that woke up")
+            assert state["code"] in ("watchdog_lost", "safe_stop", "command_timeout", "wrench_lost", "arm_lost"), state
+            at_rest(emulator)
+    finally:
+        cell.end()
+
+
+def self_stopped(cell: Cell) -> dict[str, str] | None:
+    return cell.states[-1] if cell.states[-1]["state"] == "disarmed" else None
+
+
+def test_any_arm_behind_topics_is_driven_within_the_same_limits(graph: Graph) -> None:
+    kinematics = inovo_kinematics("short")
+    joints = np.array(HOME, dtype=float)
+    sent: list[Any] = []
+    cell = Cell(
+        graph, **BOX, driver="ros", **{"ros.output": "joint_velocity", "ros.kinematics": str(find_config("inovo_arm"))}
+    )
+    cell._listen("output_joint_velocity", sent.append)
+    halt = threading.Event()
+
+    def arm() -> None:
+        while not halt.wait(0.01):
+            if sent:
+                joints[:] += 0.01 * np.array(sent[-1].data)
+            message = JointState(name=[f"j{i + 1}" for i in range(6)], position=joints.tolist())
+            cell.publish("input_joint_states", message)
+
+    thread = threading.Thread(target=arm)
+    try:
+        cell.begin()
+        thread.start()
+        start = kinematics.forward(joints)[0]
+        cell.wish = np.array([10.0, 0.0, 0.0])
+        cell.armed()
+        wait_until(lambda: kinematics.forward(joints)[0][0] - start[0] > 0.03, "motion")
+        speeds = [kinematics.jacobian(joints) @ np.array(m.data) for m in sent]
+        assert max(np.linalg.norm(s[:3]) for s in speeds) < 0.11
+        halt.set()
+        cell.stopped("arm_lost")
+        assert not np.any(sent[-1].data)
+    finally:
+        halt.set()
+        if thread.ident:
+            thread.join()
+        cell.end()
