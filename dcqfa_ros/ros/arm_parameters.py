@@ -71,6 +71,8 @@ def declare(node: ManagedNode) -> None:
     add("driver", "inovo", "arm driver; ros: another arm's controllers behind topics", choices=DRIVERS, read_only=True)
     add("command_source", "teleop", "holder of the command lease", choices=SOURCES)
     add("bring_up", True, "switch the arm on when the node is activated", read_only=True)
+    add("appear_timeout_s", 0.0, "how long the controller may take to answer, s", minimum=0.0, maximum=600.0,
+        read_only=True)  # fmt: skip
     add("state_rate", 50.0, "joint states, pose, speed and gripper per second", minimum=1.0, maximum=500.0,
         read_only=True)  # fmt: skip
     add("inovo.host", "192.168.1.7", "controller", read_only=True)

@@ -51,6 +51,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("record", "false", "record the topics of the graph, without pictures, with ros2 bag", ("true", "false")),
     Option("rate", "realtime", "pace of the simulated cell: realtime, or max for lockstep", ("realtime", "max")),
     Option("restart", "false", "restart a node that dies instead of ending the run", ("true", "false")),
+    Option("watchdog", "true", "start the arm's watchdog; false where it is a service of its own", ("true", "false")),
     Option("teleop", "false", "hear a gamepad on the topic joy (a cell with an arm)", ("true", "false")),
     Option("parameters_file", "", "YAML file whose parameters replace those of the cell's own file"),
 )

@@ -47,6 +47,7 @@ class BringupOptions:
     record: bool = False
     rate: str = "realtime"
     restart: bool = False
+    watchdog: bool = True
     teleop: bool = False
     parameters_file: str = ""
     trials: TrialOptions | None = None
