@@ -39,7 +39,9 @@ class LinkBusyError(LinkError):
 class _Item(NamedTuple):
     key: str | None
     payload: bytes
-    raw: bool  # bytes for the wire as they are: answers of the protocol to pings and to a close
+    raw: bool = False  # bytes for the wire as they are: answers of the protocol to pings and to a close
+    urgent: bool = False
+    replaces: bool = False  # older ones of the same key
 
 
 @dataclass(slots=True)
@@ -133,12 +135,12 @@ class WebSocketLink:
             if latest or urgent:
                 self._discard(key)
             if urgent:
-                self._urgent.append(_Item(key, payload, raw=False))
+                self._urgent.append(_Item(key, payload, urgent=True, replaces=True))
             elif len(self._queue) >= self._queue_limit:
                 self.counts.refused += 1
                 raise LinkBusyError(f"{self.name}: the peer takes no data: {len(self._queue)} frames wait")
             else:
-                self._queue.append(_Item(key, payload, raw=False))
+                self._queue.append(_Item(key, payload, replaces=latest))
         self._pump()
         return time.monotonic_ns()
 
@@ -212,6 +214,7 @@ class WebSocketLink:
     def _write_some(self) -> bool:
         """Write frames until none is left (False) or the socket is full (True)."""
         while True:
+            item = None  # of a frame that has not begun
             if not self._partial:
                 with self._queue_lock:
                     if not self._urgent and not self._queue:
@@ -221,11 +224,24 @@ class WebSocketLink:
             try:
                 written = self._sock.send(self._partial)
             except BlockingIOError:
+                if item is not None and not item.raw:
+                    self._put_back(item)
                 return True
             except (OSError, ValueError) as error:
                 self._lose(f"sending failed: {error}")
                 return False
             self._partial = self._partial[written:]
+
+    def _put_back(self, item: _Item) -> None:
+        """Let a frame of which nothing was written wait again, so that a stop can still overtake or replace it."""
+        with self._queue_lock:
+            self._partial = b""
+            self.counts.sent -= 1
+            newer = (*self._urgent, *self._queue)
+            if item.key is not None and any(other.key == item.key and other.replaces for other in newer):
+                self.counts.superseded += 1
+            elif self._reason is None:
+                (self._urgent if item.urgent else self._queue).appendleft(item)
 
     def _encode(self, payload: bytes) -> bytes:
         with self._protocol_lock:
