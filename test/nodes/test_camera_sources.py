@@ -13,11 +13,14 @@ import pytest
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CameraInfo, CompressedImage
 
+from dcqfa_ros.drivers.realsense import RealSenseCamera
+from dcqfa_ros.drivers.realsense_options import RealSenseOptions
 from dcqfa_ros.ros.diagnostics import Level
 from dcqfa_ros.ros.images import decode_image
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.qos import qos
 from dcqfa_ros.ros.testing import Graph, Spawned, wait_until
+from dcqfa_ros.sim.camera_realsense import EmulatedRealSense
 from dcqfa_ros.sim.camera_synthetic import scene
 
 NODE, PROGRAM = "front_camera_node", "dcqfa_ros.nodes.camera_node"
@@ -137,6 +140,30 @@ def test_the_pose_of_the_calibration_file_is_in_diagnostics(graph: Graph) -> Non
     assert status.message == "nominal pose in world"
     assert status.values["world > front_link"].startswith("0 1.2 0.6 ")
     assert "tf_static" in status.values["published"]
+
+
+def test_a_recording_of_librealsense_plays_color_and_depth(graph: Graph, tmp_path: Path) -> None:
+    rs = pytest.importorskip("pyrealsense2", reason="pyrealsense2 is not installed: no recording to play")
+    path = tmp_path / "camera.db3"
+    with EmulatedRealSense("321", **SIZE) as emulated:
+        record(rs.recorder(str(path), emulated.devices()[0]), 20)
+    heard: dict[str, list[int]] = {"color": [], "depth": []}
+    for key, stamps in heard.items():
+        listen(graph, key, lambda data, stamps=stamps: stamps.append(decode_image(data).stamp_ns))
+    camera(graph, "playback", file=str(path))
+    assert graph.activate(NODE)
+    wait_until(lambda: all(len(stamps) > 30 for stamps in heard.values()), "more pictures than the file holds")
+    for stamps in heard.values():
+        assert stamps == sorted(set(stamps))
+    assert graph.wait_for(NODE, "camera", "delivers").status.values["serial_number"] == "321"
+
+
+def record(recorder: Any, frames: int) -> None:
+    driver = RealSenseCamera(RealSenseOptions(**SIZE), lambda: [recorder])
+    driver.connect()
+    for _ in range(frames):
+        driver.read(10.0)
+    driver.close()
 
 
 def test_a_video_plays_to_its_end_and_says_so(graph: Graph, tmp_path: Path) -> None:
