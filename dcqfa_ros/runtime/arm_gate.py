@@ -118,6 +118,7 @@ class ArmGate:
         self._rotation = np.eye(3)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
+        self._attention = threading.Event()  # brings the next tick of the control thread forward
         self._rising = threading.Lock()  # held while the arm is being brought up
 
     # State
@@ -143,6 +144,7 @@ class ArmGate:
     def close(self, stop: Stop) -> None:
         """Disarm with ``stop`` and end the worker; the driver is the caller's to close."""
         self.disarm(stop)
+        self._attention.set()
         self._jobs.put(None)
         worker, self._worker = self._worker, None
         if worker is not None and worker is not threading.current_thread():

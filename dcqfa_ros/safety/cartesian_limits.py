@@ -23,6 +23,7 @@ from dcqfa_ros.safety.limits import NotFiniteActionError
 AXES = ("vx", "vy", "vz", "wx", "wy", "wz")
 _STEPS = (1.0, 0.75, 0.5, 0.25, 0.125)  # shares of the way from braking to the wanted acceleration that are tried
 _SHARE = 1.0 / sqrt(3.0)
+_SHORTEST_S = 1e-4  # a call that follows another sooner changes nothing
 
 
 class LimitError(UserError, ValueError):
@@ -114,25 +115,26 @@ def _within(name: str, value: float, maximum: float) -> None:
 
 
 class AxisLimit:
-    """Speed as a function of time with bounded acceleration and jerk, in steps of a fixed period."""
+    """Speed as a function of time with bounded acceleration and jerk, in steps of at most a period."""
 
-    __slots__ = ("_step", "acceleration", "dt", "jerk")
+    __slots__ = ("_step", "acceleration", "jerk")
 
-    def __init__(self, acceleration: float, jerk: float, dt: float) -> None:
-        """Set the bounds (1/s^2 and 1/s^3 of the axis' unit) and the period in seconds."""
-        self.acceleration, self.jerk, self.dt = acceleration, jerk, dt
-        self._step = jerk * dt  # the most by which the acceleration may change in one period
+    def __init__(self, acceleration: float, jerk: float, period_s: float) -> None:
+        """Set the bounds (1/s^2 and 1/s^3 of the axis' unit) and the longest step in seconds."""
+        self.acceleration, self.jerk = acceleration, jerk
+        self._step = jerk * period_s  # the most by which the acceleration may change in one period
 
-    def towards(self, target: float, v: float, a: float) -> float:
-        """Return the next acceleration on the way from speed ``v`` with acceleration ``a`` to ``target``.
+    def towards(self, target: float, v: float, a: float, dt: float) -> float:
+        """Return the acceleration for the next ``dt`` s on the way from speed ``v``, acceleration ``a``, to ``target``.
 
         From rest it never overshoots: it is the largest acceleration that can be taken back to 0 in time, in steps.
         """
         error = target - v
         step = self._step
-        wanted = (sqrt(step * step + 8.0 * self.jerk * abs(error)) - step) / 2.0
-        wanted = math.copysign(min(wanted, self.acceleration, abs(error) / self.dt), error)
-        return min(max(wanted, a - step), a + step)
+        wanted = sqrt(step * step + 2.0 * self.jerk * abs(error)) - step
+        wanted = math.copysign(min(wanted, self.acceleration, abs(error) / dt), error)
+        change = self.jerk * dt
+        return min(max(wanted, a - change), a + change)
 
     def peak(self, v: float, a: float) -> float:
         """Largest speed, without its sign, that braking from (``v``, ``a``) passes through."""
@@ -160,7 +162,9 @@ class AxisLimit:
 
 
 class TwistLimiter:
-    """Bounds a stream of twists that is sampled once per period.
+    """Bounds a stream of twists that is sampled once per period, or earlier.
+
+    A step that comes early may change the velocity by as much less; one that comes late by no more than a period's.
 
     Attributes:
         clamped: how often each limit made a difference: ``linear_speed``, ``angular_speed``, ``acceleration``,
@@ -178,7 +182,7 @@ class TwistLimiter:
         Args:
             limits: of speed, acceleration and jerk.
             workspace: box of the tool centre point.
-            period_s: time between two calls of :meth:`bound`, seconds.
+            period_s: longest time between two calls of :meth:`bound`, seconds.
             latency_s: time from a command to its motion, seconds, at most; the box keeps that much more distance.
             margin: distance that is always kept from the walls of the box, metres.
 
@@ -198,11 +202,13 @@ class TwistLimiter:
         self._sent: deque[tuple[int, tuple[float, float, float]]] = deque(maxlen=256)
         self.velocity: tuple[float, ...] = (0.0,) * 6
         self.acceleration: tuple[float, ...] = (0.0,) * 6
+        self._last_ns: int | None = None
 
     def reset(self) -> None:
         """Begin again at rest (the arm was stopped)."""
         self.velocity = self.acceleration = (0.0,) * 6
         self._sent.clear()
+        self._last_ns = None
 
     def scale_down(self, factor: float) -> None:
         """Take the last twist to ``factor`` (0..1) of itself: a later stage had to; counted as ``hard``."""
@@ -236,28 +242,32 @@ class TwistLimiter:
         _finite(wanted, place)
         self._to_speed(wanted, 0, self.limits.linear_speed, "linear_speed")
         self._to_speed(wanted, 3, self.limits.angular_speed, "angular_speed")
+        dt = self.period_s if self._last_ns is None else min(self.period_s, (now_ns - self._last_ns) / 1e9)
+        if dt < _SHORTEST_S:
+            return self.velocity
         predicted = self._predict(place, stamp_ns, now_ns)
         steps = [
-            axis.towards(w, v, a)
+            axis.towards(w, v, a, dt)
             for axis, w, v, a in zip(self._axes, wanted, self.velocity, self.acceleration, strict=True)
         ]
         brakes = [
-            axis.towards(0.0, v, a) for axis, v, a in zip(self._axes, self.velocity, self.acceleration, strict=True)
+            axis.towards(0.0, v, a, dt) for axis, v, a in zip(self._axes, self.velocity, self.acceleration, strict=True)
         ]
         rooms = [
             (high - self._margin - p, p - low - self._margin)
             for p, low, high in zip(predicted, self.workspace.minimum, self.workspace.maximum, strict=True)
         ]
         for i in range(3):
-            steps[i] = self._inside(i, steps[i], brakes[i], rooms[i])
-        self._coupled(steps, brakes, 0, self.limits.linear_speed)
-        self._coupled(steps, brakes, 3, self.limits.angular_speed)
-        new = [v + a * self.period_s for v, a in zip(self.velocity, steps, strict=True)]
+            steps[i] = self._inside(i, steps[i], brakes[i], rooms[i], dt)
+        self._coupled(steps, brakes, 0, self.limits.linear_speed, dt)
+        self._coupled(steps, brakes, 3, self.limits.angular_speed, dt)
+        new = [v + a * dt for v, a in zip(self.velocity, steps, strict=True)]
         self._hold_back(new, rooms)
         if any(abs(n - w) > 1e-12 for n, w in zip(new, wanted, strict=True)):
             self.clamped["acceleration"] += 1
-        self.acceleration = tuple([(n - v) / self.period_s for n, v in zip(new, self.velocity, strict=True)])
+        self.acceleration = tuple([(n - v) / dt for n, v in zip(new, self.velocity, strict=True)])
         self.velocity = tuple(new)
+        self._last_ns = now_ns
         self._sent.append((now_ns, (new[0], new[1], new[2])))
         return self.velocity
 
@@ -286,12 +296,12 @@ class TwistLimiter:
                 predicted[i] += v[i] * seconds
         return predicted
 
-    def _inside(self, i: int, step: float, brake: float, room: tuple[float, float]) -> float:
+    def _inside(self, i: int, step: float, brake: float, room: tuple[float, float], dt: float) -> float:
         """Return the acceleration nearest to ``step``, from ``brake`` on, after which braking ends inside the box."""
         axis, v = self._axes[i], self.velocity[i]
         for share in _STEPS:
             a = brake + (step - brake) * share
-            after = v + a * self.period_s
+            after = v + a * dt
             # The period itself, during which the arm may also hold this speed, and one more for a late tick.
             reach = 2.0 * self.period_s * abs(after)
             ahead, behind = axis.excursion(after, a), axis.excursion(-after, -a)
@@ -302,14 +312,12 @@ class TwistLimiter:
         self.clamped["workspace"] += 1
         return brake
 
-    def _coupled(self, steps: list[float], brakes: list[float], first: int, limit: float) -> None:
+    def _coupled(self, steps: list[float], brakes: list[float], first: int, limit: float, dt: float) -> None:
         """Draw three accelerations towards braking until the vector keeps its speed limit while braking."""
         axes = range(first, first + 3)
         for share in _STEPS:
             tried = [brakes[i] + (steps[i] - brakes[i]) * share for i in axes]
-            peaks = (
-                self._axes[i].peak(self.velocity[i] + a * self.period_s, a) for i, a in zip(axes, tried, strict=True)
-            )
+            peaks = (self._axes[i].peak(self.velocity[i] + a * dt, a) for i, a in zip(axes, tried, strict=True))
             if sum(p * p for p in peaks) <= limit * limit:
                 break
         else:
