@@ -21,7 +21,8 @@ from dcqfa_ros.drivers.realsense_options import RealSenseOptions
 from dcqfa_ros.drivers.realsense_streams import DepthAlignment, RawFrame, Streams
 
 _SLICE_S = 0.25  # so often a silent camera is looked for among those connected
-_STALLED_S = 2.0  # a camera that is there and silent for so long is opened anew
+_STALLED_S = 1.0  # a camera that is there and silent for so long is opened anew,
+_FIRST_FRAME_S = 4.0  # but its first frame may take longer: sensors start, exposure settles
 _RETRY_S = 0.2
 _PLAUSIBLE_NS = 1_000_000_000  # between exposure and arrival
 _HOST_CLOCKS = ("global_time", "system_time")
@@ -129,7 +130,7 @@ class _Device:
 class RealSenseCamera(_Device):
     """A connected RealSense camera. Not thread-safe.
 
-    A camera that is unplugged, or silent for 2 s, is an error of ``read`` until it is back; it is known again by its
+    A camera that is unplugged, or silent for 1 s, is an error of ``read`` until it is back; it is known again by its
     serial number, on whatever port.
     """
 
@@ -142,7 +143,7 @@ class RealSenseCamera(_Device):
         """
         super().__init__(options, f"RealSense camera {options.serial_number}".rstrip(), live=True)
         self._list = devices
-        self._silent_s = 0.0
+        self._silent_s, self._patience_s = 0.0, _FIRST_FRAME_S
         self._lost = ""
 
     def connect(self) -> None:
@@ -166,7 +167,7 @@ class RealSenseCamera(_Device):
         sensors = found.choose_profiles(device, self._options)
         found.check_and_set_options([sensor for sensor, _ in sensors], self._what, self._options)
         self._use(device, sensors)
-        self._silent_s, self._lost = 0.0, ""
+        self._silent_s, self._patience_s, self._lost = 0.0, _FIRST_FRAME_S, ""
 
     def read(self, timeout_s: float = 1.0) -> CameraFrame:
         """Wait for the next pair of frames; see :class:`~dcqfa_ros.drivers.protocols.CameraDriver`.
@@ -187,15 +188,17 @@ class RealSenseCamera(_Device):
             part = min(left, _SLICE_S)
             pair = self._streams.wait(part)
             if pair is not None:
-                self._silent_s = 0.0
+                self._silent_s, self._patience_s = 0.0, _STALLED_S
                 return self._frame(*pair)
             self._silent_s += part
             serials = [found.info(device, "serial_number") for device in self._devices()]
             if self._serial not in serials:
                 self._lose(f"{self._what} was disconnected; it is used again as soon as it is back")
-            if self._silent_s >= _STALLED_S:
+            if self._silent_s >= self._patience_s:
                 trouble = self._streams.pairing.trouble() or "it is connected but sends nothing"
-                self._lose(f"{self._what} has delivered nothing for {_STALLED_S:g} s ({trouble}); opening it anew")
+                self._lose(
+                    f"{self._what} has delivered nothing for {self._silent_s:.1f} s ({trouble}); opening it anew"
+                )
         trouble = self._streams.pairing.trouble()
         raise DriverError(f"{self._what}: no frame within {timeout_s:g} s{': ' if trouble else ''}{trouble}")
 

@@ -178,10 +178,12 @@ class DepthAlignment:
         if options.hole_filling:
             self._filters.append(rs.hole_filling_filter())
         self._align = rs.align(rs.stream.color)
-        self._pair: list[Any] = []
-        # librealsense aligns sets of frames, and only a processing block can make one.
+        pair: list[Any] = []
+        self._pair = pair
+        # librealsense aligns sets of frames, and only a processing block can make one. Its function must not refer to
+        # this object: that circle through C++ would never be collected, nor would the pictures it holds.
         self._join = rs.processing_block(
-            lambda _frame, source: source.frame_ready(source.allocate_composite_frame(self._pair))
+            lambda _frame, source: source.frame_ready(source.allocate_composite_frame(pair))
         )
         self._joined = rs.frame_queue(1)
         self._join.start(self._joined)

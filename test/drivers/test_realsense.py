@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from dcqfa_ros.drivers.protocols import CameraDriver, CameraFrame, DriverError
 from dcqfa_ros.drivers.realsense import RealSenseCamera, RealSenseRecording, RecordingEndedError
 from dcqfa_ros.drivers.realsense_device import choose_device, librealsense
 from dcqfa_ros.drivers.realsense_options import RealSenseOptions
-from dcqfa_ros.drivers.realsense_streams import Pairing, RawFrame, millimetres
+from dcqfa_ros.drivers.realsense_streams import DepthAlignment, Pairing, RawFrame, millimetres
 from dcqfa_ros.sim.camera_realsense import EmulatedRealSense
 from dcqfa_ros.sim.camera_synthetic import scene
 
@@ -378,3 +380,11 @@ def test_files_that_are_no_recording_are_refused_by_name(tmp_path: Path) -> None
         path.write_bytes(b"no recording " * 50)
         with pytest.raises(DriverError, match=rf"{name} cannot be read as a librealsense recording"):
             RealSenseRecording(path).connect()
+
+
+def test_an_alignment_that_is_no_longer_used_is_freed_with_its_pictures() -> None:
+    alignment = DepthAlignment(SMALL, 0.001)
+    gone = weakref.ref(alignment)
+    del alignment
+    gc.collect()
+    assert gone() is None
