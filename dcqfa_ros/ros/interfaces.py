@@ -94,7 +94,7 @@ _CELL_RATE = "control rate (10 Hz on Push-T)"
 INTERFACES: tuple[Interface, ...] = (
     _topic(
         "tcp_pose", "tcp_pose", "geometry_msgs/msg/PoseStamped", "stream", "table", "m, quaternion", _CELL_RATE,
-        "arm_node", ("policy_node",), "Measured pose of the tool centre point.",
+        "arm_node", ("policy_node", "wrench_node"), "Measured pose of the tool centre point.",
     ),
     _topic(
         "joint_states", "joint_states", "sensor_msgs/msg/JointState", "stream", "-", "m, rad", _CELL_RATE,
@@ -164,7 +164,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "wrench_raw", "wrench_node/raw", "geometry_msgs/msg/WrenchStamped", "sensor", "ft_sensor", "N, N m", "100 Hz",
-        "wrench_node", (), "Wrench as the sensor sent it.", "arm",
+        "wrench_node", ("operator",), "Wrench as the sensor sent it; `dcqfa tool-load` listens.", "arm",
     ),
     _topic(
         "tool_wrench", "tool_wrench", "geometry_msgs/msg/WrenchStamped", "sensor", "tool", "N, N m", "100 Hz",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dcqfa_ros.ros.interfaces import INTERFACES
 from dcqfa_ros.ros.testing import Graph, wait_until
 
-PEOPLE = {"operator"}  # callers and readers that are no nodes
 NODES = ("arm_node", "camera_node", "selector_node", "policy_node", "trial_node")
 
 
@@ -27,7 +26,7 @@ def test_every_row_of_the_table_is_what_the_graph_does(policy_bundle) -> None:
                 continue
             topic = "/" + entry.resolve(**({"camera": "front"} if "{camera}" in entry.name else {}))
             publishers = everyone if entry.publisher == "all" else {entry.publisher}
-            readers = set(entry.subscribers) - PEOPLE
+            readers = set(entry.subscribers) & everyone
             for side, wanted in (("publishers", publishers), ("subscriptions", readers)):  # discovery takes its time
                 wait_until(
                     lambda topic=topic, side=side, wanted=wanted: names(graph, topic, side) >= wanted,
