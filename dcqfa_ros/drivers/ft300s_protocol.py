@@ -260,6 +260,7 @@ class StreamParser:
         self._covered = 0  # up to where bytes are accounted for, as a valid frame's or as discarded
         self._links: dict[int, Link] = {}  # valid frames by where in the stream they end
         self._lost = False
+        self._tail = FRAME_BYTES - 1  # so many bytes of a frame that began earlier may come first: no damage
 
     @property
     def pending(self) -> int:
@@ -267,11 +268,12 @@ class StreamParser:
         return len(self._buffer)
 
     def reset(self) -> None:
-        """Forget what was received, for a stream that begins anew; the figures stay."""
+        """Forget what was received, for a stream that begins anew or is joined in the middle; the figures stay."""
         self._base += len(self._buffer)
         self._buffer.clear()
         self._covered = self._base
         self._links = {}
+        self._tail = FRAME_BYTES - 1
 
     def feed(self, data: bytes) -> list[Frame]:
         """Take the next bytes and return the frames that they complete and that are believed, oldest first."""
@@ -292,12 +294,13 @@ class StreamParser:
                 break
             counts = decode_frame(buffer[start : start + FRAME_BYTES])
             if counts is None:
-                self.crc_errors += at >= self._covered
+                self.crc_errors += at >= self._covered and self._tail <= 0
                 position = start + 1
                 continue
             end = at + FRAME_BYTES
             link = self.trust.judge(self._links.get(at), counts)
             self.valid += 1
+            self._tail = 0
             self._covered = max(self._covered, end)
             if link.withheld:
                 # It may be no frame at all: the search goes on inside it.
@@ -323,9 +326,13 @@ class StreamParser:
 
     def _discard(self, end: int) -> None:
         """Account for the bytes before ``end`` that belong to no valid frame."""
-        if end > self._covered:
-            self.discarded += end - self._covered
-            self._covered = end
+        count = end - self._covered
+        if count <= 0:
+            return
+        self._covered = end
+        self._tail -= count
+        if self._tail < 0:
+            self.discarded += count
             self._lost = True
             self.trust.damaged()
 

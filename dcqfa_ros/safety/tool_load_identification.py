@@ -227,7 +227,7 @@ def _condition(equations: Floats) -> float:
 def _solve(equations: Floats, values: Floats) -> tuple[Floats, float, Floats]:
     """Return solution, RMS residual and standard errors of the least-squares problem."""
     right = values.ravel()
-    solution = np.linalg.lstsq(equations, right, rcond=None)[0]
+    solution: Floats = np.linalg.lstsq(equations, right, rcond=None)[0].astype(np.float64)
     residuals = right - equations @ solution
     freedom = max(1, len(right) - equations.shape[1])
     variance = float(residuals @ residuals) / freedom
