@@ -10,7 +10,7 @@ departure from that, which is kept small), and a time for every byte that comes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -22,6 +22,9 @@ from training.profile_graphs import BlockSize
 Floats = NDArray[np.float64]
 LIMITS = 40  # sizes of the cache that are tried, evenly in their logarithm
 DEPARTURE = 2.0  # a departure by half of a usual block's time weighs as much as a relative error of 1
+OUTLIER = 0.05  # relative error beyond which a network counts less
+NEGLIGIBLE = 1e-6  # sum of squared relative errors that is no reason for anything
+ROUNDS = 4  # of weighing networks by their errors
 WORTH_AN_EFFECT = 0.9  # a cache must cut the relative error by a tenth
 
 
@@ -56,17 +59,21 @@ def fit_networks(timed: Sequence[Timed], sizes: Sequence[BlockSize], bytes_of: C
         sizes: every size that an entry is wanted for.
         bytes_of: weights of a block in memory.
     """
-    problem = _Problem(timed, sizes, bytes_of)
-    megabytes = problem.megabytes
-    best, effect = WORTH_AN_EFFECT**2 * problem.error(np.zeros(len(timed))), None
+    megabytes = np.array([sum(bytes_of(size) for size in t.blocks) / 1e6 for t in timed])
     limits = np.geomspace(0.5e-6 * min(bytes_of(size) for size in sizes), megabytes.max(), LIMITS)
-    for low, high in [*((0.0, high) for high in limits), *combinations(limits, 2)]:
-        streamed = np.clip((megabytes - low) / (high - low), 0.0, 1.0) * megabytes
-        error = problem.error(streamed)
-        if error < best and (per_mb := problem.solve(streamed).per_mb) > 0.0:
-            best = error
-            effect = CacheEffect(low_bytes=int(1e6 * low), high_bytes=int(1e6 * high), ms_per_mb=per_mb)
-    found = problem.solve(np.array([0.0 if effect is None else effect.streamed(1e6 * m) * m for m in megabytes]))
+    caches = [*((0.0, high) for high in limits), *combinations(limits, 2)]
+    trust = np.ones(len(timed))
+    for _ in range(ROUNDS):
+        problem = _Problem([replace(t, weight=t.weight * w) for t, w in zip(timed, trust, strict=True)], sizes)
+        found, effect = problem.solve(np.zeros(len(timed))), None
+        least = WORTH_AN_EFFECT**2 * found.error - NEGLIGIBLE
+        for low, high in caches:
+            streamed = np.clip((megabytes - low) / (high - low), 0.0, 1.0) * megabytes
+            if problem.error(streamed) < least and (better := problem.solve(streamed)).possible:
+                found, least = better, better.error
+                effect = CacheEffect(low_bytes=int(1e6 * low), high_bytes=int(1e6 * high), ms_per_mb=better.per_mb)
+        # A network that something held up must not bend the others: its weight falls with its error.
+        trust = np.sqrt(np.minimum(1.0, OUTLIER / np.maximum(np.abs(found.relative_errors), 1e-9)))
     per_mb = 0.0 if effect is None else effect.ms_per_mb
     times = {
         size: max(0.0, time) + per_mb * bytes_of(size) / 1e6
@@ -77,17 +84,22 @@ def fit_networks(timed: Sequence[Timed], sizes: Sequence[BlockSize], bytes_of: C
 
 @dataclass(frozen=True, slots=True)
 class _Solution:
+    error: float
+    relative_errors: Floats  # (N,)
     fixed_ms: float
     block_ms: Floats  # (S,), from the cache
     per_mb: float
+
+    @property
+    def possible(self) -> bool:
+        """Whether nothing takes less than no time."""
+        return self.per_mb > 0.0 and self.fixed_ms >= 0.0 and bool((self.block_ms >= 0.0).all())
 
 
 class _Problem:
     """Least squares of relative errors; columns: fixed part, linear parts of each form, departures, bytes streamed."""
 
-    def __init__(
-        self, timed: Sequence[Timed], sizes: Sequence[BlockSize], bytes_of: Callable[[BlockSize], int]
-    ) -> None:
+    def __init__(self, timed: Sequence[Timed], sizes: Sequence[BlockSize]) -> None:
         forms = list(dict.fromkeys(size.executed for size in sizes))
         place = {size: index for index, size in enumerate(sizes)}
         self._linear: Floats = np.zeros((len(sizes), 3 * len(forms)))
@@ -98,19 +110,19 @@ class _Problem:
         for row, network in enumerate(timed):
             for size in network.blocks:
                 counts[row, place[size]] += 1.0
-        self.megabytes: Floats = np.array([sum(bytes_of(size) for size in t.blocks) / 1e6 for t in timed])
-        self._weights: Floats = np.array([t.weight / t.step_ms for t in timed])
+        self._scale: Floats = np.array([t.weight / t.step_ms for t in timed])
+        self._weights: Floats = np.array([t.weight for t in timed])
         data = np.concatenate([np.ones((len(timed), 1)), counts @ self._linear, counts], axis=1)
         typical = float(np.median([t.step_ms / len(t.blocks) for t in timed]))
         departures = np.zeros((len(sizes), data.shape[1]))
         departures[:, -len(sizes) :] = np.eye(len(sizes)) * DEPARTURE / typical
-        self._rows: Floats = np.concatenate([data * self._weights[:, None], departures])
-        self._wanted: Floats = np.concatenate([[t.weight for t in timed], np.zeros(len(sizes))])
+        self._rows: Floats = np.concatenate([data * self._scale[:, None], departures])
+        self._wanted: Floats = np.concatenate([self._weights, np.zeros(len(sizes))])
         left, values, _ = np.linalg.svd(self._rows, full_matrices=False)
         self._explained: Floats = left[:, values > 1e-10 * values[0]]
 
     def error(self, streamed: Floats) -> float:
-        """Least sum of squares where ``streamed`` (N,) megabytes come from beyond the cache."""
+        """Least sum of squares where ``streamed`` (N,) megabytes come from beyond the cache; quicker than solving."""
         wanted, column = (v - self._explained @ (self._explained.T @ v) for v in (self._wanted, self._column(streamed)))
         size = float(column @ column)
         return float(wanted @ wanted) - (float(column @ wanted) ** 2 / size if size > 1e-12 else 0.0)
@@ -119,11 +131,18 @@ class _Problem:
         """The best explanation where ``streamed`` (N,) megabytes come from beyond the cache."""
         rows = np.concatenate([self._rows, self._column(streamed)[:, None]], axis=1)
         found, *_ = np.linalg.lstsq(rows, self._wanted, rcond=None)
+        left = self._wanted - rows @ found
         linear, departures = np.split(found[1:-1], [self._linear.shape[1]])
-        return _Solution(float(found[0]), self._linear @ linear + departures, float(found[-1]))
+        return _Solution(
+            float(left @ left),
+            left[: len(streamed)] / self._weights,
+            float(found[0]),
+            self._linear @ linear + departures,
+            float(found[-1]),
+        )
 
     def _column(self, streamed: Floats) -> Floats:
-        return np.concatenate([streamed * self._weights, np.zeros(len(self._rows) - len(streamed))])
+        return np.concatenate([streamed * self._scale, np.zeros(len(self._rows) - len(streamed))])
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.profile import ProfileError, measure
 from training.profile_check import fitted, random_subnet, validation
-from training.profile_fit import MemoryFit, Weighed, fit_memory
+from training.profile_fit import MemoryFit, Timed, Weighed, fit_memory, fit_networks
 from training.profile_graphs import FLOAT, FP8, HALF, INTEGER, INTEGER_A4, BlockSize, DiffusionPolicyTGraphs
 from training.profile_runtime import Form, profiled_runtime
 from training.profile_table import DIFFUSION, SHALLOW, Facts, GroupTimes, ProfileSettings, SettingsError, table_of
@@ -248,6 +248,23 @@ def test_all_networks_together_tell_blocks_and_what_a_cache_saves(saves: bool) -
     assert cost(table, SPACE.shape, reference, 16).latency_ms == pytest.approx(
         cost(true, SPACE.shape, reference, 16).latency_ms, rel=1e-3
     )
+
+
+def test_a_network_that_was_held_up_does_not_bend_the_others() -> None:
+    sizes = [BlockSize(h, m, FLOAT) for h in (1, 2, 3, 4) for m in (256, 512, 768, 1024)]
+
+    def step_ms(blocks: tuple[BlockSize, ...]) -> float:
+        return 0.02 + sum(0.03 + 0.01 * size.heads + 4e-5 * size.mlp for size in blocks)
+
+    generator = np.random.default_rng(0)
+    networks = [tuple(generator.choice(np.array(sizes, object), 1 + i % 8)) for i in range(60)]
+    timed = [Timed(blocks, step_ms(blocks) * (1.6 if i % 10 == 0 else 1.0)) for i, blocks in enumerate(networks)]
+    fit = fit_networks(timed, sizes, lambda size: 1000 * (64 * size.heads + size.mlp))
+    errors = [
+        fit.step_ms(blocks, lambda size: 1000 * (64 * size.heads + size.mlp)) / step_ms(blocks) - 1.0
+        for blocks in networks
+    ]
+    assert max(map(abs, errors)) < 0.03
 
 
 @given(
