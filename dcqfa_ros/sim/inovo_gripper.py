@@ -41,6 +41,7 @@ class EmulatedGripper:
             self._activating_s -= seconds
             if self._activating_s <= 0.0:
                 self._activating_s, self.activated = None, True
+            return False
         if not self.activated or self.reached or self.stalled:
             return False
         reach = self.speed * seconds

@@ -137,6 +137,8 @@ def plan_move(kinematics: ArmKinematics, start: Floats, goal: m.Message) -> Join
         if not sequence:
             raise PlanError("motion_sequence is empty")
         for entry in sequence:
+            if not isinstance(entry, dict):
+                raise PlanError(f"motion_sequence: expected objects, got {entry!r:.80}")
             _plan_point(kinematics, m.MessageError, entry, times, points)
     except (m.MessageError, KinematicsError) as error:
         raise PlanError(str(error)) from None
