@@ -10,7 +10,6 @@ import contextlib
 import os
 import random
 import select
-import struct
 import threading
 import time
 import tty
@@ -20,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcqfa_ros.drivers import ft300s_protocol as ft
-from dcqfa_ros.drivers.modbus import EXCEPTION_BIT, READ_HOLDING_REGISTERS, WRITE_MULTIPLE_REGISTERS, crc16, with_crc
+from dcqfa_ros.drivers.modbus import crc16
 from dcqfa_ros.sim.ft300s_options import EmulatorError, FT300SOptions, SentFrame, wrench_counts
+from dcqfa_ros.sim.ft300s_registers import answer, registers, request_size
 
 __all__ = ["EmulatorError", "FT300SEmulator", "FT300SOptions", "SentFrame", "WrenchSource"]
 
@@ -29,9 +29,9 @@ WrenchSource = Callable[[int], Sequence[float]]
 """From monotonic time, ns, to Fx Fy Fz (N) and Mx My Mz (N m) as the sensor would read them."""
 
 _STOP_BYTES = len(ft.STOP_SEQUENCE)
-_ILLEGAL_FUNCTION, _ILLEGAL_ADDRESS = 1, 2
 _REST_NS = 1_000_000_000
 _KEPT_FRAMES = 100_000
+_PAUSE_NS = 50_000_000
 
 
 @dataclass(slots=True)
@@ -56,6 +56,7 @@ class _State:
     next_frame_ns: int = 0
     number: int = 0
     stop_bytes: int = 0
+    received_ns: int = 0
     received: bytearray = field(default_factory=bytearray)
     outgoing: deque[_Outgoing] = field(default_factory=deque)
 
@@ -321,9 +322,13 @@ class FT300SEmulator:
                     s.stop_bytes = 0
                     s.outgoing.clear()
             return
+        now = time.monotonic_ns()
+        if now - s.received_ns > _PAUSE_NS:  # a pause ends a request, also one that never became whole
+            s.received.clear()
+        s.received_ns = now
         s.received += data
         while s.received:
-            size = self._request_size(s.received)
+            size = request_size(s.received)
             if size is None:
                 del s.received[:1]
             elif len(s.received) < size:
@@ -335,57 +340,15 @@ class FT300SEmulator:
                 del s.received[:size]
                 self._answer(request)
 
-    @staticmethod
-    def _request_size(received: bytearray) -> int | None:
-        """Return the size of the request that begins here; None where none can."""
-        if received[0] != ft.SLAVE:
-            return None
-        if len(received) >= 2 and received[1] == WRITE_MULTIPLE_REGISTERS:
-            return 9 + received[6] if len(received) >= 7 else 8
-        return 8
-
     def _answer(self, request: bytes) -> None:
-        s, function = self._state, request[1]
+        s = self._state
+        body, start_stream = answer(request, registers(self.options, self._read_wrench(time.monotonic_ns())))
         begin = time.monotonic_ns() + int(self.options.answer_delay_s * 1e9)
-        start_stream = False
-        if function == READ_HOLDING_REGISTERS:
-            address, count = struct.unpack_from(">HH", request, 2)
-            registers = self._registers()
-            wanted = range(address, address + count)
-            if count and all(register in registers for register in wanted):
-                body = struct.pack(f">BBB{count}H", ft.SLAVE, function, 2 * count, *(registers[r] for r in wanted))
-            else:
-                body = bytes([ft.SLAVE, function | EXCEPTION_BIT, _ILLEGAL_ADDRESS])
-        elif function == WRITE_MULTIPLE_REGISTERS:
-            address, count = struct.unpack_from(">HH", request, 2)
-            if address == ft.STREAM_REGISTER and count == 1:
-                body = request[:6]
-                start_stream = struct.unpack_from(">H", request, 7)[0] == ft.STREAM_ON and self.options.stream_works
-            else:
-                body = bytes([ft.SLAVE, function | EXCEPTION_BIT, _ILLEGAL_ADDRESS])
-        else:
-            body = bytes([ft.SLAVE, function | EXCEPTION_BIT, _ILLEGAL_FUNCTION])
-        answer = with_crc(body)
-        step = ft.BYTE_NS if self.options.paced else 0
-        s.outgoing.append(_Outgoing(begin, step, answer))
-        if start_stream:
+        s.outgoing.append(_Outgoing(begin, ft.BYTE_NS if self.options.paced else 0, body))
+        if start_stream and self.options.stream_works:
             s.streaming = True
             s.stop_bytes = 0
-            s.next_frame_ns = begin + len(answer) * ft.BYTE_NS
-
-    def _registers(self) -> dict[int, int]:
-        """Return every register that can be read."""
-        o = self.options
-        firmware, identity = ft.info_registers(ft.SensorInfo(o.serial_number, o.production_year, o.firmware))
-        wrench = [count & 0xFFFF for count in self._read_wrench(time.monotonic_ns())]
-        groups: list[tuple[int, Sequence[int]]] = [
-            (ft.WRENCH_REGISTER, wrench),
-            (ft.ACCELERATION_REGISTER, (0, 0, 1000)),
-            (ft.FIRMWARE_REGISTER, firmware),
-            (ft.SERIAL_NUMBER_REGISTER, identity),
-            (ft.STREAM_REGISTER, (0,)),
-        ]
-        return {first + index: value for first, values in groups for index, value in enumerate(values)}
+            s.next_frame_ns = begin + len(body) * ft.BYTE_NS
 
 
 def _make_link(link: Path, target: str) -> None:
