@@ -74,6 +74,8 @@ def register(subparsers: Any) -> None:
     engine.set_defaults(func=_engine)
     importlib.import_module("dcqfa_ros.commands.bench_image").register(actions)
     importlib.import_module("dcqfa_ros.commands.bench_camera").register(actions)
+    importlib.import_module("dcqfa_ros.commands.bench_arm").register(actions)
+    importlib.import_module("dcqfa_ros.commands.bench_stop").register(actions)
     _register_others(actions)
 
 
