@@ -12,25 +12,21 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from dcqfa_ros.drivers import inovo_messages as m
 from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionOutcome
 from dcqfa_ros.drivers.inovo_action import InovoAction, InovoMove
+from dcqfa_ros.drivers.inovo_bring_up import bring_up, check_success, wait_for
+from dcqfa_ros.drivers.inovo_goals import finite, joint_goal, straight_goal
 from dcqfa_ros.drivers.inovo_state import InovoState
-from dcqfa_ros.drivers.kinematics import JOINTS, ArmKinematics, inovo_kinematics
+from dcqfa_ros.drivers.kinematics import ArmKinematics, inovo_kinematics
 from dcqfa_ros.drivers.protocols import DriverError
-from dcqfa_ros.drivers.rosbridge import LinkError, RosbridgeClient, ServiceError
+from dcqfa_ros.drivers.rosbridge import LinkError, RosbridgeClient
 from dcqfa_ros.drivers.rosbridge_link import WebSocketLink
 
-Floats = NDArray[np.float64]
-
-MAX_SPEED = 1.5  # m/s, of a move; faster is a mistake of units
-MAX_ANGULAR_SPEED = math.pi  # rad/s
 _TOOL_REACH_M = 0.6  # a tool centre point farther from the flange means another build of arm
 _STALE_S = 0.5  # joint states older than this say nothing of now
 _GRIPPER_REPEAT_S = 0.3
@@ -117,7 +113,8 @@ class InovoArm:
         self._connected_once = False
         self.client.connect()
         try:
-            self._wait(
+            wait_for(
+                self.client,
                 lambda: not self.state_topics.missing(),
                 self._connect_timeout_s,
                 lambda: (
@@ -141,39 +138,10 @@ class InovoArm:
         self.stop()
         if self._claim:
             self.claim_control(force=self._force_claim)
-        if self.state_topics.values(m.PSU_STATUS).get("fault_code"):
-            self._step(
-                m.RESET_FAULT, lambda: not self.state_topics.values(m.PSU_STATUS)["fault_code"], 2.0,
-                "the fault remains: see the controller's user interface",
-            )  # fmt: skip
-        for topic, service, device in (
-            (m.SAFE_STOP_STATE, m.SAFE_STOP_RESET, "safe stop"),
-            (m.ESTOP_STATE, m.ESTOP_RESET, "emergency stop"),
-        ):
-            circuit = self._known(topic)
-            if circuit["active"]:
-                continue
-            if not circuit["circuit_complete"]:
-                raise DriverError(
-                    f"{self._name}: bring-up: the {device} circuit is open ({topic}: circuit_complete is false): "
-                    "release the button or close the circuit, then try again"
-                )
-            self._step(service, partial(self._is_active, topic), 2.0, f"release the {device}, then try again")
-        if self._known(m.PSU_STATUS)["state"] != m.BUS_ON:
-            self._step(
-                m.PSU_ENABLE, lambda: self._known(m.PSU_STATUS)["state"] == m.BUS_ON, self._power_timeout_s,
-                f"{m.PSU_STATUS} never said {m.BUS_ON}: see the controller's user interface",
-            )  # fmt: skip
-        if self.state_topics.readiness()[0] is not ArmReadiness.READY:
-            self._step(
-                m.ROBOT_ENABLE, lambda: self.state_topics.readiness()[0] is ArmReadiness.READY, self._enable_timeout_s,
-                "the drives did not come on",
-            )  # fmt: skip
-        if self._gripper and not self.state_topics.gripper["activated"]:
-            self._step(
-                m.gripper_topic(self._gripper, "activate"), lambda: self.state_topics.gripper["activated"],
-                self._enable_timeout_s, f"gripper {self._gripper!r} did not activate",
-            )  # fmt: skip
+        bring_up(
+            self.client, self.state_topics, self._gripper,
+            power_timeout_s=self._power_timeout_s, enable_timeout_s=self._enable_timeout_s,
+        )  # fmt: skip
 
     def state(self) -> ArmState:
         """The newest state; ``readiness`` is DISCONNECTED (with the last known figures) while the transport is lost.
@@ -210,7 +178,7 @@ class InovoArm:
             ValueError: not three finite numbers each; nothing was sent.
             DriverError: the transport is lost, or streaming was not started by :meth:`start_streaming`.
         """
-        message = m.jog(_finite(linear, "linear", "m/s"), _finite(angular, "angular", "rad/s"), self._frame, self._tcp)
+        message = m.jog(finite(linear, "linear", "m/s"), finite(angular, "angular", "rad/s"), self._frame, self._tcp)
         with self._motion:
             session = self._streaming
             if session is None:
@@ -244,7 +212,7 @@ class InovoArm:
         call = self.client.start_call(m.SAFE_STOP_TRIP, urgent=True)
         self.stop()
         if timeout_s > 0.0:
-            self._succeeded(m.SAFE_STOP_TRIP, call.wait(timeout_s))
+            check_success(self._name, m.SAFE_STOP_TRIP, call.wait(timeout_s))
 
     def claim_control(self, *, force: bool = False) -> None:
         """Claim control of the arm among the controller's users.
@@ -268,18 +236,7 @@ class InovoArm:
             ValueError: a number is not finite or a speed is out of range; nothing was sent.
             DriverError: the arm is not ready, refuses, or was stopped meanwhile.
         """
-        target = _finite(position, "position", "m")
-        turn = np.array(orientation, dtype=np.float64)
-        norm = float(np.sqrt(turn @ turn)) if turn.shape == (4,) else math.nan
-        if not 0.99 < norm < 1.01:
-            raise ValueError(f"orientation: expected a unit quaternion (x, y, z, w), got {turn.tolist()}")
-        for value, limit, what in (
-            (speed, MAX_SPEED, "speed: m/s"),
-            (angular_speed, MAX_ANGULAR_SPEED, "angular_speed: rad/s"),
-        ):
-            if not 0.0 < value <= limit:
-                raise ValueError(f"{what}: expected above 0 and up to {limit:.3g}, got {value}")
-        goal = m.straight_move(target, turn / norm, speed, angular_speed, self._tcp)
+        goal = straight_goal(position, orientation, speed, angular_speed, self._tcp)
         return self._start(self._move, goal, "move to a pose")
 
     def follow_joints(self, times_s: ArrayLike, positions: ArrayLike) -> InovoMove:
@@ -289,27 +246,8 @@ class InovoArm:
             ValueError: shapes, times or numbers are wrong, or a joint would be faster than it can; nothing was sent.
             DriverError: the arm is not ready, refuses, or was stopped meanwhile.
         """
-        times, points = np.array(times_s, dtype=np.float64), np.array(positions, dtype=np.float64)
-        if times.ndim != 1 or times.size == 0 or points.shape != (times.size, JOINTS):
-            raise ValueError(f"expected times (n,) and positions (n, {JOINTS}), got {times.shape} and {points.shape}")
-        if not (np.isfinite(times).all() and np.isfinite(points).all()):
-            raise ValueError("times and positions: expected finite numbers")
-        steps = np.diff(times, prepend=0.0)
-        if not (steps > 0.0).all():
-            raise ValueError(f"times: expected increasing times after 0 s, got {times.tolist()}")
-        start = self.state().joints
-        rates = np.diff(points, axis=0, prepend=start[None]) / steps[:, None]
-        worst = np.unravel_index(int(np.argmax(np.abs(rates) / self.kinematics.velocity_limits)), rates.shape)
-        limit = float(self.kinematics.velocity_limits[worst[1]])
-        if abs(float(rates[worst])) > limit * (1.0 + 1e-6):
-            raise ValueError(
-                f"positions[{worst[0]}]: joint {int(worst[1]) + 1} would need {abs(float(rates[worst])):.3g} rad/s, "
-                f"it has {limit:g}: allow more time"
-            )
-        ends = np.zeros_like(points)
-        if times.size > 1:  # through the points in between at the mean of the rates around them, at rest in the end
-            ends[:-1] = 0.5 * (rates[:-1] + rates[1:])
-        return self._start(self._follow, m.joint_trajectory(times.tolist(), points, ends), "follow joints")
+        goal = joint_goal(self.kinematics, self.state().joints, times_s, positions)
+        return self._start(self._follow, goal, "follow joints")
 
     def move_gripper(self, opening: float) -> None:
         """Ask the gripper for an opening, 0 closed .. 1 open. Does not wait.
@@ -433,38 +371,7 @@ class InovoArm:
 
     def _switch(self, controller: str) -> None:
         values = self.client.call_service(m.SWITCH_CONTROLLER, {"name": controller})
-        self._succeeded(f"{m.SWITCH_CONTROLLER} to {controller}", values)
-
-    def _succeeded(self, step: str, values: m.Message) -> None:
-        if values.get("success") is False:
-            raise ServiceError(f"{self._name}: {step} was refused: {values.get('message') or 'no reason given'}")
-
-    def _is_active(self, topic: str) -> bool:
-        return bool(self._known(topic)["active"])
-
-    def _known(self, topic: str) -> dict[str, object]:
-        values = self.state_topics.values(topic)
-        if not values:
-            raise DriverError(f"{self._name}: the connection was lost while waiting for {topic}")
-        return values
-
-    def _step(self, service: str, reached: Callable[[], object], timeout_s: float, otherwise: str) -> None:
-        try:
-            self._succeeded(service, self.client.call_service(service, timeout_s=max(timeout_s, 2.0)))
-            self._wait(
-                reached, timeout_s, lambda: f"not reached within {timeout_s:g} s: {self.state_topics.readiness()[1]}"
-            )
-        except DriverError as error:
-            raise DriverError(f"{self._name}: bring-up: {service}: {error}; {otherwise}") from None
-
-    def _wait(self, reached: Callable[[], object], timeout_s: float, otherwise: Callable[[], str]) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not reached():
-            if not self.client.is_connected:
-                raise LinkError(f"{self._name}: the connection was lost: {self.client.loss_reason}")
-            if time.monotonic() > deadline:
-                raise DriverError(f"{self._name}: {otherwise()}")
-            time.sleep(0.01)
+        check_success(self._name, f"{m.SWITCH_CONTROLLER} to {controller}", values)
 
     def _check_build(self) -> None:
         state = self.state()
@@ -474,10 +381,3 @@ class InovoArm:
                 f"{self._name}: the tool centre point is {distance:.2f} m from where the flange of the build "
                 f"{self._variant!r} is: set variant to the build of this arm (short, medium, long)"
             )
-
-
-def _finite(values: ArrayLike, what: str, units: str) -> Floats:
-    array = np.array(values, dtype=np.float64)
-    if array.shape != (3,) or not np.isfinite(array).all():
-        raise ValueError(f"{what}: expected three finite numbers (x, y, z in {units}), got {array.tolist()}")
-    return array

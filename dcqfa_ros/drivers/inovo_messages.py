@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dcqfa_ros.drivers.rosbridge import ros_now, seconds_to_ros
+from dcqfa_ros.drivers.rosbridge_messages import ros_now, seconds_to_ros
 
 Message = dict[str, Any]
 Floats = NDArray[np.float64]
