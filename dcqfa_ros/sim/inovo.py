@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,16 +20,15 @@ from numpy.typing import ArrayLike, NDArray
 from dcqfa_ros.drivers import inovo_messages as m
 from dcqfa_ros.drivers.kinematics import JOINTS, inovo_kinematics, quaternion_of
 from dcqfa_ros.sim.contact import ContactPlane, ToolLoad, cross
-from dcqfa_ros.sim.inovo_actions import ABORTED, PREEMPTED, SUCCEEDED, EmulatedAction
+from dcqfa_ros.sim.inovo_commands import TRAJECTORY, EmulatedCommands
 from dcqfa_ros.sim.inovo_gripper import EmulatedGripper
-from dcqfa_ros.sim.inovo_motion import HOME, ArmMotion, JointPath, PlanError, plan_move, plan_trajectory
+from dcqfa_ros.sim.inovo_motion import HOME, ArmMotion
 from dcqfa_ros.sim.inovo_power import EmulatedPower
 from dcqfa_ros.sim.inovo_services import EmulatedServices
 from dcqfa_ros.sim.rosbridge_server import RequestError, RosbridgeServer
 
 Floats = NDArray[np.float64]
 
-VELOCITY, TRAJECTORY = "velocity", "trajectory"
 _SLOW_EVERY = 10  # of the slow topics, in ticks
 
 
@@ -107,14 +105,7 @@ class InovoEmulator:
         self.sequence_state = 0
         self.services = EmulatedServices(self)
         self.lock = threading.RLock()
-        empty_move = {"success": False, "message": "", "index": 0}
-        empty_grip = {"position": 0.0, "effort": 0.0, "stalled": False, "reached_goal": False}
-        publish = self.server.publish
-        self._move = EmulatedAction(m.MOVE, publish, empty_result=empty_move)
-        self._follow = EmulatedAction(m.FOLLOW, publish, empty_result={"error_code": -5, "error_string": ""})
-        device = m.gripper_topic(gripper, "")
-        self._grip = EmulatedAction(f"{device}grip", publish, empty_result={"success": False})
-        self._command = EmulatedAction(f"{device}gripper_command", publish, empty_result=empty_grip)
+        self.commands = EmulatedCommands(self)
         self._period_s = 1.0 / rate_hz
         self._frames: deque[MotionFrame] = deque(maxlen=keep_frames)
         self._numbers = itertools.count()
@@ -124,22 +115,6 @@ class InovoEmulator:
         self._wrench = (np.zeros(3), np.zeros(3))
         self._sequence = itertools.count()
         self.failure: BaseException | None = None
-        self._topics: dict[str, Callable[[m.Message], tuple[tuple[float, ...] | None, bool]]] = {
-            m.CARTESIAN_JOG: self._on_jog,
-            m.CARTESIAN_VELOCITY: self._on_low_level_twist,
-            m.JOINT_JOG: self._on_joint_jog,
-            m.JOINT_VELOCITY: self._on_joint_velocity,
-            f"{m.MOVE}/goal": lambda message: self._on_goal(self._move, message),
-            f"{m.FOLLOW}/goal": lambda message: self._on_goal(self._follow, message),
-            f"{m.MOVE}/cancel": lambda message: self._on_cancel(self._move, message),
-            f"{m.FOLLOW}/cancel": lambda message: self._on_cancel(self._follow, message),
-        }
-        self._gripper_topics: dict[str, Callable[[m.Message], None]] = {}
-        if gripper:
-            self._gripper_topics = {
-                f"{device}grip/goal": self._on_grip,
-                f"{device}gripper_command/goal": self._on_command,
-            }
 
     def start(self) -> InovoEmulator:
         """Listen, and let time run; returns the emulator.
@@ -276,9 +251,9 @@ class InovoEmulator:
 
     def receive(self, topic: str, message: m.Message, stamp_ns: int) -> None:
         """Take a message of a client (for the server)."""
-        handler = self._topics.get(topic)
+        handler = self.commands.motion_topics.get(topic)
         if handler is None:
-            gripper = self._gripper_topics.get(topic)
+            gripper = self.commands.gripper_topics.get(topic)
             if gripper is not None:
                 with self.lock:
                     gripper(message)
@@ -302,104 +277,9 @@ class InovoEmulator:
         """Select a controller group (for the services); the demand of the one before ends."""
         with self.lock:
             if controller != self.controller:
-                self._abort("another controller was selected")
+                self.commands.abort("another controller was selected")
                 self.motion.halt()
             self.controller = controller
-
-    def _on_jog(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
-        twist = _read_twist(message)
-        with self.lock:
-            if not self.power.allows_motion or self.motion.path is not None:
-                return tuple(twist.tolist()), False
-            self.controller = VELOCITY  # the move group selects what it needs
-            self.motion.jog(twist)
-        return tuple(twist.tolist()), True
-
-    def _on_low_level_twist(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
-        twist = _read_twist(message)
-        with self.lock:
-            if not self.power.allows_motion or self.controller != VELOCITY:
-                return tuple(twist.tolist()), False
-            self.motion.jog(twist)
-        return tuple(twist.tolist()), True
-
-    def _on_joint_jog(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
-        names = m.field(message, "joint_names", list)
-        given = m.floats(message, "velocities", len(names))
-        velocities = np.zeros(JOINTS)
-        for name, value in zip(names, given, strict=True):
-            if name not in m.JOINT_NAMES:
-                raise m.MessageError(f"joint_names: there is no joint {name!r}")
-            velocities[m.JOINT_NAMES.index(name)] = value
-        return self._jog_joints(velocities, select=True)
-
-    def _on_joint_velocity(self, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
-        return self._jog_joints(m.floats(message, "data", JOINTS), select=False)
-
-    def _jog_joints(self, velocities: Floats, *, select: bool) -> tuple[tuple[float, ...] | None, bool]:
-        with self.lock:
-            allowed = self.power.allows_motion and self.motion.path is None
-            if not allowed or not (select or self.controller == VELOCITY):
-                return tuple(velocities.tolist()), False
-            self.controller = VELOCITY
-            self.motion.jog_joints(velocities)
-        return tuple(velocities.tolist()), True
-
-    def _on_goal(self, action: EmulatedAction, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
-        goal, start = m.field(message, "goal", dict), self.joints
-        m.field({"goal_id": {}, **message}, "goal_id", dict)
-        plan = plan_move if action is self._move else plan_trajectory
-        path: JointPath | None = None
-        try:
-            path = plan(self.kinematics, start, goal)  # takes a while: the arm moves on meanwhile
-            refusal = ""
-        except PlanError as error:
-            refusal = str(error)
-        with self.lock:
-            if action is self._follow and self.controller != TRAJECTORY:
-                refusal = f"the controller {self.controller!r} is selected, not {TRAJECTORY!r}"
-            if not self.power.allows_motion:
-                refusal = "the arm is not enabled"
-            if path is None or refusal:
-                action.reject(message, refusal)
-                return None, False
-            self._abort("a newer goal came", PREEMPTED)
-            self.controller = TRAJECTORY
-            action.accept(message)
-            self.motion.follow(path)
-        return None, True
-
-    def _on_cancel(self, action: EmulatedAction, message: m.Message) -> tuple[tuple[float, ...] | None, bool]:
-        with self.lock:
-            if not action.cancels(message):
-                return None, False
-            self.motion.halt()
-            action.end(PREEMPTED, "cancelled")
-        return None, True
-
-    def _on_grip(self, message: m.Message) -> None:
-        choice = m.field(m.field(message, "goal", dict), "action", int)
-        if choice not in (m.GRIP, m.RELEASE, 2):
-            raise RequestError(f"action: expected 0 grip, 1 release or 2 toggle, got {choice}")
-        opening = {m.GRIP: 0.0, m.RELEASE: 1.0}.get(choice, 0.0 if self.gripper.target > 0.5 else 1.0)
-        self._move_gripper(self._grip, message, opening)
-
-    def _on_command(self, message: m.Message) -> None:
-        command = m.field(m.field(message, "goal", dict), "command", dict)
-        self._move_gripper(self._command, message, m.number(command, "position"))
-
-    def _move_gripper(self, action: EmulatedAction, message: m.Message, opening: float) -> None:
-        if not self.gripper.activated:
-            action.reject(message, "the gripper is not activated")
-            return
-        for other in (self._grip, self._command):
-            other.end(PREEMPTED, "a newer goal came")
-        action.accept(message)
-        self.gripper.go(opening)
-
-    def _abort(self, text: str, status: int = ABORTED) -> None:
-        for action in (self._move, self._follow):
-            action.end(status, text)
 
     def _run(self) -> None:
         last = due = time.monotonic()
@@ -423,20 +303,14 @@ class InovoEmulator:
         self.power.step(seconds)
         self.motion.is_free = self.power.allows_motion
         if not self.motion.is_free:
-            self._abort("the arm was stopped")
+            self.commands.abort("the arm was stopped")
             self.motion.halt()
         if self.power.bus != m.BUS_ON:
             self.gripper.power_off()
         if self.motion.step(seconds):
-            for action, result in (
-                (self._move, {"success": True, "message": "", "index": 0}),
-                (self._follow, {"error_code": 0, "error_string": ""}),
-            ):
-                action.end(SUCCEEDED, "", result)
+            self.commands.path_ended()
         if self.gripper.step(seconds):
-            state = {"position": self.gripper.position, "effort": 0.0, "stalled": self.gripper.stalled}
-            self._grip.end(SUCCEEDED, "", {"success": True})
-            self._command.end(SUCCEEDED, "", {**state, "reached_goal": self.gripper.reached})
+            self.commands.gripper_ended()
 
     def _messages(self, tick: int) -> dict[str, m.Message]:
         header = {"seq": next(self._sequence), "stamp": m.ros_now(), "frame_id": "world"}
@@ -464,12 +338,9 @@ class InovoEmulator:
                 messages[m.gripper_topic(self.gripper_name, "gripper_state")] = self.gripper.message(header)
         if tick % _SLOW_EVERY == 0:
             messages |= self.power.messages(header)
-            messages[m.ARM_STATE] = self._arm_state(header)
+            messages[m.ARM_STATE] = self.power.arm_message(header, joints, velocities)
             messages[m.RUNTIME_STATE] = {"header": header, "state": self.sequence_state, "active_blocks": []}
-            for action in (self._move, self._follow, self._grip, self._command):
-                action.publish_status()
-            for action in (self._move, self._follow):
-                action.publish_feedback({"progress": self.motion.progress, "index": 0})
+            self.commands.publish_status()
         return messages
 
     def _feel(self, joints: Floats, position: Floats, velocity: Floats) -> None:
@@ -483,27 +354,3 @@ class InovoEmulator:
                 weight = self.load.weight(rotation)
                 force, torque = force + weight, torque + cross(self.load.centre, weight)
         self._wrench = (force, torque)
-
-    def _arm_state(self, header: m.Message) -> m.Message:
-        fault = 3 if self.power.fault_code else (2 if self.power.arm == m.ARM_ENABLED else 1)
-        joint: dict[str, Any] = {"state": fault, "age": 0, "status": 0, "torque": 0.0, "current": 0.0}
-        joint |= {"motor_temp": 35.0, "drive_temp": 33.0, "joint_temp": 31.0}
-        return {
-            "header": header,
-            "enabled": self.power.arm == m.ARM_ENABLED,
-            "state": self.power.arm,
-            "joint_states": [
-                {**joint, "position": float(p), "velocity": float(v)}
-                for p, v in zip(self.motion.joints, self.motion.velocities, strict=True)
-            ],
-        }
-
-
-def _read_twist(message: m.Message) -> Floats:
-    twist = m.field({"twist": {}, **message}, "twist", dict)
-    parts = []
-    for name in ("linear", "angular"):
-        # Fields that a client leaves out are zero, as rosbridge fills them in.
-        part = m.field({name: {}, **twist}, name, dict)
-        parts.append(m.xyz({"x": 0.0, "y": 0.0, "z": 0.0, **part}, "xyz"))
-    return np.concatenate(parts)

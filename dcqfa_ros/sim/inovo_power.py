@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dcqfa_ros.drivers import inovo_messages as m
 from dcqfa_ros.sim.rosbridge_server import RequestError
+
+Floats = NDArray[np.float64]
 
 PSU_ENABLE_S = 5.0
 ROBOT_ENABLE_S = 1.0
@@ -116,6 +121,29 @@ class EmulatedPower:
             },
             m.ESTOP_STATE: {"active": self.estop_active, "circuit_complete": self.estop_complete},
             m.SAFE_STOP_STATE: {"active": self.safe_stop_active, "circuit_complete": self.safe_stop_complete},
+        }
+
+    def arm_message(self, header: m.Message, joints: Floats, velocities: Floats) -> m.Message:
+        """Return the ``ArmState``."""
+        state = m.JOINT_FAULT if self.fault_code else (2 if self.arm == _ENABLED else 1)
+        joint = {
+            "state": state,
+            "age": 0,
+            "status": 0,
+            "torque": 0.0,
+            "current": 0.0,
+            "motor_temp": 35.0,
+            "drive_temp": 33.0,
+            "joint_temp": 31.0,
+        }
+        return {
+            "header": header,
+            "enabled": self.arm == _ENABLED,
+            "state": self.arm,
+            "joint_states": [
+                {**joint, "position": p, "velocity": v}
+                for p, v in zip(joints.tolist(), velocities.tolist(), strict=True)
+            ],
         }
 
     def _begin(self, bus: str, arm: int, seconds: float) -> None:
