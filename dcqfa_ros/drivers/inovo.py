@@ -110,7 +110,6 @@ class InovoArm:
         """
         if self.client.is_connected:
             return
-        self._connected_once = False
         self.client.connect()
         try:
             wait_for(

@@ -235,6 +235,21 @@ def test_while_the_connection_is_lost_the_last_figures_stay(cell: InovoEmulator,
     ready(arm)
 
 
+def test_connecting_by_hand_after_a_loss_ends_the_last_jog_too(cell: InovoEmulator, arm: InovoArm) -> None:
+    arm.start_streaming()
+    arm.send_twist(SLOW, STILL)
+    wait_until(lambda: cell.is_moving, "it moves")
+    cell.drop_connections(refuse_for_s=1e6)
+    wait_until(lambda: arm.state().readiness is ArmReadiness.DISCONNECTED, "the loss")
+    with pytest.raises(DriverError, match="handshake failed"):
+        arm.connect()
+    assert cell.is_moving
+    cell.drop_connections()
+    arm.connect()
+    wait_until(lambda: not cell.is_moving, "zero was sent")
+    assert not arm.is_streaming
+
+
 def test_it_can_be_closed_and_connected_again(cell: InovoEmulator, arm: InovoArm) -> None:
     for _ in range(3):
         arm.start_streaming()
