@@ -82,7 +82,12 @@ def ears(graph: Graph) -> Iterator[Ears]:
 
 
 def spawn(graph: Graph, sensor: FT300SEmulator, **parameters: Any) -> Any:
-    given = {"silence_ms": 500, "maximum_age_ms": 1000, **parameters}  # the machine may be busy
+    given = {
+        "silence_ms": 500,
+        "maximum_age_ms": 1000,
+        "orientation_max_age_ms": 5000,
+        **parameters,
+    }  # the machine may be busy
     return graph.spawn_node(NODE, "wrench_node", port=sensor.port, **given)
 
 
@@ -105,7 +110,7 @@ def test_bias_and_weight_are_taken_off_and_the_rest_is_zeroed_on_request(
     np.testing.assert_allclose(values(ears.wrenches[-1]), [0.0, -2.0, 3.0, 0.1, 0.2, -0.3], atol=0.2)
     np.testing.assert_allclose(values(ears.raws[-1]), LOAD, atol=0.2)
 
-    wait_until(lambda: graph.trigger("wrench_node/zero").success, "zero once 200 readings with the pose have come")
+    wait_until(lambda: graph.trigger("wrench_node/zero").success, "zero once 200 readings with the pose have come", 60)
     count = len(ears.wrenches)
     wait_until(lambda: len(ears.wrenches) > count + 5, "wrenches")
     np.testing.assert_allclose(values(ears.wrenches[-1]), np.zeros(6), atol=0.2)
