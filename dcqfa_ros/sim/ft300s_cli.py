@@ -24,7 +24,9 @@ COMMANDS = """commands on standard input, one per line:
   silent on|off            send nothing, as without supply
   inject HEX               put bytes on the line
   quit                     end
-each is answered by one JSON line with "done" or "error", and "monotonic_ns" """
+each is answered by one JSON line with "done" or "error", and "monotonic_ns"
+
+example: dcqfa emulate ft300s --link /tmp/ft300s --wrench 0 0 9.8 0 0 0"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
