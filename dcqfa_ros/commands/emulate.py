@@ -49,6 +49,7 @@ def register(subparsers: Any) -> None:
 
     sensor = devices.add_parser("ft300s", help="Robotiq FT 300-S", description="Emulate a Robotiq FT 300-S.")
     ft300s_cli.add_arguments(sensor)
+    sensor.epilog = f"{sensor.epilog}\n\nexample: dcqfa emulate ft300s --link /tmp/ft300s --noise 0.1"
     sensor.set_defaults(func=ft300s_cli.run)
     cell = devices.add_parser(
         "cell",
