@@ -26,6 +26,7 @@ ARM_NODE = "dcqfa_ros.nodes.cell_arm_node"
 SETTLED_S = 0.15
 _WAIT_S = 3.0
 _STEP = 0.004  # m/s, between two commands; small against every limit
+_SHOWS = 1e-5  # m/s, of change that shows a command: what the jerk limit lets through in the shortest tick is more
 PARAMETERS: dict[str, Any] = {
     "command_source": "teleop",
     "workspace.minimum": "[-0.4, 0.2, 0.1]",
@@ -140,7 +141,7 @@ class Cell:
             self.graph.trigger("arm_node/reset_stop")
             response = self.graph.trigger("arm_node/arm")
             self._refusal = response.message
-            return bool(response.success)
+            return bool(response.success) or response.message == "already armed"
 
         with _named(lambda: f"arm_node does not arm: {self._refusal}"):
             wait_until(done, "armed")
@@ -216,10 +217,12 @@ def _trial(cell: Cell, phase_s: float) -> float:
         cell.arm()
         cell.command(begun)
         cell.frame(lambda f: f.values is not None and abs(f.values[0] - begun) < 0.02 * _STEP, cell.last)
-    time.sleep(SETTLED_S + phase_s)
+    time.sleep(SETTLED_S)
+    cell.frame(lambda f: f.values is not None and abs(f.values[0] - begun) < _SHOWS / 4, cell.last)
+    time.sleep(phase_s)
 
     def changed(frame: MotionFrame) -> bool:
-        return frame.values is not None and frame.moves and abs(frame.values[0] - begun) > 0.03 * _STEP
+        return frame.values is not None and frame.moves and abs(frame.values[0] - begun) > _SHOWS
 
     number, cell.speed = cell.last, -begun
     at = cell.command(-begun)

@@ -30,7 +30,8 @@ from dcqfa_ros.safety.wrench_frames import rotation_of
 Floats = NDArray[np.float64]
 
 _STREAMS = (Activity.WAITING, Activity.STREAMING, Activity.HOLDING)
-_EARLIEST = 0.4  # of a period, between two ticks
+_EARLIEST = 0.2  # of a period, at least, from a tick to one that a new command brings forward
+_AFTER_EARLY = 1.25  # of a period, to the tick after that: commands at the rate of the loop take the place of ticks
 _GRIPPER_STEP = 0.02  # smallest change of the opening that is sent on
 
 
@@ -231,7 +232,7 @@ class ArmStream(ArmGate):
             if early:
                 self._attention.clear()
                 halt.wait(max(0.0, (last + _EARLIEST * self.ticker.period_ns - time.monotonic_ns()) / 1e9))
-                self.ticker.restart()
+                self.ticker.restart(round(_AFTER_EARLY * self.ticker.period_ns))
             if halt.is_set():
                 return
             last = time.monotonic_ns()

@@ -28,10 +28,10 @@ class Ticker:
         self._lock = threading.Lock()
         self.restart()
 
-    def restart(self) -> None:
-        """Place the next deadline one period from now (after a pause that is not a miss)."""
+    def restart(self, after_ns: int | None = None) -> None:
+        """Place the next deadline one period, or ``after_ns``, from now (after a pause that is not a miss)."""
         with self._lock:
-            self._deadline = time.monotonic_ns() + self.period_ns
+            self._deadline = time.monotonic_ns() + (self.period_ns if after_ns is None else after_ns)
 
     def wait(self, halt: threading.Event) -> None:
         """Sleep to the next deadline (or until ``halt`` is set) and account for lateness."""
