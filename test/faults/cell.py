@@ -23,6 +23,7 @@ from dcqfa_ros.drivers import inovo_messages as m
 from dcqfa_ros.drivers.kinematics import quaternion_of
 from dcqfa_ros.ros.bringup import MANAGER, BringupOptions, describe
 from dcqfa_ros.ros.conversions import TCP, to_duration, to_time
+from dcqfa_ros.ros.diagnostics import from_message
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.qos import qos
 from dcqfa_ros.ros.supervisor import _command
@@ -44,14 +45,26 @@ SIGNS_OF_LIFE = {
 
 
 class RecordingArm(InovoEmulator):
-    """An emulated arm that keeps every message that asks for motion, as it came over the socket."""
+    """An emulated arm that keeps every message of the socket that asks for something.
+
+    Attributes:
+        traffic: arrival (monotonic ns), topic and message, while ``keep_traffic``.
+        stream: of every velocity demand when it was made (ROS 1 time, s) and whether it moves; None for other messages.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(keep_frames=400_000, **options)
+        super().__init__(**options)
+        self.stream: list[tuple[float, bool] | None] = []
         self.traffic: list[tuple[int, str, dict[str, Any]]] = []
         self.keep_traffic = True
 
     def receive(self, topic: str, message: dict[str, Any], stamp_ns: int) -> None:
+        if topic == m.CARTESIAN_JOG:
+            stamp, twist = message["header"]["stamp"], message["twist"]
+            moves = any(twist[part][axis] for part in ("linear", "angular") for axis in "xyz")
+            self.stream.append((stamp["secs"] + stamp["nsecs"] * 1e-9, moves))
+        else:
+            self.stream.append(None)
         if self.keep_traffic:
             self.traffic.append((stamp_ns, topic, message))
         super().receive(topic, message, stamp_ns)
@@ -120,6 +133,8 @@ class FaultCell:
         self._clients: dict[str, Any] = {}
         self._commanders: dict[str, Commander] = {}
         self.states: list[Any] = []
+        self.reports: list[tuple[float, Any]] = []
+        self.arm_reports: list[tuple[float, Any]] = []
         self.heard_ns = dict.fromkeys(SIGNS_OF_LIFE, 0)
 
     def __enter__(self) -> FaultCell:
@@ -130,8 +145,9 @@ class FaultCell:
             options = FT300SOptions(link=self._folder / "ft300s")
             self.sensor = self._stack.enter_context(FT300SEmulator(options, source=self.arm.sensor_wrench))
             self.graph = self._stack.enter_context(Graph())
-            entry = interface("arm_state")
-            self.graph.node.create_subscription(entry.message_class(), entry.name, self._hear, qos(entry.qos))
+            for key, hear in (("arm_state", self._hear), ("diagnostics", self._hear_diagnostics)):
+                entry = interface(key)
+                self.graph.node.create_subscription(entry.message_class(), entry.name, hear, qos(entry.qos))
             for device, (key, fields) in SIGNS_OF_LIFE.items():
                 entry = interface(key)
                 take = functools.partial(self._note, device)
@@ -206,7 +222,15 @@ class FaultCell:
 
     def _hear(self, message: Any) -> None:
         for status in message.status:
-            self.states.append({v.key: v.value for v in status.values} | {"message": status.message})
+            values = {v.key: v.value for v in status.values}
+            self.states.append(values | {"message": status.message, "heard_s": time.time()})
+
+    def _hear_diagnostics(self, message: Any) -> None:
+        now = time.time()
+        for report in from_message(message):
+            self.reports.append((now, report))
+            if report.node == "arm_node" and report.status.name == "arm" and "missed_ticks" in report.status.values:
+                self.arm_reports.append((now, report.status))
 
     @property
     def state(self) -> dict[str, str]:
