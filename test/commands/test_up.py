@@ -66,3 +66,19 @@ def test_a_damaged_bundle_ends_the_run_and_says_why(tiny_bundle: Callable[..., P
         assert run.wait() == 1
         assert "policy_node refused to configure" in run.output
         assert "Traceback" not in run.output
+
+
+def test_the_emulated_cell_comes_up_with_every_node_active_and_ends_with_ctrl_c() -> None:
+    nodes = ("wrench_node", "wrist_camera_node", "front_camera_node", "arm_node")
+    with Graph("cell_c") as graph:
+        run = graph.spawn(*EXECUTABLE, "cell:=emulated", "namespace:=cell_c")
+        graph.wait_graph("active", timeout=90.0)
+        for node in nodes:
+            graph.wait_for(node, "lifecycle", state="active")
+        graph.wait_for("arm_node", "driver", "ready")
+        graph.wait_for("arm_node", "arm", "disarmed: not armed since start")
+        run.send(signal.SIGINT)
+        assert run.wait(10.0) == 0
+        assert "dcqfa up: down: signal SIGINT" in run.output
+        assert "Traceback" not in run.output
+        assert "still runs" not in run.output

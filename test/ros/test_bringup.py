@@ -7,13 +7,18 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from dcqfa_ros.bundle.errors import BundleError
+from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.bundle.schema import ActionSpace
 from dcqfa_ros.commands.up import parse_options
+from dcqfa_ros.drivers.extrinsics import CalibrationError
 from dcqfa_ros.errors import ConfigNotFoundError
+from dcqfa_ros.ros import bringup
 from dcqfa_ros.ros.bringup import (
     MANAGER,
     OPTIONS,
@@ -142,6 +147,97 @@ def test_the_command_line_of_a_node_keeps_types_and_names(bundle: str, tmp_path:
 def test_parameters_in_the_cell_file_belong_to_described_nodes(bundle: str, tmp_path: Path) -> None:
     names = {n.name for n in describe(BringupOptions(bundle=bundle, trials=TrialOptions(("lockstep:1",), tmp_path)))}
     document = yaml.safe_load((ROOT / "config" / "pusht_cell.yaml").read_text())
+    assert {key.removeprefix("/**/") for key in document} <= names
+
+
+# cells with an arm
+
+
+def test_the_emulated_cell_has_its_devices_watchdog_and_nodes_in_order() -> None:
+    nodes = describe(BringupOptions(cell="emulated", teleop=True))
+    names = ["wrench_node", "wrist_camera_node", "front_camera_node", "arm_node", "teleop_node"]
+    assert [n.name for n in nodes] == ["emulator", "watchdog", *names, MANAGER]
+    manager = nodes[-1]
+    assert manager.parameters["node_names"] == names
+    assert manager.parameters["optional_names"] == ["wrist_camera_node", "front_camera_node", "teleop_node"]
+    for node in nodes[2:]:
+        assert importlib.util.find_spec(node.module) is not None
+
+
+def test_addresses_of_emulators_and_watchdog_reach_the_nodes() -> None:
+    nodes = {n.name: n for n in describe(BringupOptions(cell="emulated"))}
+    emulator, watchdog = nodes["emulator"].command_line("py"), nodes["watchdog"].command_line("py")
+    port = emulator[emulator.index("--port") + 1]
+    arm = nodes["arm_node"].parameters
+    assert (emulator[0], watchdog[0]) == ("py", "py")
+    assert (arm["inovo.host"], str(arm["inovo.port"])) == ("127.0.0.1", port)
+    assert watchdog[watchdog.index("--url") + 1] == f"ws://127.0.0.1:{port}"
+    assert watchdog[watchdog.index("--listen") + 1] == arm["watchdog.address"]
+    assert emulator[emulator.index("--ft300s-link") + 1] == nodes["wrench_node"].parameters["port"]
+
+
+def test_two_emulated_cells_share_nothing() -> None:
+    one, two = ({n.name: n for n in describe(BringupOptions(cell="emulated", namespace=name))} for name in ("a", "b"))
+    for name in ("emulator", "watchdog"):
+        assert not {w for w in one[name].command if "_" in w and "/" in w} & set(two[name].command)
+    assert one["arm_node"].parameters["inovo.port"] != two["arm_node"].parameters["inovo.port"]
+
+
+def test_the_real_cell_takes_addresses_from_its_files(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "/**/arm_node: {ros__parameters: {inovo: {host: 10.0.0.5}, inovo.port: 9099,"
+        " watchdog.address: 'unix:/run/dcqfa/watchdog.sock'}}\n"
+    )
+    nodes = {n.name: n for n in describe(BringupOptions(cell="real", parameters_file=str(own)))}
+    assert "emulator" not in nodes
+    command = nodes["watchdog"].command
+    assert command[-4:] == ("--url", "ws://10.0.0.5:9099", "--listen", "unix:/run/dcqfa/watchdog.sock")
+    assert nodes["wrench_node"].parameters == {}
+    assert "inovo.host" not in nodes["arm_node"].parameters
+
+
+def test_the_watchdog_is_left_to_a_service_or_to_another_arms_means(tmp_path: Path) -> None:
+    assert "watchdog" not in {n.name for n in describe(BringupOptions(cell="real", watchdog=False))}
+    own = tmp_path / "own.yaml"
+    own.write_text("/**/arm_node: {ros__parameters: {driver: ros}}\n")
+    nodes = describe(BringupOptions(cell="real", parameters_file=str(own)))
+    assert "watchdog" not in {n.name for n in nodes}
+
+
+def test_bad_files_of_a_cell_with_an_arm_are_refused(tmp_path: Path) -> None:
+    own, poses = tmp_path / "own.yaml", tmp_path / "poses.yaml"
+    options = BringupOptions(cell="real", parameters_file=str(own))
+    own.write_text("- a list\n")
+    with pytest.raises(BringupError, match="expected sections such as"):
+        describe(options)
+    own.write_text("/**/arm_node: {ros__parameters: {inovo.port: many}}\n")
+    with pytest.raises(BringupError, match=r"needs the parameters inovo.host and inovo.port"):
+        describe(options)
+    own.write_text(f"/**/wrist_camera_node: {{ros__parameters: {{extrinsics.calibration_file: {poses}}}}}\n")
+    poses.write_text("schema_version: 1\ncameras: {wrist: {parent: table}}\n")
+    with pytest.raises(CalibrationError, match=r"cameras.wrist.position"):
+        describe(options)
+
+
+def test_a_policy_joins_a_cell_with_an_arm_when_its_actions_are_for_one(
+    tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tiny_bundle())
+    with pytest.raises(BringupError, match="its actions are planar_position"):
+        describe(BringupOptions(cell="emulated", bundle=folder))
+    spec = load_bundle(Path(folder), verify=False).spec
+    action = spec.action.model_copy(update={"space": ActionSpace.TCP_TWIST_GRIPPER})
+    loaded = SimpleNamespace(spec=spec.model_copy(update={"action": action}))
+    monkeypatch.setattr(bringup, "load_bundle", lambda *_, **__: loaded)
+    nodes = describe(BringupOptions(cell="emulated", bundle=folder))
+    assert [n.name for n in nodes[-4:]] == ["selector_node", "policy_node", "trial_node", MANAGER]
+
+
+@pytest.mark.parametrize("cell", ["inovo_cell", "emulated_cell"])
+def test_parameters_in_the_files_of_an_arm_belong_to_described_nodes_and_are_known(cell: str) -> None:
+    names = {n.name for n in describe(BringupOptions(cell="emulated", teleop=True))}
+    document = yaml.safe_load((ROOT / "config" / f"{cell}.yaml").read_text())
     assert {key.removeprefix("/**/") for key in document} <= names
 
 
