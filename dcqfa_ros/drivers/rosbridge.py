@@ -12,15 +12,21 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from dcqfa_ros.drivers.protocols import DriverError
 from dcqfa_ros.drivers.rosbridge_handshake import open_link
 from dcqfa_ros.drivers.rosbridge_link import LinkBusyError, LinkError, WebSocketLink
-from dcqfa_ros.drivers.rosbridge_messages import Message, PendingCall, RosbridgeStatistics, ServiceError, encode
-
-OnMessage = Callable[[Message, int], None]
+from dcqfa_ros.drivers.rosbridge_messages import (
+    Message,
+    OnMessage,
+    PendingCall,
+    RosbridgeStatistics,
+    ServiceError,
+    Subscription,
+    advertise_frame,
+    encode,
+)
 
 __all__ = [
     "LinkBusyError",
@@ -31,13 +37,6 @@ __all__ = [
     "ServiceError",
     "encode",
 ]
-
-
-@dataclass
-class _Subscription:
-    type: str
-    throttle_ms: int
-    callbacks: list[OnMessage] = field(default_factory=list)
 
 
 class RosbridgeClient:
@@ -88,7 +87,7 @@ class RosbridgeClient:
         self._closing = threading.Event()
         self._lost = threading.Event()
         self._supervisor: threading.Thread | None = None
-        self._subscriptions: dict[str, _Subscription] = {}
+        self._subscriptions: dict[str, Subscription] = {}
         self._advertised: dict[str, str] = {}
         self._calls: dict[str, PendingCall] = {}
         self._ids = itertools.count(1)
@@ -165,8 +164,8 @@ class RosbridgeClient:
             if entry is not None:
                 entry.callbacks.append(callback)
                 return
-            self._subscriptions[topic] = entry = _Subscription(type, throttle_ms, [callback])
-        self._send_if_connected(self._subscribe_frame(topic, entry))
+            self._subscriptions[topic] = entry = Subscription(type, throttle_ms, [callback])
+        self._send_if_connected(entry.frame(topic))
 
     def unsubscribe(self, topic: str) -> None:
         """Forget all callbacks of ``topic``."""
@@ -176,10 +175,14 @@ class RosbridgeClient:
             self._send_if_connected({"op": "unsubscribe", "id": f"subscribe:{topic}", "topic": topic})
 
     def advertise(self, topic: str, type: str) -> None:  # noqa: A002 - rosbridge's name of the field
-        """Announce messages of ``type`` on ``topic``, over reconnections too."""
+        """Announce messages of ``type`` on ``topic``, over reconnections too.
+
+        Raises:
+            LinkError: the connection has just been lost; the announcement stands all the same.
+        """
         with self._lock:
             self._advertised[topic] = type
-        self._send_if_connected(self._advertise_frame(topic, type))
+        self._send_if_connected(advertise_frame(topic, type))
 
     def unadvertise(self, topic: str) -> None:
         """Withdraw an announcement."""
@@ -285,8 +288,8 @@ class RosbridgeClient:
             on_text=self._on_text, on_end=self._on_end, **self._ping,
         )  # fmt: skip
         with self._lock:
-            frames = [self._advertise_frame(topic, type_) for topic, type_ in self._advertised.items()]
-            frames += [self._subscribe_frame(topic, entry) for topic, entry in self._subscriptions.items()]
+            frames = [advertise_frame(topic, type_) for topic, type_ in self._advertised.items()]
+            frames += [entry.frame(topic) for topic, entry in self._subscriptions.items()]
             self._counts["connections"] += 1
             self._link = link
         for frame in frames:
@@ -298,6 +301,7 @@ class RosbridgeClient:
         """Wait for a loss; then connect again, more patiently each time."""
         while not self._closing.is_set():
             self._lost.wait()
+            self._lost.clear()  # before the link is looked at: what is lost from here on sets it again
             delay = self._delay_s
             while not self._closing.is_set():
                 link = self._link
@@ -306,12 +310,10 @@ class RosbridgeClient:
                 if not self._reconnect or self._closing.wait(delay):
                     return
                 delay = min(2 * delay, self._delay_limit_s)
-                self._lost.clear()
                 try:
                     self._open()
                 except DriverError as error:
                     self._reason = str(error)
-                    self._lost.set()
                     if self._link is not None:
                         self._link.abort("renewing subscriptions failed")
 
@@ -319,7 +321,7 @@ class RosbridgeClient:
         self._reason = reason
         self._fail_calls(f"the connection was lost: {reason}")
         link = self._link
-        if link is not None:
+        if link is not None and not link.is_open:  # one that is open was made after the one that has ended
             self._retire(link)
         if self._closing.is_set():
             return
@@ -388,16 +390,3 @@ class RosbridgeClient:
 
     def _on_status(self, frame: Message, _: int) -> None:
         self._complaint = f"{frame.get('level', '')}: {frame.get('msg', '')}"[:500]
-
-    @staticmethod
-    def _subscribe_frame(topic: str, entry: _Subscription) -> Message:
-        frame: Message = {"op": "subscribe", "id": f"subscribe:{topic}", "topic": topic}
-        if entry.type:
-            frame["type"] = entry.type
-        if entry.throttle_ms:
-            frame["throttle_rate"] = entry.throttle_ms
-        return frame
-
-    @staticmethod
-    def _advertise_frame(topic: str, type_: str) -> Message:
-        return {"op": "advertise", "id": f"advertise:{topic}", "topic": topic, "type": type_}

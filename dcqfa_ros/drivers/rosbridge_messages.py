@@ -1,12 +1,12 @@
-"""What the rosbridge client hands out: statistics, calls under way, messages as JSON and times as ROS 1 writes them."""
+"""What the rosbridge client hands out and sends: statistics, calls, frames as JSON, times as ROS 1 writes them."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dcqfa_ros.drivers.protocols import DriverError
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dcqfa_ros.drivers.rosbridge import RosbridgeClient
 
 Message = dict[str, Any]
+OnMessage = Callable[[Message, int], None]
+"""Takes a message and the monotonic time of its arrival, ns."""
 
 
 class ServiceError(DriverError):
@@ -50,6 +52,29 @@ class RosbridgeStatistics:
     callback_errors: int
     last_complaint: str
     round_trip_ms: float
+
+
+@dataclass(slots=True)
+class Subscription:
+    """A topic that is subscribed to: its type (empty: any), the least time between messages, and who takes them."""
+
+    type: str
+    throttle_ms: int
+    callbacks: list[OnMessage] = field(default_factory=list)
+
+    def frame(self, topic: str) -> Message:
+        """Return the frame that subscribes to ``topic``."""
+        frame: Message = {"op": "subscribe", "id": f"subscribe:{topic}", "topic": topic}
+        if self.type:
+            frame["type"] = self.type
+        if self.throttle_ms:
+            frame["throttle_rate"] = self.throttle_ms
+        return frame
+
+
+def advertise_frame(topic: str, type_: str) -> Message:
+    """Return the frame that announces messages of ``type_`` on ``topic``."""
+    return {"op": "advertise", "id": f"advertise:{topic}", "topic": topic, "type": type_}
 
 
 class PendingCall:

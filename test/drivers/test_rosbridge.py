@@ -404,3 +404,17 @@ def test_bytes_that_break_the_protocol_end_the_connection_by_name_and_it_recover
         wait_until(lambda: client.is_connected and len(peer.connections) == 2, "a new connection")
     finally:
         client.close()
+
+
+def test_a_connection_whose_end_is_told_late_takes_the_next_one_not_down(peer: Peer, client: RosbridgeClient) -> None:
+    seen: list[Any] = []
+    client.subscribe("/state", lambda message, _: seen.append(message))
+    session = client.session
+    client._on_end("an earlier connection")  # as its thread does that was kept from the processor meanwhile
+    wait_until(lambda: not client._lost.is_set(), "the supervisor has seen that nothing is to be done")
+    assert client.session is session and client.is_connected
+    peer.send(json.dumps({"op": "publish", "topic": "/state", "msg": {}}))
+    wait_until(lambda: seen, "a message")
+    assert len(peer.connections) == 1
+    peer.drop()
+    wait_until(lambda: client.session not in (None, session), "a real loss is still mended")
