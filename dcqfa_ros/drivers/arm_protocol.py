@@ -32,7 +32,7 @@ class ArmState:
     """What is known of an arm at one moment. Arrays are read-only, float64.
 
     Attributes:
-        stamp_ns: monotonic arrival time of the newest joint positions.
+        stamp_ns: monotonic arrival time of the newest joint positions, or of the newest pose where that is older.
         readiness: whether the arm would move.
         detail: why it would not, for people; empty when ready.
         joints: (6,) rad.

@@ -24,11 +24,11 @@ from dcqfa_ros.drivers.inovo_goals import finite, joint_goal, straight_goal
 from dcqfa_ros.drivers.inovo_state import InovoState
 from dcqfa_ros.drivers.kinematics import ArmKinematics, inovo_kinematics
 from dcqfa_ros.drivers.protocols import DriverError
-from dcqfa_ros.drivers.rosbridge import LinkError, RosbridgeClient
+from dcqfa_ros.drivers.rosbridge import LinkError, RosbridgeClient, ServiceError
 from dcqfa_ros.drivers.rosbridge_link import WebSocketLink
 
 _TOOL_REACH_M = 0.6  # a tool centre point farther from the flange means another build of arm
-_STALE_S = 0.5  # joint states older than this say nothing of now
+_STALE_S = 0.5  # joint states and poses older than this say nothing of now
 _GRIPPER_REPEAT_S = 0.3
 _ZERO = (0.0, 0.0, 0.0)
 
@@ -158,12 +158,13 @@ class InovoArm:
         return state
 
     def start_streaming(self) -> None:
-        """Switch the controller to velocity commands and send a first zero twist.
+        """Switch the controller to velocity commands and send a first zero twist; moves under way are cancelled.
 
         Raises:
             DriverError: the arm is not ready, runs a program of its own, refuses, or was stopped meanwhile.
         """
         session, stops = self._ready("stream velocities")
+        self._end_moves("velocities are streamed instead")
         self._switch("velocity")
         with self._motion:
             self._still(session, stops)
@@ -194,10 +195,7 @@ class InovoArm:
             self._streaming = None
             with contextlib.suppress(DriverError):
                 self._publish_jog(_ZERO, _ZERO, None)
-            for action in (self._move, self._follow):
-                if action.is_busy:
-                    action.cancel()
-                    action.end_all(MotionOutcome.CANCELLED, "stopped")
+            self._end_moves("stopped")
 
     def trip_safe_stop(self, timeout_s: float = 0.5) -> None:
         """Stop, and trip the controller's safe stop ahead of everything that waits; motion then needs a reset.
@@ -208,8 +206,10 @@ class InovoArm:
         Raises:
             DriverError: the transport is lost, or the controller did not confirm; the arm may still move.
         """
-        call = self.client.start_call(m.SAFE_STOP_TRIP, urgent=True)
-        self.stop()
+        try:
+            call = self.client.start_call(m.SAFE_STOP_TRIP, urgent=True)
+        finally:
+            self.stop()
         if timeout_s > 0.0:
             check_success(self._name, m.SAFE_STOP_TRIP, call.wait(timeout_s))
 
@@ -220,7 +220,10 @@ class InovoArm:
             DriverError: another user has it (and ``force`` is not set); the message names it.
         """
         values = self.client.call_service(m.CLAIM_CONTROL, {"id": self._claim or "dcqfa_ros", "force": force})
-        if not m.field(values, "in_control", bool):
+        in_control = values.get("in_control")
+        if not isinstance(in_control, bool):
+            raise ServiceError(f"{self._name}: {m.CLAIM_CONTROL}: expected in_control, got {values!r:.80}")
+        if not in_control:
             raise DriverError(
                 f"{self._name}: {values.get('id_of_controller')!r} controls the arm: release it there, "
                 "or set force_claim to take it"
@@ -357,9 +360,10 @@ class InovoArm:
         readiness, detail = self.state_topics.readiness()
         if readiness is not ArmReadiness.READY:
             raise DriverError(f"{self._name}: cannot {what}: {readiness.value}: {detail}")
-        age = self.state_topics.age_s(m.JOINT_STATES)
-        if age > _STALE_S:
-            raise DriverError(f"{self._name}: cannot {what}: nothing on {m.JOINT_STATES} for {age:.1f} s")
+        for topic in (m.JOINT_STATES, m.TCP_POSE):
+            age = self.state_topics.age_s(topic)
+            if age > _STALE_S:
+                raise DriverError(f"{self._name}: cannot {what}: nothing on {topic} for {age:.1f} s")
         if self.state_topics.values(m.RUNTIME_STATE).get("state") == m.SEQUENCE_RUNNING:
             raise DriverError(f"{self._name}: cannot {what}: a program runs on the controller: stop it there")
         return session, stops
@@ -367,6 +371,12 @@ class InovoArm:
     def _still(self, session: WebSocketLink, stops: int) -> None:
         if self._stops != stops or self.client.session is not session:
             raise DriverError(f"{self._name}: stopped or disconnected meanwhile: nothing was sent, start again")
+
+    def _end_moves(self, why: str) -> None:
+        for action in (self._move, self._follow):
+            if action.is_busy:
+                action.cancel()
+                action.end_all(MotionOutcome.CANCELLED, why)
 
     def _switch(self, controller: str) -> None:
         values = self.client.call_service(m.SWITCH_CONTROLLER, {"name": controller})

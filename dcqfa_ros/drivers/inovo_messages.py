@@ -7,6 +7,7 @@ whatever is missing, of the wrong kind or not finite is a ``MessageError``.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,8 @@ ARM_ENABLED = 3
 JOINT_FAULT = 3
 SEQUENCE_RUNNING = 1
 GRIP, RELEASE = 0, 1
+
+_LARGEST = sys.float_info.max  # JSON's whole numbers may be larger, and then are no float
 
 
 class MessageError(ValueError):
@@ -188,7 +191,7 @@ def field(message: Message, name: str, kind: type) -> Any:
 def number(message: Message, name: str) -> float:
     """Return a finite number."""
     value = message.get(name) if isinstance(message, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise MessageError(f"{name}: expected a finite number, got {value!r:.80}")
     return float(value)
 
@@ -198,10 +201,9 @@ def floats(message: Message, name: str, length: int) -> Floats:
     values = field(message, name, list)
     if len(values) != length or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise MessageError(f"{name}: expected {length} numbers, got {values!r:.80}")
-    result = np.array(values, dtype=np.float64)
-    if not np.isfinite(result).all():
+    if not all(abs(v) <= _LARGEST for v in values):
         raise MessageError(f"{name}: expected finite numbers, got {values!r:.80}")
-    return result
+    return np.array(values, dtype=np.float64)
 
 
 def xyz(message: Message, letters: str) -> Floats:

@@ -30,7 +30,7 @@ class InovoState:
         self._gripper_topic = m.gripper_topic(gripper, "gripper_state") if gripper else ""
         self._lock = threading.Lock()
         self._joints: tuple[Floats, Floats] | None = None
-        self._joints_ns = 0
+        self._joints_ns = self._pose_ns = 0
         self._pose: tuple[Floats, Floats] | None = None
         self._twist: Floats | None = None
         self._values: dict[str, dict[str, Any]] = {}
@@ -82,7 +82,10 @@ class InovoState:
     def missing(self) -> list[str]:
         """Return the required topics that have not been heard on this connection."""
         with self._lock:
-            return [topic for topic in self.required if topic not in self._seen_ns]
+            return self._missing()
+
+    def _missing(self) -> list[str]:
+        return [topic for topic in self.required if topic not in self._seen_ns]
 
     def values(self, topic: str) -> dict[str, Any]:
         """Return the checked fields of the newest message of a topic; empty before the first."""
@@ -102,11 +105,11 @@ class InovoState:
 
     def readiness(self) -> tuple[ArmReadiness, str]:
         """Return whether a connected arm would move, and why not."""
-        missing = self.missing()
+        with self._lock:  # of one moment: a loss may forget everything in between
+            missing = self._missing()
+            values = {topic: dict(fields) for topic, fields in self._values.items()}
         if missing:
             return ArmReadiness.OFF, f"nothing heard yet on {', '.join(missing)}"
-        with self._lock:
-            values = {topic: dict(fields) for topic, fields in self._values.items()}
         for topic, name, readiness in (
             (m.ESTOP_STATE, "emergency stop", ArmReadiness.STOPPED),
             (m.SAFE_STOP_STATE, "safe stop", ArmReadiness.SAFE_STOPPED),
@@ -140,7 +143,7 @@ class InovoState:
                 self._twist = _frozen(self._kinematics.jacobian(joints, position) @ velocities)
             gripper = self._values.get(self._gripper_topic) if self._gripper_topic else None
             return ArmState(
-                stamp_ns=self._joints_ns,
+                stamp_ns=min(self._joints_ns, self._pose_ns),
                 readiness=readiness,
                 detail=detail,
                 joints=joints,
@@ -158,9 +161,10 @@ class InovoState:
         self._joints = (_frozen(positions), _frozen(velocities))
         self._joints_ns, self._twist = arrival_ns, None
 
-    def _on_pose(self, message: m.Message, _: int) -> None:
+    def _on_pose(self, message: m.Message, arrival_ns: int) -> None:
         position, orientation = m.read_pose(message)
         self._pose = (_frozen(position), _frozen(orientation))
+        self._pose_ns = arrival_ns
 
     def _on_values(self, topic: str) -> Callable[[m.Message, int], None]:
         read = {

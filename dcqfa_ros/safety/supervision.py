@@ -171,7 +171,7 @@ class SafetyStage:
             return Stop(_READINESS[state.readiness], state.detail or state.readiness.value)
         age = (now_ns - state.stamp_ns) / 1e9
         if not age <= self.ages.state:
-            return Stop(StopCode.ARM_LOST, f"no joint positions for {age:.3f} s, limit {self.ages.state:g} s")
+            return Stop(StopCode.ARM_LOST, f"no joint positions or pose for {age:.3f} s, limit {self.ages.state:g} s")
         watches = [*([self._wrench] if self._wrench else []), *(self._cameras.values() if cameras else ())]
         for watch in watches:
             stop = watch.late(now_ns, self._armed_ns)

@@ -426,11 +426,58 @@ def test_before_the_first_connection_there_is_no_state() -> None:
         arm.connect()
 
 
-def test_old_joint_states_allow_no_motion(cell: InovoEmulator, arm: InovoArm) -> None:
-    cell.mute([m.JOINT_STATES])
-    wait_until(lambda: arm.state_topics.age_s(m.JOINT_STATES) > 0.6, "the joint states are old")
-    with pytest.raises(DriverError, match="nothing on /robot/joint_states"):
+@pytest.mark.parametrize("topic", [m.JOINT_STATES, m.TCP_POSE])
+def test_old_joint_states_or_poses_allow_no_motion(cell: InovoEmulator, arm: InovoArm, topic: str) -> None:
+    cell.mute([topic])
+    wait_until(lambda: arm.state_topics.age_s(topic) > 0.6, "the topic is silent")
+    with pytest.raises(DriverError, match=f"nothing on {topic}"):
         arm.start_streaming()
+    assert time.monotonic_ns() - arm.state().stamp_ns > 0.5e9  # what else comes does not make the state a new one
+
+
+def test_streaming_ends_a_move_under_way(cell: InovoEmulator, arm: InovoArm) -> None:
+    state = arm.state()
+    handle = arm.move_to_pose(
+        state.position + np.array([0.0, 0.1, 0.0]), state.orientation, speed=0.02, angular_speed=1.0
+    )
+    wait_until(lambda: cell.is_moving, "it moves")
+    arm.start_streaming()
+    result = handle.result(PATIENCE_S)
+    assert result.outcome is MotionOutcome.CANCELLED and "streamed" in result.message
+    cell.wait_for_frame(lambda frame: frame.topic == f"{m.MOVE}/cancel", PATIENCE_S)
+    wait_until(lambda: not cell.is_moving, "it stands")
+
+
+def test_an_odd_answer_to_the_claim_is_named(
+    cell: InovoEmulator, arm: InovoArm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell.services, "_claim", lambda *_: {"in_control": "yes"})
+    with pytest.raises(DriverError, match=r"/ui/claim_control: expected in_control, got \{'in_control': 'yes'\}"):
+        arm.bring_up()
+
+
+def test_a_loss_while_readiness_is_read_is_no_error(cell: InovoEmulator, arm: InovoArm) -> None:
+    state = arm.state_topics
+
+    class LosingLock:
+        """Loses the connection whenever the lock is given back."""
+
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, *_: object) -> None:
+            state._values.clear()
+            state._seen_ns.clear()
+
+    arm.client.close()
+    for topic in state.required:
+        state._seen_ns[topic] = 1
+    state._values.update({
+        m.ESTOP_STATE: {"active": False, "circuit_complete": True}, m.SAFE_STOP_STATE: {"active": True},
+    })  # fmt: skip
+    state._lock = LosingLock()  # type: ignore[assignment]
+    assert state.readiness()[0] is ArmReadiness.STOPPED
+    assert state.readiness()[0] is ArmReadiness.OFF
 
 
 @pytest.mark.parametrize(
@@ -442,6 +489,8 @@ def test_old_joint_states_allow_no_motion(cell: InovoEmulator, arm: InovoArm) ->
         (m.JOINT_STATES, {"name": list(m.JOINT_NAMES), "position": [1e999] * 6, "velocity": [0.0] * 6}),
         (m.TCP_POSE, {"pose": {"position": {"x": 0, "y": 0}, "orientation": {"x": 0, "y": 0, "z": 0, "w": 1}}}),
         (m.TCP_POSE, {"pose": {"position": {"x": 0, "y": 0, "z": 0}, "orientation": {"x": 0, "y": 0, "z": 0, "w": 0}}}),
+        (m.JOINT_STATES, {"name": list(m.JOINT_NAMES), "position": [10**400] * 6, "velocity": [0.0] * 6}),
+        (m.PSU_STATUS, {"voltage": 10**400, "current": 1, "state": "BUS_ON", "fault_code": 0}),
         (m.ESTOP_STATE, {"active": 1, "circuit_complete": True}),
         (m.PSU_STATUS, {"voltage": 48, "current": 1, "state": "BUS_ON"}),
         (m.ARM_STATE, {"state": 9, "joint_states": []}),
