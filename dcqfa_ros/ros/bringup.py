@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dcqfa_ros.ros.interfaces import INTERFACES
 MANAGER = "lifecycle_manager_node"
 _NAMESPACE = re.compile(r"/?([A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*)?")
 PUSHT_BUNDLE = "pusht_keypoints"
+_TOPIC = re.compile(r"[/~]?[A-Za-z_][A-Za-z0-9_/]*")
 _CELL_FILES = {"pusht": ["pusht_cell"], "real": ["inovo_cell"], "emulated": ["inovo_cell", "emulated_cell"]}
 
 
@@ -53,7 +54,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("restart", "false", "restart a node that dies instead of ending the run", ("true", "false")),
     Option("watchdog", "true", "start the arm's watchdog; false where it is a service of its own", ("true", "false")),
     Option("teleop", "false", "hear a gamepad on the topic joy (a cell with an arm)", ("true", "false")),
-    Option("parameters_file", "", "YAML file whose parameters replace those of the cell's own file"),
+    Option("parameters_file", "", "YAML files, divided by commas, whose parameters replace those of the cell's own"),
+    Option("remap", "", "topics under other names, such as output/twist=/servo_node/delta_twist_cmds,..."),
 )
 
 
@@ -90,8 +92,8 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
     """
     _check(options)
     files = [find_config(name) for name in _CELL_FILES[options.cell]]
-    if options.parameters_file:
-        files.append(find_config(options.parameters_file))
+    files += [find_config(name) for name in options.parameters_file.split(",") if name]
+    remappings = _remappings(options.remap)
     if options.cell in ARM_CELLS:
         first, nodes = arm_cell(options, files)
         if options.bundle:
@@ -110,7 +112,8 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
         stops_first=True,
     )
     recorder = [_recorder(options.namespace)] if options.record else []
-    return (*first, *nodes, *recorder, manager)
+    graph = [replace(n, remappings=remappings) for n in (*nodes, manager)]
+    return (*first, *graph[:-1], *recorder, graph[-1])
 
 
 def _pusht_cell(options: BringupOptions, files: Sequence[Path]) -> list[NodeDescription]:
@@ -160,6 +163,17 @@ def _check(options: BringupOptions) -> None:
             raise BringupError(f"trials need bundle:=, of which cell:={options.cell} has none")
     elif options.teleop:
         raise BringupError(f"teleop:=true needs an arm: cell:={' or '.join(ARM_CELLS)}")
+
+
+def _remappings(text: str) -> dict[str, str]:
+    """Read ``from=to,from=to``."""
+    remappings: dict[str, str] = {}
+    for pair in filter(None, text.split(",")):
+        source, separator, target = pair.partition("=")
+        if not separator or not _TOPIC.fullmatch(source) or not _TOPIC.fullmatch(target):
+            raise BringupError(f"remap:= expects FROM=TO with names of topics, divided by commas, got {pair!r}")
+        remappings[source] = target
+    return remappings
 
 
 def check_namespace(namespace: str) -> None:

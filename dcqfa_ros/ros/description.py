@@ -50,6 +50,7 @@ class BringupOptions:
     watchdog: bool = True
     teleop: bool = False
     parameters_file: str = ""
+    remap: str = ""
     trials: TrialOptions | None = None
 
 

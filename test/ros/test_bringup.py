@@ -103,6 +103,8 @@ def test_options_that_cannot_be_read_are_refused(texts: list[str], message: str)
         ({"cell": "real", "bundle": "", "rate": "max"}, "rate:=max is for pusht; cell:=real runs in real time"),
         ({"cell": "emulated", "bundle": "", "variant": "fp32"}, "variant:=fp32 needs bundle:="),
         ({"teleop": "true"}, "teleop:=true needs an arm: cell:=emulated or real"),
+        ({"remap": "chunk"}, "remap:= expects FROM=TO with names of topics"),
+        ({"remap": "a=b c"}, "remap:= expects FROM=TO"),
         ({"namespace": "a b"}, "namespace:= expects letters"),
         ({"namespace": "1a"}, "namespace:= expects letters"),
     ],
@@ -110,6 +112,19 @@ def test_options_that_cannot_be_read_are_refused(texts: list[str], message: str)
 def test_options_that_cannot_be_brought_up_are_refused(bundle: str, change: dict[str, str], message: str) -> None:
     with pytest.raises(BringupError, match=message):
         describe(options_from_text({"bundle": bundle, **change}))
+
+
+def test_several_parameter_files_and_other_names_of_topics(bundle: str, tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        file.write_text("{}")
+    names = "remap:=output/twist=/servo_node/delta_twist_cmds,input/joint_states=joint_states"
+    options = parse_options(["cell:=real", f"parameters_file:={files[0]},{files[1]}", names])
+    nodes = {n.name: n for n in describe(options)}
+    assert nodes["arm_node"].parameter_files[-2:] == tuple(files)
+    command = _command(nodes["arm_node"], "/", tmp_path, "python3")
+    assert "output/twist:=/servo_node/delta_twist_cmds" in command
+    assert "input/joint_states:=joint_states" in command
 
 
 def test_an_unknown_bundle_and_parameter_file_are_refused(bundle: str) -> None:
