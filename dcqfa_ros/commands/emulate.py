@@ -49,7 +49,6 @@ def register(subparsers: Any) -> None:
 
     sensor = devices.add_parser("ft300s", help="Robotiq FT 300-S", description="Emulate a Robotiq FT 300-S.")
     ft300s_cli.add_arguments(sensor)
-    sensor.epilog = f"{sensor.epilog}\n\nexample: dcqfa emulate ft300s --link /tmp/ft300s --noise 0.1"
     sensor.set_defaults(func=ft300s_cli.run)
     cell = devices.add_parser(
         "cell",
@@ -94,7 +93,7 @@ def _add_inovo_arguments(parser: argparse.ArgumentParser) -> None:
 def _inovo(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         emulator = stack.enter_context(_emulator(args))
-        return _serve(emulator, args, [])
+        return _serve(emulator, args, [], lambda: emulator.failure)
 
 
 def _cell(args: argparse.Namespace) -> int:
@@ -104,7 +103,7 @@ def _cell(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         emulator = stack.enter_context(_emulator(args))
         sensor = stack.enter_context(FT300SEmulator(options, source=emulator.sensor_wrench))
-        return _serve(emulator, args, [f"FT 300-S: {sensor.port}"])
+        return _serve(emulator, args, [f"FT 300-S: {sensor.port}"], lambda: emulator.failure or sensor.failure)
 
 
 def _emulator(args: argparse.Namespace) -> InovoEmulator:
@@ -124,6 +123,8 @@ def _emulator(args: argparse.Namespace) -> InovoEmulator:
     ):
         if not low <= getattr(args, name) <= high:
             raise EmulateError(f"--{name.replace('_', '-')}: expected {low:g} to {high:g}, got {getattr(args, name)}")
+    if not (math.isnan(args.contact_height) or abs(args.contact_height) <= 10.0):
+        raise EmulateError(f"--contact-height: expected -10 to 10, got {args.contact_height}")
     contact = None if math.isnan(args.contact_height) else ContactPlane(args.contact_height, args.stiffness)
     emulator = InovoEmulator(
         args.variant,
@@ -140,8 +141,10 @@ def _emulator(args: argparse.Namespace) -> InovoEmulator:
     return emulator
 
 
-def _serve(emulator: InovoEmulator, args: argparse.Namespace, lines: list[str]) -> int:
-    """Say what to connect to, then let it run until a signal comes."""
+def _serve(
+    emulator: InovoEmulator, args: argparse.Namespace, lines: list[str], failure: Callable[[], BaseException | None]
+) -> int:
+    """Say what to connect to, then let it run until a signal comes or ``failure`` tells what went wrong."""
     done = threading.Event()
 
     def end(_: int, __: FrameType | None) -> None:
@@ -161,8 +164,9 @@ def _serve(emulator: InovoEmulator, args: argparse.Namespace, lines: list[str]) 
     while not done.wait(args.drop_every or 1.0):
         if args.drop_every:
             emulator.drop_connections()
-        if emulator.failure is not None:
-            raise emulator.failure
+        cause = failure()
+        if cause is not None:
+            raise cause
     return 0
 
 

@@ -15,6 +15,7 @@ import time
 import tty
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ _STOP_BYTES = len(ft.STOP_SEQUENCE)
 _REST_NS = 1_000_000_000
 _KEPT_FRAMES = 100_000
 _PAUSE_NS = 50_000_000
+_ALIVE_S = 0.5  # so often whoever waits for the thread looks whether there still is one
 
 
 @dataclass(slots=True)
@@ -67,6 +69,7 @@ class FT300SEmulator:
     Attributes:
         frames: the newest frames that left, oldest first.
         on_frame: called with each of them on the emulator's thread; must return at once.
+        failure: what ended the thread, such as an error of the source; None while all is well.
     """
 
     def __init__(self, options: FT300SOptions | None = None, source: WrenchSource | None = None) -> None:
@@ -79,7 +82,8 @@ class FT300SEmulator:
         self._silent = False
         self._random = random.Random(self.options.seed)
         self._state = _State()
-        self._commands: deque[tuple[Callable[[], None], threading.Event]] = deque()
+        self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self.failure: Exception | None = None
         self._wake_read, self._wake_write = -1, -1
         self._thread: threading.Thread | None = None
         self._halt = False
@@ -102,7 +106,8 @@ class FT300SEmulator:
         except BaseException:
             self._close_pipe()
             raise
-        self._thread = threading.Thread(target=self._run, name="ft300s emulator", daemon=True)
+        self.failure = None
+        self._thread = threading.Thread(target=self._guarded_run, name="ft300s emulator", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -168,19 +173,33 @@ class FT300SEmulator:
         self._do(self._unplug)
 
     def plug(self) -> None:
-        """Plug the sensor in again: a new port behind the same link. Nothing happens when it is plugged in."""
+        """Plug the sensor in again: a new port behind the same link. Nothing happens when it is plugged in.
+
+        Raises:
+            EmulatorError: the link's place is taken meanwhile, or its folder is gone; the sensor stays unplugged.
+        """
         self._do(self._plug)
 
     # The loop --------------------------------------------------------------------------------------------------------
 
     def _do(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on the emulator's thread and wait until it is done."""
+        """Run ``work`` on the emulator's thread and wait until it is done; raises what it raises."""
         if self._thread is None:
             raise EmulatorError("the emulated FT 300-S does not run; call start() first")
-        done = threading.Event()
+        done: Future[None] = Future()
         self._commands.append((work, done))
         os.write(self._wake_write, b"x")
-        done.wait()
+        while not wait([done], _ALIVE_S).done:
+            if not self._thread.is_alive():
+                raise EmulatorError(f"the emulated FT 300-S has ended: {self.failure}")
+        done.result()
+
+    def _guarded_run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            self.failure = error
+            raise
 
     def _run(self) -> None:
         s = self._state
@@ -191,9 +210,9 @@ class FT300SEmulator:
             due = self._send(time.monotonic_ns())
             if s.streaming:
                 due = min(due, s.next_frame_ns)
-            wait = max(0, due - time.monotonic_ns()) * 1e-9
+            pause_s = max(0, due - time.monotonic_ns()) * 1e-9
             watched = [self._wake_read] if s.master < 0 else [self._wake_read, s.master]
-            ready, _, _ = select.select(watched, [], [], wait)
+            ready, _, _ = select.select(watched, [], [], pause_s)
             if s.master in ready:
                 self._receive()
             if self._wake_read in ready:
@@ -202,8 +221,10 @@ class FT300SEmulator:
                     work, done = self._commands.popleft()
                     try:
                         work()
-                    finally:
-                        done.set()
+                    except Exception as error:  # noqa: BLE001 - goes to whoever asked for it
+                        done.set_exception(error)
+                    else:
+                        done.set_result(None)
 
     def _plug(self) -> None:
         s, link = self._state, self.options.link

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import select
-import shlex
 import signal
 import sys
 import time
@@ -77,10 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Emulate until INT, TERM or the command ``quit``; prints one JSON line with the port when it is ready.
+    """Emulate until INT, TERM, HUP or the command ``quit``; prints one JSON line with the port when it is ready.
 
     Raises:
-        EmulatorError: an option is out of range, or the link's place is taken.
+        EmulatorError: an option is out of range, the link's place is taken, or the log cannot be written.
     """
     emulator = FT300SEmulator(FT300SOptions(**{f.name: getattr(args, f.name) for f in fields(FT300SOptions)}))
     with _log(args.log) as log, _stop_signals() as stop:
@@ -89,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
         with emulator:
             _say({"port": emulator.port, "serial_number": args.serial_number, "pid": os.getpid()})
             for line in _lines(stop):
-                words = shlex.split(line, comments=True)
+                if emulator.failure is not None:
+                    raise emulator.failure
+                words = line.partition("#")[0].split()
                 if words == ["quit"]:
                     break
                 if words:
@@ -115,6 +116,7 @@ def _obey(emulator: FT300SEmulator, words: list[str]) -> dict[str, Any]:
     return {"done": name, "monotonic_ns": time.monotonic_ns()}
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COMMAND_FORMS = ("load FX FY FZ MX MY MZ", "unplug", "plug", "silent on|off", "inject HEX", "quit")
 
 
@@ -123,7 +125,10 @@ def _say(values: dict[str, Any]) -> None:
 
 
 def _write(log: Any, frame: SentFrame) -> None:
-    log.write(json.dumps(frame.as_dict()) + "\n")
+    try:
+        log.write(json.dumps(frame.as_dict()) + "\n")
+    except OSError as error:
+        raise EmulatorError(f"--log {log.name}: cannot be written any more ({error.strerror})") from error
 
 
 @contextlib.contextmanager
@@ -141,10 +146,10 @@ def _log(path: Path | None) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[int]:
-    """Give a descriptor that becomes readable on INT and TERM; the handlers are put back afterwards."""
+    """Give a descriptor that becomes readable on INT, TERM and HUP; the handlers are put back afterwards."""
     receive, send = os.pipe()
     os.set_blocking(send, False)
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
     wake = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     try:
         yield receive
@@ -157,13 +162,19 @@ def _stop_signals() -> Iterator[int]:
 
 
 def _lines(stop: int) -> Iterator[str]:
-    """Yield lines of standard input until ``stop`` is readable; the end of the input is no reason to stop."""
-    source, pending = sys.stdin.fileno(), b""
-    watched = [stop, source]
+    """Yield lines of standard input, and an empty one each second, until ``stop`` is readable.
+
+    The end of the input is no reason to stop, nor is a standard input that was closed from the beginning.
+    """
+    source, pending = -1 if sys.stdin is None else sys.stdin.fileno(), b""
+    watched = [stop] if source < 0 else [stop, source]
     while True:
-        ready, _, _ = select.select(watched, [], [])
+        ready, _, _ = select.select(watched, [], [], 1.0)
         if stop in ready:
             return
+        if not ready:
+            yield ""
+            continue
         data = os.read(source, 4096)
         if not data:
             watched = [stop]

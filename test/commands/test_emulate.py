@@ -79,6 +79,7 @@ def test_a_cell_has_arm_and_sensor_behind_a_link_that_goes_with_it(
         (["--time-scale", "-1"], "--time-scale"),
         (["--tool-z", "9"], "--tool-z"),
         (["--latency-ms", "nan"], "--latency-ms"),
+        (["--contact-height", "inf"], "--contact-height: expected -10 to 10, got inf"),
         (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1"),
     ],
 )

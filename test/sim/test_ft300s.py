@@ -159,6 +159,30 @@ def test_a_link_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> None:
         FT300SEmulator().unplug()
 
 
+def test_a_plug_that_cannot_go_in_is_refused_and_the_sensor_lives_on(tmp_path: Path) -> None:
+    folder = tmp_path / "by-id"
+    folder.mkdir()
+    with FT300SEmulator(FT300SOptions(link=folder / "ft300s")) as sensor:
+        sensor.unplug()
+        folder.rmdir()
+        with pytest.raises(EmulatorError, match="by-id does not exist"):
+            sensor.plug()
+        folder.mkdir()
+        sensor.plug()
+        assert sensor.plugged and (folder / "ft300s").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_source_that_fails_is_told_and_nobody_waits_for_ever() -> None:
+    with FT300SEmulator(FT300SOptions(boot_streaming=True), source=lambda _: [float("inf")] * 6) as sensor:
+        end = time.monotonic() + PATIENCE_S
+        while sensor.failure is None:
+            assert time.monotonic() < end, "the failure"
+            time.sleep(0.01)
+        with pytest.raises(EmulatorError, match="has ended: wrench: expected six finite numbers"):
+            sensor.unplug()
+
+
 class Process:
     """The emulator as a process, spoken to in lines."""
 
@@ -200,6 +224,7 @@ def test_as_a_process_it_obeys_lines_and_logs_frames(tmp_path: Path) -> None:
             ("load a b c d e f", "load: could not convert"),
             ("inject xyz", "inject: "),
             ("dance", "dance: expected one of"),
+            ('load "', "expected one of: load FX"),
         ):
             assert words in p.say(line)["error"]
         p.process.send_signal(signal.SIGTERM)
