@@ -245,10 +245,13 @@ class FT300S:
         self._stop_stream()
         return False
 
-    def _ask(self, request: bytes, keep_rest: bool = False) -> tuple[int, ...]:
-        """Send ``request`` until it is answered; ``_rest`` keeps what came behind the answer, if ``keep_rest``."""
+    def _ask(self, request: bytes, keep_rest: bool = False, tries: int = _TRIES) -> tuple[int, ...]:
+        """Send ``request`` until it is answered, at most ``tries`` times.
+
+        With ``keep_rest`` what came behind the answer is in ``_rest`` afterwards.
+        """
         heard = 0
-        for _ in range(_TRIES):
+        for _ in range(tries):
             self._line.discard()
             self._line.write(request)
             received = bytearray()
@@ -278,7 +281,8 @@ class FT300S:
         Raises:
             ValueError: ``timeout_s`` is not positive.
             SensorOverrangeError: the load is beyond the measuring range; the next call waits for the next reading.
-            SensorSilentError: no valid reading came within ``timeout_s`` seconds.
+            SensorSilentError: no valid reading came within ``timeout_s`` seconds (and, polling, the 0.1 s that an
+                answer may take).
             SensorUnpluggedError: the port vanished, or the driver is not connected.
         """
         if not timeout_s > 0:
@@ -293,10 +297,10 @@ class FT300S:
             if self._polling:
                 self._poll(left)
             else:
-                before = self._read_ns
+                paused_ns = time.monotonic_ns() - self._read_ns
                 data = self._line.read(left)
                 self._read_ns = time.monotonic_ns()
-                if data and self._read_ns - before > _STALLED_NS and before:
+                if data and paused_ns > _STALLED_NS:
                     self.discard()  # how old these bytes are cannot be known
                     continue
                 self._take(data, self._read_ns)
@@ -331,7 +335,7 @@ class FT300S:
                 return
         request = wrench_request()
         with contextlib.suppress(SensorSilentError):  # read() says so once its time is over
-            registers = self._ask(request)
+            registers = self._ask(request, tries=1)
             arrival_ns = time.monotonic_ns()
             self._pending.append((arrival_ns - answer_size(request) * BYTE_NS, signed(registers)))
         self._next_poll_ns = max(self._next_poll_ns + int(1e9 / POLL_HZ), time.monotonic_ns())

@@ -111,7 +111,7 @@ class WrenchNode(ManagedNode):
         self._compensation.forget()
         self._times: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
         self._began_ns = time.monotonic_ns()
-        self._unoriented = 0
+        self._unoriented = self._late = 0
         self._reader = WrenchReader(
             self._driver,
             self._take_sample,
@@ -243,6 +243,12 @@ class WrenchNode(ManagedNode):
         if reader.overrange:
             return Status(Level.ERROR, "wrench", reader.overrange, values)
         problems = [driver.warning] if driver.warning else []
+        late, self._late = reader.late - self._late, reader.late
+        if late:
+            problems.append(
+                f"{late} readings dropped since the last report: read more than {self.parameter('maximum_age_ms')} ms "
+                "after they were taken; give this computer's processor relief"
+            )
         if not started and rate < _SLOW_SHARE * driver.rate_hz:
             problems.append(f"{rate:.1f} of {driver.rate_hz:g} readings per second")
         if values["line_suspect"] == "true":

@@ -24,7 +24,7 @@ from dcqfa_ros.drivers.ft300s_line import (
     latency_timer_ms,
     latency_warning,
 )
-from dcqfa_ros.drivers.ft300s_protocol import FRAME_NS, encode_frame
+from dcqfa_ros.drivers.ft300s_protocol import FRAME_NS, encode_frame, stream_request
 from dcqfa_ros.drivers.ft300s_reader import WrenchReader
 from dcqfa_ros.drivers.protocols import DriverError, WrenchSample
 from dcqfa_ros.sim.ft300s import FT300SEmulator, FT300SOptions
@@ -127,6 +127,39 @@ def test_polling_on_request_keeps_to_its_rate(emulate: Callable[..., FT300SEmula
         assert min(np.diff(stamps)) > 15e6
         assert not emulator.streaming
         assert driver.warning == ""
+
+
+def test_polling_says_soon_that_nobody_answers(emulate: Callable[..., FT300SEmulator]) -> None:
+    emulator = emulate()
+    with closing(FT300S(emulator.port, "poll")) as driver:
+        driver.connect()
+        check(driver.read(PATIENCE_S))
+        emulator.set_silent(True)
+        asked: list[bytes] = []
+        driver._line.write = asked.append  # type: ignore[method-assign]
+        with pytest.raises(SensorSilentError, match=r"no valid reading within 0\.05 s"):
+            driver.read(0.05)
+        assert len(asked) == 1, "a request that is not answered is not repeated beyond the time there is"
+
+
+def test_a_first_reading_after_a_long_wait_is_fresh_and_one_after_a_pause_of_the_reader_is_not(
+    emulate: Callable[..., FT300SEmulator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcqfa_ros.drivers.ft300s._STALLED_NS", 300_000_000)
+    emulator = emulate(rate_hz=2.5)
+    with closing(FT300S(emulator.port, "stream")) as driver:
+        driver._line.open()
+        driver._line.write(stream_request())
+        driver._read_ns = time.monotonic_ns()
+        numbers = [driver.read(PATIENCE_S).number for _ in range(2)]
+        assert numbers == [0, 1]
+        assert len(emulator.frames) <= 4, "none was thrown away"
+        count = len(emulator.frames)
+        wait_until(lambda: len(emulator.frames) > count, "a frame that nobody reads")
+        discarded: list[bool] = []
+        monkeypatch.setattr(driver._line, "discard", lambda: discarded.append(True))
+        driver.read(PATIENCE_S)
+        assert discarded == [True]
 
 
 def test_damaged_and_cut_frames_and_noise_are_counted_and_never_read(emulate: Callable[..., FT300SEmulator]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +139,24 @@ def test_it_returns_by_itself_after_unplugging_and_says_what_happened(
     graph.wait_for("wrench_node", "event", "delivers again")
     graph.wait_for("wrench_node", "wrench", reconnects="1")
     assert graph.state("wrench_node") == "active"
+
+
+def test_readings_that_were_read_too_late_are_dropped_and_said(
+    graph: Graph, sensor: FT300SEmulator, ears: Ears
+) -> None:
+    node = spawn(graph, sensor, maximum_age_ms=50)
+    assert graph.activate("wrench_node")
+    wait_until(lambda: len(ears.raws) > 10, "wrenches")
+
+    def hang() -> bool:
+        node.send(signal.SIGSTOP)
+        count = len(sensor.frames)
+        wait_until(lambda: len(sensor.frames) > count + 30, "frames that nobody reads")
+        node.send(signal.SIGCONT)
+        time.sleep(1.2)  # until the next report
+        return any("readings dropped since the last report" in r.status.message for r in list(graph.reports))
+
+    wait_until(hang, "the report of dropped readings")
 
 
 def test_overrange_is_published_as_sent_and_reported_by_name(graph: Graph, sensor: FT300SEmulator, ears: Ears) -> None:
