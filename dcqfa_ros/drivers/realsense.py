@@ -97,10 +97,10 @@ class _Device:
         if depth is not None:
             scale_m = found.depth_unit(next(sensor for sensor, group in sensors if depth in group))
             alignment, extrinsics = DepthAlignment(self._options, scale_m), found.extrinsics(depth, color)
-        streams = Streams(sensors, float(color.fps()), depth is not None)
-        streams.start(self._what)
-        self._serial = found.info(device, "serial_number")
-        self._fps = float(color.fps())
+        serial, fps = found.info(device, "serial_number"), float(color.fps())
+        streams = Streams(sensors, fps, depth is not None)
+        streams.start(self._what)  # last: what follows cannot fail and leave it streaming
+        self._serial, self._fps = serial, fps
         self._intrinsics, self._extrinsics, self._alignment = intrinsics, extrinsics, alignment
         self._streams = streams
         self._clock.reset()
@@ -161,12 +161,22 @@ class RealSenseCamera(_Device):
             self._list = lambda: list(context.query_devices())
         return self._list()
 
+    def _is_gone(self) -> bool:
+        """Return whether the camera is surely not connected any more."""
+        try:
+            return self._serial not in [found.info(device, "serial_number") for device in self._devices()]
+        except RuntimeError:  # of a device that comes or goes at this moment: the next look tells
+            return False
+
     def _open(self, serial_number: str) -> None:
-        device = found.choose_device(self._devices(), serial_number, self._options.allow_usb2)
-        self._what = found.label(device)
-        sensors = found.choose_profiles(device, self._options)
-        found.check_and_set_options([sensor for sensor, _ in sensors], self._what, self._options)
-        self._use(device, sensors)
+        try:
+            device = found.choose_device(self._devices(), serial_number, self._options.allow_usb2)
+            self._what = found.label(device)
+            sensors = found.choose_profiles(device, self._options)
+            found.check_and_set_options([sensor for sensor, _ in sensors], self._what, self._options)
+            self._use(device, sensors)
+        except RuntimeError as error:  # librealsense's, as of a device that is not ready yet, or gone again
+            raise DriverError(f"{self._what} cannot be set up: {' '.join(str(error).split())}") from error
         self._silent_s, self._patience_s, self._lost = 0.0, _FIRST_FRAME_S, ""
 
     def read(self, timeout_s: float = 1.0) -> CameraFrame:
@@ -191,8 +201,7 @@ class RealSenseCamera(_Device):
                 self._silent_s, self._patience_s = 0.0, _STALLED_S
                 return self._frame(*pair)
             self._silent_s += part
-            serials = [found.info(device, "serial_number") for device in self._devices()]
-            if self._serial not in serials:
+            if self._is_gone():
                 self._lose(f"{self._what} was disconnected; it is used again as soon as it is back")
             if self._silent_s >= self._patience_s:
                 trouble = self._streams.pairing.trouble() or "it is connected but sends nothing"

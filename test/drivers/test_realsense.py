@@ -179,6 +179,30 @@ def test_a_camera_that_is_there_and_silent_is_opened_anew(
     camera.close()
 
 
+def test_a_library_that_fails_while_the_camera_comes_and_goes_is_an_error_by_name_and_no_end(
+    emulated: EmulatedRealSense,
+) -> None:
+    broken = False
+
+    def devices() -> Any:
+        if broken:
+            raise RuntimeError("failed to set power state")  # as librealsense does while a device enumerates
+        return emulated.devices()
+
+    camera = RealSenseCamera(SMALL, devices)
+    camera.connect()
+    frames_until(camera, 2)
+    broken = True
+    emulated.unplug()
+    assert "has delivered nothing" in error_of(camera), "it cannot be seen to be gone, only that it is silent"
+    emulated.plug()
+    with pytest.raises(DriverError, match=r"Emulated RealSense 123 cannot be set up: failed to set power state"):
+        camera.read(0.05)
+    broken = False
+    assert len(frames_until(camera, 3)) == 3
+    camera.close()
+
+
 def test_refusals_name_what_is_there_and_what_to_do() -> None:
     with pytest.raises(DriverError, match="no camera is connected; check cable"):
         RealSenseCamera(SMALL, list).connect()
