@@ -128,6 +128,7 @@ class VideoCamera:
             if not self._grab():
                 self._begin_again()
                 continue
+            self._held = False
             due, index = self._due_ns(), self._index
             self._index, self._last_due_ns = index + 1, due
             now = time.monotonic_ns()
@@ -141,7 +142,6 @@ class VideoCamera:
                 raise DriverError(f"{self.name}: no frame within {timeout_s:g} s")
             if due > now:
                 time.sleep((due - now) / 1e9)
-            self._held = False
             ok, picture = self._capture.retrieve()
             if not ok:
                 raise DriverError(f"{self.name}: frame {index} cannot be decoded")

@@ -89,6 +89,19 @@ def test_a_frame_that_is_not_due_in_time_is_kept(file: Path, clock: list[int]) -
     assert shown(camera.read()) == 1
 
 
+@pytest.mark.parametrize("pace", ["fps", "stamps"])
+def test_a_frame_that_was_kept_and_then_missed_is_skipped(file: Path, clock: list[int], pace) -> None:
+    camera = VideoCamera(file, "loop", pace)
+    camera.connect()
+    camera.read()
+    with pytest.raises(DriverError, match="no frame within"):
+        camera.read(0.01)
+    clock[0] += 210_000_000  # 0.22 s after frame 0: 4.4 periods
+    late = camera.read()
+    assert (shown(late), late.number) == (4, 4)
+    assert shown(camera.read()) == 5
+
+
 def test_real_time_is_kept(file: Path) -> None:
     camera = VideoCamera(file)
     camera.connect()
