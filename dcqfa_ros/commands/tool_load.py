@@ -13,6 +13,7 @@ from dcqfa_ros.errors import UserError
 from dcqfa_ros.safety.tool_load_files import (
     COLUMNS,
     Recorded,
+    check_place,
     group,
     load_readings,
     save_parameters,
@@ -68,6 +69,11 @@ def _run(args: argparse.Namespace) -> int:
         raise ToolLoadCommandError(f"--orientations: expected {MIN_ORIENTATIONS} or more, got {args.orientations}")
     if args.samples < 1:
         raise ToolLoadCommandError(f"--samples: expected 1 or more, got {args.samples}")
+    if args.recording is not None and args.record is not None:
+        raise ToolLoadCommandError(f"--record: nothing is recorded now, the readings are those of {args.recording}")
+    for place in (args.output, args.record):
+        if place is not None:
+            check_place(place)
     standstills = group(load_readings(args.recording)) if args.recording is not None else _record(args)
     result = identify(standstills, args.sensor_rotation)
     if args.output is not None:

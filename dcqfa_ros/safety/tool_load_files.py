@@ -116,6 +116,20 @@ def save_parameters(path: Path, result: Identified, sensor_rotation: Sequence[fl
     _write(path, head + body)
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place where no file can be written, before an operator has worked for it.
+
+    Raises:
+        RecordingError: its folder is missing or may not be written to, or it is a folder itself.
+    """
+    if path.is_dir():
+        raise RecordingError(f"{path}: cannot be written (it is a folder)")
+    if not path.parent.is_dir():
+        raise RecordingError(f"{path}: cannot be written (the folder {path.parent} does not exist)")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise RecordingError(f"{path}: cannot be written (no permission for the folder {path.parent})")
+
+
 def _write(path: Path, text: str) -> None:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -141,8 +155,8 @@ def _from_json(path: Path, text: str) -> Iterable[Recorded]:
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecordingError(f"{where}: no JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # also a number with thousands of digits
+            raise RecordingError(f"{where}: no JSON ({error})") from error
         if not isinstance(entry, dict):
             raise RecordingError(f"{where}: expected an object with orientation, force and torque")
         values = [
@@ -158,7 +172,10 @@ def _numbers(entry: dict[str, Any], name: str, count: int, where: str) -> list[f
     good = isinstance(values, list) and len(values) == count
     if not good or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values or ()):
         raise RecordingError(f"{where}: {name}: expected {count} numbers, got {values!r}")
-    return [float(v) for v in values or ()]
+    try:
+        return [float(v) for v in values or ()]
+    except OverflowError:
+        raise RecordingError(f"{where}: {name}: expected finite numbers, got {values!r:.80}") from None
 
 
 def _from_csv(path: Path, text: str) -> Iterable[Recorded]:
@@ -166,7 +183,7 @@ def _from_csv(path: Path, text: str) -> Iterable[Recorded]:
     missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
     if missing:
         raise RecordingError(f"{path}: column {missing[0]} is missing; expected {', '.join(COLUMNS)}")
-    for row in rows:
+    for row in _rows(path, rows):
         where = f"{path}, line {rows.line_num}"
         values = []
         for name in COLUMNS:
@@ -175,6 +192,13 @@ def _from_csv(path: Path, text: str) -> Iterable[Recorded]:
             except (TypeError, ValueError):
                 raise RecordingError(f"{where}: {name}: expected a number, got {row[name]!r}") from None
         yield _recorded(values, row.get("pose"), where)
+
+
+def _rows(path: Path, rows: csv.DictReader[str]) -> Iterable[dict[str, str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise RecordingError(f"{path}, line {rows.line_num + 1}: no CSV ({error})") from error
 
 
 def _recorded(values: list[float], pose: object, where: str) -> Recorded:

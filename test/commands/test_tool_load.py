@@ -68,6 +68,9 @@ def test_a_recording_becomes_a_parameter_file(
         (["--samples", "0"], "--samples: expected 1 or more, got 0"),
         (["missing.csv"], "missing.csv: cannot be read"),
         (["few.jsonl"], "poor excitation: 1 standstills, expected at least 4"),
+        (["few.jsonl", "--record", "again.jsonl"], "--record: nothing is recorded now"),
+        (["--record", "no/where.jsonl"], "no/where.jsonl: cannot be written (the folder no does not exist)"),
+        (["--record", "."], ".: cannot be written (it is a folder)"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_writes_nothing(

@@ -179,9 +179,13 @@ GOOD = {"orientation": [0, 0, 0, 1], "force": [0, 0, 0], "torque": [0, 0, 0]}
         ("r.jsonl", json.dumps({**GOOD, "torque": [1, 2, "x"]}), "line 1: torque: expected 3 numbers"),
         ("r.jsonl", json.dumps({**GOOD, "orientation": [0, 0, 0, 0]}), "line 1: orientation: expected a unit quat"),
         ("r.jsonl", json.dumps({**GOOD, "force": [0, float("nan"), 0]}), "line 1: expected finite numbers"),
+        ("r.jsonl", "1" * 5000, "line 1: no JSON"),
+        ("r.jsonl", "[" * 100_000, "line 1: no JSON"),
+        ("r.jsonl", json.dumps({**GOOD, "force": [0, 10**400, 0]}), "line 1: force: expected finite numbers"),
         ("r.jsonl", "\n", "holds no reading"),
         ("r.csv", "qx,qy\n1,2", "column qz is missing"),
         ("r.csv", "qx,qy,qz,qw,fx,fy,fz,mx,my,mz\n0,0,0,1,0,0,zero,0,0,0", "line 2: fz: expected a number, got 'zero'"),
+        ("r.csv", "qx,qy,qz,qw,fx,fy,fz,mx,my,mz\n" + "9" * 200_000, "line 2: no CSV"),
         ("r.txt", "", r"expected a file that ends in \.jsonl or \.csv"),
     ],
 )
