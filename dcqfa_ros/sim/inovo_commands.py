@@ -120,7 +120,7 @@ class EmulatedCommands:
 
     def _on_goal(self, action: EmulatedAction, message: m.Message) -> Executed:
         goal, start = m.field(message, "goal", dict), self._emulator.joints
-        m.field({"goal_id": {}, **message}, "goal_id", dict)
+        _check_goal_id(message)
         plan = plan_move if action is self._move else plan_trajectory
         path: JointPath | None = None
         try:
@@ -162,6 +162,7 @@ class EmulatedCommands:
         self._move_gripper(self._command, message, m.number(command, "position"))
 
     def _move_gripper(self, action: EmulatedAction, message: m.Message, opening: float) -> None:
+        _check_goal_id(message)
         if not self._emulator.gripper.activated:
             action.reject(message, "the gripper is not activated")
             return
@@ -169,6 +170,10 @@ class EmulatedCommands:
             other.end(PREEMPTED, "a newer goal came")
         action.accept(message)
         self._emulator.gripper.go(opening)
+
+
+def _check_goal_id(message: m.Message) -> None:
+    m.field({"goal_id": {}, **message}, "goal_id", dict)  # a client may leave it out: the action then makes one
 
 
 def _read_twist(message: m.Message) -> Floats:

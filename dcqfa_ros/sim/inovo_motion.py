@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ HOME = (0.0, 0.0, np.pi / 2, 0.0, np.pi / 2, np.pi)
 _PATH_STEP_M, _PATH_STEP_RAD = 0.005, 0.02
 _DEFAULT_SPEED, _DEFAULT_ANGULAR = 0.25, 1.0
 _SUBSTEP_S = 0.01
+_FAR_M = 10.0  # no arm reaches so far: not even a try to plan it
 
 
 class PlanError(ValueError):
@@ -199,7 +201,9 @@ def _plan_point(
         _append(times, points, kinematics.inverse(position, orientation, points[-1]), limits, 0.0)
         return
     begin, turned = kinematics.pose(points[-1])
-    distance = float(np.linalg.norm(position - begin))
+    distance = math.dist(position, begin)
+    if not distance <= _FAR_M:
+        raise error("out of reach")
     angle = 2.0 * float(np.arccos(np.clip(abs(float(turned @ orientation)), 0.0, 1.0)))
     count = max(1, int(np.ceil(max(distance / _PATH_STEP_M, angle / _PATH_STEP_RAD))))
     duration = max(distance / linear, angle / angular)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import random
 import socket
 import threading
@@ -356,7 +357,10 @@ class _DelayLine:
                 if self._stopped:
                     return
                 action = self._waiting[0][1]
-            action()
+            try:
+                action()
+            except Exception:  # as where there is no delay: the link counts it, and the connection lives on
+                logging.getLogger(__name__).exception("a delayed frame failed")
             with self._condition:
                 if self._waiting and self._waiting[0][1] is action:
                     self._waiting.popleft()

@@ -171,9 +171,12 @@ def test_malformed_motion_is_kept_but_not_executed(cell: InovoEmulator, client: 
         (f"{m.MOVE}/goal", {"goal": {}, "goal_id": 3}),
     ):
         client.publish(topic, message)
+    for goal_id in (3, "x", []):
+        client.publish(m.gripper_topic("robotiqd", "grip/goal"), {"goal": {"action": m.GRIP}, "goal_id": goal_id})
     assert client.call_service(m.FORWARD, {"joint_angles": [0.0] * 6})["success"]
     assert len(cell.frames) == 6 and not any(frame.executed for frame in cell.frames)
-    assert client.statistics.last_complaint.startswith("error: ")
+    assert "goal_id: expected dict" in client.statistics.last_complaint
+    assert cell.gripper.target == 1.0
     assert not cell.is_moving and cell.failure is None
 
 
@@ -245,6 +248,8 @@ def test_a_straight_move_is_straight_and_at_its_speed() -> None:
             ]
         },
         m.straight_move([9.0, 0.4, 0.4], [1, 0, 0, 0], 0.1, 1.0, ""),
+        m.straight_move([1e300, 0.4, 0.4], [1, 0, 0, 0], 0.1, 1.0, ""),
+        m.straight_move([0.0, -1e9, 0.4], [1, 0, 0, 0], 0.1, 1.0, ""),
         m.straight_move([0.0, 0.4, 0.4], [1, 0, 0, 0], -0.1, 1.0, ""),
     ],
 )

@@ -29,6 +29,8 @@ class Graph:
     def receive(self, topic: str, message: dict[str, Any], stamp_ns: int) -> None:
         if topic == "/typed" and not isinstance(message.get("data"), str):
             raise RequestError("data: expected str")
+        if topic == "/defect":
+            raise AttributeError("a defect of the emulator")
         self.received.append((topic, message, stamp_ns))
 
     def serve(self, service: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +239,17 @@ def test_delays_keep_the_order_and_leave_the_time_of_receipt(
     assert [message["n"] for _, message, _ in graph.received] == list(range(20))
     server.latency_s = server.jitter_s = 0.0
     settle(client)
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.01])
+def test_a_defect_of_the_graph_ends_no_connection(
+    server: RosbridgeServer, client: ClientConnection, latency_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.latency_s = latency_s
+    client.send(json.dumps({"op": "publish", "topic": "/defect", "msg": {}}))
+    settle(client)
+    assert "a defect of the emulator" in caplog.text
+    server.latency_s = 0.0
 
 
 def test_it_comes_back_on_its_port_and_a_taken_port_is_named(graph: Graph) -> None:
