@@ -85,18 +85,22 @@ $(STAMPS)/package: $(STAMPS)/demo setup.py setup.cfg pyproject.toml
 	@$(PIP) --no-deps --editable .
 	@touch $@
 
-# cv2 loads two system libraries that bare containers lack.
+# Import $(1); where a shared library is missing, which bare containers lack, install the Debian packages $(2).
+define with_libraries
+@if ! reason=$$($(BIN)/python -c 'import $(1)' 2>&1); then \
+	install="apt-get install -y --no-install-recommends $(2)"; \
+	case "$$reason" in *.so*) ;; *) echo "$$reason" >&2; exit 1;; esac; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "error: $(1) needs shared libraries ($(2)); install them with this system's package manager"; exit 1; \
+	elif test "$$(id -u)" = 0; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$install >/dev/null; \
+	elif sudo -n true 2>/dev/null; then sudo -n apt-get update -qq && sudo -n $$install >/dev/null; \
+	else echo "error: $(1) needs system libraries; run: sudo $$install"; exit 1; fi; \
+	$(BIN)/python -c 'import $(1)'; \
+fi
+endef
+
 $(STAMPS)/libraries: $(STAMPS)/demo
-	@if ! reason=$$($(BIN)/python -c 'import cv2' 2>&1); then \
-		install="apt-get install -y --no-install-recommends libgl1 libglib2.0-0"; \
-		case "$$reason" in *libGL*|*libgthread*|*libglib*) ;; *) echo "$$reason" >&2; exit 1;; esac; \
-		if ! command -v apt-get >/dev/null; then \
-			echo "error: cv2 needs libGL.so.1 and libgthread-2.0.so.0; install them with this system's package manager"; exit 1; \
-		elif test "$$(id -u)" = 0; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$install >/dev/null; \
-		elif sudo -n true 2>/dev/null; then sudo -n apt-get update -qq && sudo -n $$install >/dev/null; \
-		else echo "error: cv2 needs two system libraries; run: sudo $$install"; exit 1; fi; \
-		$(BIN)/python -c 'import cv2'; \
-	fi
+	$(call with_libraries,cv2,libgl1 libglib2.0-0)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/demo requirements/cell.txt requirements/train.txt requirements/test.txt requirements/openvino.txt requirements/tensorrt_rtx.txt
@@ -106,6 +110,7 @@ $(STAMPS)/test: $(STAMPS)/demo requirements/cell.txt requirements/train.txt requ
 		$(PIP) $(firstword $(subst +, ,$(TORCH))); }; }
 	@echo "installing requirements/cell.txt and requirements/test.txt"
 	@$(PIP) -r requirements/cell.txt -r requirements/test.txt
+	$(call with_libraries,pyrealsense2,libusb-1.0-0)
 	@echo "installing requirements/openvino.txt and requirements/tensorrt_rtx.txt"
 	@$(PIP) --no-deps -r requirements/openvino.txt -r requirements/tensorrt_rtx.txt
 	@touch $@
