@@ -34,7 +34,7 @@ PARAMETERS: dict[str, Any] = {
     "watchdog.use": "none",
     "cameras": "['']",
     # What a busy computer delays must not end the measurement: the distribution shows it instead.
-    "maximum_age.wrench": 0.2,
+    "maximum_age.wrench": 0.5,
     "maximum_age.state": 0.5,
     "maximum_age.command": 2.0,
     "hold_after_s": 0.9,

@@ -63,7 +63,7 @@ class Ages:
                 raise LimitError(f"age of {field.name}: expected above 0 and at most {maximum:g} s, got {value}")
 
 
-MAXIMUM_AGES = {"state": 0.5, "wrench": 0.2, "camera": 2.0, "command": 2.0, "observation": 5.0}
+MAXIMUM_AGES = {"state": 0.5, "wrench": 0.5, "camera": 2.0, "command": 2.0, "observation": 5.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 from dcqfa_ros.drivers.arm_protocol import MotionResult
 from dcqfa_ros.drivers.inovo import InovoArm
 from dcqfa_ros.runtime.arm_activity import StreamSettings
+from dcqfa_ros.runtime.arm_executor import ArmRefusedError
 from dcqfa_ros.runtime.arm_gate import Listeners
 from dcqfa_ros.runtime.arm_stream import ArmStream
 from dcqfa_ros.safety.cartesian_limits import MotionLimits, TwistLimiter, Workspace
@@ -71,7 +73,7 @@ class ArmCell:
             TwistLimiter(limits, BOX, 0.02, latency_s=0.05),
             joints,
             ForceGuard(force),
-            Ages(**{"state": 0.5, "wrench": 0.2, "camera": 1.0, "command": 1.0, "observation": 1.0, **ages}),
+            Ages(**{"state": 0.5, "wrench": 0.5, "camera": 1.0, "command": 1.0, "observation": 1.0, **ages}),
             ["wrist"],
         )
         self.stops: list[Stop] = []
@@ -126,10 +128,18 @@ class ArmCell:
         return self.stream.submit_twist(source, np.array([*values, *([0.0] * (6 - len(values)))]), now, now)
 
     def move(self, vx: float = 0.05) -> None:
-        """Arm, and keep commanding until the arm moves."""
-        if not self.stream.armed:
-            self.stream.arm()
-        wait_for(lambda: self.twist(vx) is None and abs(self.emulator.twist[0]) > min(0.02, 0.8 * abs(vx)), "motion")
+        """Arm, and keep commanding until the arm moves; what a busy machine stops meanwhile is begun again."""
+
+        def moving() -> bool:
+            if not self.stream.armed:
+                with contextlib.suppress(ArmRefusedError):
+                    self.stream.reset_stop()
+                    self.stops.clear()
+                    self.stream.arm()
+                return False
+            return self.twist(vx) is None and abs(self.emulator.twist[0]) > min(0.02, 0.8 * abs(vx))
+
+        wait_for(moving, "motion")
 
     def stopped(self, code: StopCode) -> Stop:
         """Wait for a stop with ``code``, the arm's rest, and check that nothing moves it any more."""
