@@ -75,6 +75,7 @@ class TeleopNode(ManagedNode):
         self._gripper = OPEN
         self._published = 0
         self._joy_problem = ""
+        self._arm_text = ""
         if self.parameter("autostart"):
             self.post(self._begin)
 
@@ -103,9 +104,11 @@ class TeleopNode(ManagedNode):
             self._keyboard = Keyboard(float(self.parameter("key_timeout_s")))
         self._twists = self.create_interface_publisher("twist_command", source=SOURCE)
         self._grippers = self.create_interface_publisher("gripper_command", source=SOURCE)
+        self.create_guarded_subscription("arm_state", self._on_arm_state)
         if with_keyboard:
             target = self.parameter("arm_node")
             self._arm = self.create_client(Trigger, self._of_arm("arm"))
+            self._reset = self.create_client(Trigger, self._of_arm("reset_stop"))
             self._disarm = self.create_client(Trigger, self._of_arm("disarm"))
             self._set_parameters = self.create_client(SetParameters, f"{target}/set_parameters")
 
@@ -145,7 +148,7 @@ class TeleopNode(ManagedNode):
     def teardown(self) -> None:
         """Forget the inputs."""
         self._keyboard = self._gamepad = None
-        for name in ("_arm", "_disarm", "_set_parameters"):
+        for name in ("_arm", "_disarm", "_reset", "_set_parameters"):
             client = self.__dict__.pop(name, None)
             if client is not None:
                 self.destroy_client(client)
@@ -187,6 +190,8 @@ class TeleopNode(ManagedNode):
             message = Parameter("command_source", value=SOURCE).to_parameter_msg()
             request = SetParameters.Request(parameters=[message])
             self._ask(self._set_parameters, request, "command_source", then_arm=True)
+        elif action is KeyAction.RESET:
+            self._ask(self._reset, Trigger.Request(), "reset")
         elif action is KeyAction.GRIPPER:
             self._move_gripper(CLOSED if self._gripper == OPEN else OPEN)
         elif action is KeyAction.FRAME:
@@ -201,6 +206,13 @@ class TeleopNode(ManagedNode):
         self.set_parameters([Parameter(name, value=value)])
         shown = f"{value:.2f}" if isinstance(value, float) else value
         self._say(f"{name}: {shown}")
+
+    def _on_arm_state(self, message: Any) -> None:
+        """Show the operator why the arm does not move."""
+        text = message.status[0].message if message.status else ""
+        if self._terminal is not None and text != self._arm_text:
+            self._arm_text = text
+            self._say(f"arm: {text}")
 
     def _on_joy(self, message: Any) -> None:
         gamepad = self._gamepad

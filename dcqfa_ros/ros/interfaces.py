@@ -116,7 +116,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "arm_state", "arm_node/arm_state", "diagnostic_msgs/msg/DiagnosticArray", "latched", "-", "-", "on change",
-        "arm_node", ("policy_node", "trial_node"),
+        "arm_node", ("policy_node", "teleop_node", "trial_node"),
         "Armed or disarmed, episode, stop code and reason; its stamp is that of the episode's first observation.",
     ),
     _topic(

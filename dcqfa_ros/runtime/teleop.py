@@ -191,6 +191,7 @@ class KeyAction(Enum):
 
     STOP = "stop"
     ARM = "arm"
+    RESET = "reset"
     GRIPPER = "gripper"
     FASTER = "faster"
     SLOWER = "slower"
@@ -208,6 +209,7 @@ ACTION_KEYS: dict[str, KeyAction] = {
     " ": KeyAction.STOP,
     "\x1b": KeyAction.STOP,
     "m": KeyAction.ARM,
+    "x": KeyAction.RESET,
     "g": KeyAction.GRIPPER,
     "+": KeyAction.FASTER,
     "=": KeyAction.FASTER,
@@ -219,7 +221,8 @@ ACTION_KEYS: dict[str, KeyAction] = {
 KEYBOARD_HELP = """\
   w/s  x + -     u/o  turn about x + -     g      gripper open/close    m      take the command lease and arm
   a/d  y + -     i/k  turn about y + -     +/-    faster/slower         space  stop and disarm (Esc too)
-  r/f  z + -     j/l  turn about z + -     t      world/tool frame      q      quit
+  r/f  z + -     j/l  turn about z + -     t      world/tool frame      x      reset a latched stop
+                                                                        q      quit
 The arm moves while a key is held and repeats; a tap moves it a little."""
 
 

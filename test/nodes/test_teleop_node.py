@@ -22,6 +22,7 @@ from sensor_msgs.msg import Joy
 from std_srvs.srv import Trigger
 
 from dcqfa_ros.cli import main
+from dcqfa_ros.ros.conversions import status_message
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.qos import qos
 from dcqfa_ros.ros.testing import Graph, wait_until
@@ -218,15 +219,20 @@ def test_the_arm_key_takes_the_lease_then_arms_and_space_disarms() -> None:
         graph.node.create_service(SetParameters, "arm_node/set_parameters", parameters)
         graph.node.create_service(Trigger, "arm_node/arm", trigger("arm"))
         graph.node.create_service(Trigger, "arm_node/disarm", trigger("disarm"))
+        graph.node.create_service(Trigger, "arm_node/reset_stop", trigger("reset_stop"))
         with terminal(graph) as there:
             end = time.monotonic() + 20.0
             while len(asked) < 2 and time.monotonic() < end:  # until the services are discovered
                 there.type("m")
                 time.sleep(0.5)
             assert asked[:2] == ["command_source=teleop", "arm"]
+            there.type("x")
+            wait_until(lambda: asked[-1] == "reset_stop", "reset")
             there.type(" ")
             wait_until(lambda: asked[-1] == "disarm", "disarmed")
             wait_until(lambda: "disarm: disarmed" in there.text, "the answer")
+            graph.publish("arm_state", status_message(0, "arm", 2, "disarmed: contact force 30 N", {}))
+            wait_until(lambda: "arm: disarmed: contact force 30 N" in there.text, "why the arm was stopped")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
