@@ -206,6 +206,7 @@ def run_arm_bench(trials: int = 300, rate_hz: float = 100.0) -> ArmBench:
         random = np.random.default_rng(0)
         latencies, repeated = repeat(trials, lambda _: _trial(cell, random.random() / rate_hz))
         seen = conditions()
+        graph.stop_all()
     what = "from publishing a twist on ROS 2 to the last byte of its frame read on the socket"
     return summarize(latencies, 5.0, rate_hz, what, seen, repeated)
 

@@ -40,6 +40,7 @@ def run_stop_bench(trials: int = 50, rate_hz: float = 100.0) -> ArmBench:
         conditions = watch_conditions()
         latencies, repeated = repeat(trials, lambda n: _trial(cell, sensor, _SPEED if n % 2 else -_SPEED))
         seen = conditions()
+        graph.stop_all()
     what = "from the last byte of the crossing frame on the serial line to zero twist read on the socket"
     return summarize(latencies, 15.0, rate_hz, what, seen, repeated)
 

@@ -138,6 +138,20 @@ class Graph:
         self._spawned.append(spawned)
         return spawned
 
+    def stop_all(self, timeout: float = 5.0) -> None:
+        """End every process in an orderly way, so that the probe sees each leave; killing is left to the exit.
+
+        Worth its time where nodes publish at high rates: Fast DDS in the probe has crashed when it was taken down
+        after such a peer had been killed in the middle of a message.
+        """
+        running = [spawned for spawned in self._spawned if spawned.process.poll() is None]
+        for spawned in running:
+            spawned.send(signal.SIGTERM)
+        end = time.monotonic() + timeout
+        for spawned in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                spawned.wait(max(0.0, end - time.monotonic()))
+
     def spawn_node(self, program: str, name: str, namespace: str = "", **parameters: Any) -> Spawned:
         """Start a node: ``program`` is a module or a Python file. Parameter values are written as YAML flow."""
         arguments = ["--ros-args", "-r", f"__node:={name}", "-r", f"__ns:=/{namespace.strip('/')}"]

@@ -70,6 +70,7 @@ class Cell:
         self._halt.set()
         if self._thread.ident:
             self._thread.join()
+        self.graph.stop_all()
 
     def _run(self) -> None:
         while not self._halt.wait(0.02):
