@@ -262,10 +262,18 @@ class TwistLimiter:
         self._coupled(steps, brakes, 0, self.limits.linear_speed, dt)
         self._coupled(steps, brakes, 3, self.limits.angular_speed, dt)
         new = [v + a * dt for v, a in zip(self.velocity, steps, strict=True)]
-        self._hold_back(new, rooms)
+        held = self._hold_back(new, rooms)
+        self._within_speed(new, 0, self.limits.linear_speed)
+        self._within_speed(new, 3, self.limits.angular_speed)
         if any(abs(n - w) > 1e-12 for n, w in zip(new, wanted, strict=True)):
             self.clamped["acceleration"] += 1
-        self.acceleration = tuple([(n - v) / dt for n, v in zip(new, self.velocity, strict=True)])
+        # What had to be sudden is over: carried on as an acceleration it would run past zero to the other side.
+        self.acceleration = tuple(
+            [
+                0.0 if i in held else min(max((n - v) / dt, -axis.acceleration), axis.acceleration)
+                for i, (n, v, axis) in enumerate(zip(new, self.velocity, self._axes, strict=True))
+            ]
+        )
         self.velocity = tuple(new)
         self._last_ns = now_ns
         self._sent.append((now_ns, (new[0], new[1], new[2])))
@@ -324,14 +332,27 @@ class TwistLimiter:
             tried = [brakes[i] for i in axes]
         steps[first : first + 3] = tried
 
-    def _hold_back(self, new: list[float], rooms: list[tuple[float, float]]) -> None:
-        """Last resort where the arm is nearer to a wall than its commands: never past it within two periods."""
+    def _within_speed(self, new: list[float], first: int, limit: float) -> None:
+        """Last resort for the speed: steps of changing length may miss it by what one step changes."""
+        length = sqrt(sum(v * v for v in new[first : first + 3]))
+        if length > limit:
+            for i in range(first, first + 3):
+                new[i] *= limit * (1.0 - 1e-9) / length
+
+    def _hold_back(self, new: list[float], rooms: list[tuple[float, float]]) -> set[int]:
+        """Last resort where the arm is nearer to a wall than its commands: never past it within two periods.
+
+        Returns the axes that were held back.
+        """
+        held = set()
         for i, (ahead, behind) in enumerate(rooms):
             slack = self._margin  # spent only here
             high, low = (max(0.0, room + slack) / (2.0 * self.period_s) for room in (ahead, behind))
             if not -low <= new[i] <= high:
                 new[i] = min(max(new[i], -low), high)
                 self.clamped["hard"] += 1
+                held.add(i)
+        return held
 
 
 def _finite(twist: list[float], place: list[float]) -> None:

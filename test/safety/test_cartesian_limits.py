@@ -169,6 +169,45 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(index: int, value: fl
     assert plant.limiter.velocity == before
 
 
+@pytest.mark.parametrize("first", [0.0005, 0.005, 0.01])
+def test_an_arm_that_is_held_back_at_the_wall_does_not_bounce(first: float) -> None:
+    limiter = TwistLimiter(LIMITS, BOX, 0.01, latency_s=0.06)
+    place, now = CENTRE.copy(), 1_000_000_000
+    for _ in range(60):
+        sent = limiter.bound([0.0, 0.2, 0.0, 0.0, 0.0, 0.0], place, now, now)
+        place, now = place + np.array(sent[:3]) * 0.01, now + 10_000_000
+    assert sent[1] > 0.1
+    place[1] = BOX.maximum[1] - 0.0005  # pushed there: nearer than its commands
+    limiter._sent.clear()
+    speeds = []
+    for step in (first, *[0.01] * 30):
+        now += round(step * 1e9)
+        speeds.append(limiter.bound([0.0, 0.2, 0.0, 0.0, 0.0, 0.0], place, now, now)[1])
+    assert limiter.clamped["hard"] > 0
+    assert speeds[0] <= 0.2
+    assert min(speeds) > -0.02, "it goes back no faster than its limits let it, and has no reason to"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.05))
+def test_speed_limits_hold_even_where_the_arm_jumps(seed: int, jump: float) -> None:
+    rng = np.random.default_rng(seed)
+    limiter = TwistLimiter(LIMITS, BOX, 0.01, latency_s=0.03)
+    place, now, before = CENTRE.copy(), 1_000_000_000, np.zeros(6)
+    for _ in range(200):
+        twist = rng.normal(scale=[1.0] * 6) * 10.0 ** rng.uniform(-2, 1)
+        sent = np.array(limiter.bound(twist, place, now, now))
+        step = float(rng.choice([0.001, 0.004, 0.01, 0.01, 0.02]))
+        assert np.linalg.norm(sent[:3]) <= LIMITS.linear_speed + ROUNDING
+        assert np.linalg.norm(sent[3:]) <= LIMITS.angular_speed + ROUNDING
+        for part, most in ((slice(0, 3), LIMITS.linear_acceleration), (slice(3, 6), LIMITS.angular_acceleration)):
+            faster = np.abs(sent[part]) > np.abs(before[part])  # what is held back at a wall may stop at once
+            assert np.linalg.norm((sent[part] - before[part])[faster]) <= most * 0.01 + ROUNDING
+        place, now, before = place + sent[:3] * step, now + round(step * 1e9), sent
+        if rng.random() < 0.05:
+            place = np.clip(place + rng.normal(scale=jump, size=3), BOX.minimum, BOX.maximum)
+
+
 @pytest.mark.parametrize("name", list(HARD_MAXIMA))
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0, "beyond"])
 def test_limits_that_are_absent_or_beyond_the_hard_maximum_are_refused(name: str, value: float | str) -> None:
