@@ -181,14 +181,13 @@ def _jog(
     if any(s > top * (1 + 1e-6) for s, top in zip(speeds, tops, strict=True)):
         return f"too fast: {speeds.tolist()}", now
     if before is not None:
-        # Slowing down may be sudden (a stop is); faster only with the acceleration. A frame that is overtaken by the
-        # next one before it is sent leaves two steps for one, hence the time between the frames.
+        # An axis may slow down at once (a stop, a wall); faster only with the acceleration. A frame that is
+        # overtaken by the next one before it is sent leaves two steps for one, hence the time between the frames.
         span = max(limits.period_s, sent_s - before[0]) + limits.period_s
-        was = np.linalg.norm(before[1], axis=1)
-        steps = np.linalg.norm(twist - before[1], axis=1)
+        grown = np.where(np.abs(twist) > np.abs(before[1]), twist - before[1], 0.0)
         bounds = (limits.linear_acceleration * span, limits.angular_acceleration * span)
-        for s, w, step, bound in zip(speeds, was, steps, bounds, strict=True):
-            if s > w + TOLERANCE and step > bound * (1 + 1e-6):
+        for step, bound in zip(np.linalg.norm(grown, axis=1), bounds, strict=True):
+            if step > bound * (1 + 1e-6) + TOLERANCE:
                 return f"too sudden: from {before[1].tolist()} to {twist.tolist()} in {span:.4f} s", now
     return "", now
 

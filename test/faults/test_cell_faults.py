@@ -22,9 +22,9 @@ pytestmark = pytest.mark.faults
 
 SOURCES = {"sensor": "teleop", "arm": "teleop", "wrist": "policy", "front": "policy"}
 """Who moves the arm: pictures matter to a policy only."""
-ALLOWED_MS = {"sensor": 500.0, "arm": 0.0, "wrist": 1000.0, "front": 1000.0}
-"""Until the loss is found, which is the maximum age of its data (0.2 s and 0.5 s) on a busy machine; the connection's
-loss is known at once, and nothing of before may come over a new one."""
+ALLOWED_MS = {"sensor": 500.0, "arm": 100.0, "wrist": 1000.0, "front": 1000.0}
+"""Until the loss is found, which is the maximum age of its data (0.2 s and 0.5 s) on a busy machine. A connection is
+refused for 0.5 s after its loss: what comes later than that came over the new one, where nothing may."""
 CODES = {"sensor": "wrench_lost", "arm": "arm_lost", "wrist": "camera_lost", "front": "camera_lost"}
 RETURN_S = 20.0
 
@@ -58,7 +58,7 @@ def test_nothing_moves_after_a_disconnect_until_armed_again(
                 late.append(after)
             else:  # something else stopped the arm at the same moment, such as a computer that stood still
                 cell.other_stops.append(code)
-                assert codes[code] <= 5 + sizes.disconnects // 4, codes
+                assert codes[code] <= 20 + 5 * sizes.disconnects, codes
         cell.move(commander)  # the last one has recovered, too
     figures.add(
         f"disconnects of {device} while {SOURCES[device]} moves the arm",
