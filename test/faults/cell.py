@@ -172,6 +172,9 @@ class FaultCell:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for commander in self._commanders.values():
+            commander.close()
+        self.graph.stop_all()
         self._stack.close()
 
     def _parameters(self) -> Path:
@@ -252,9 +255,11 @@ class FaultCell:
         said = ""
         while time.monotonic() < end:
             reset = self.trigger("reset_stop")
+            seen = len(self.states)
             answer = self.trigger("arm")
-            if answer.success:
-                wait_until(lambda: self.armed, "armed")
+            if answer.success or "already armed" in answer.message:
+                if answer.success:  # a stop may follow at once
+                    wait_until(lambda seen=seen: self._was_armed(seen), "the state after arming")
                 return
             said = f"{reset.message}; {answer.message}"
             time.sleep(0.1)
@@ -268,6 +273,9 @@ class FaultCell:
             self._publishers[name] = self.graph.node.create_publisher(entry.message_class(), name, qos(entry.qos))
         return self._publishers[name]
 
+    def _was_armed(self, since: int) -> bool:
+        return any(state["state"] == "armed" for state in self.states[since:])
+
     @contextlib.contextmanager
     def commanded_by(self, source: str) -> Iterator[Commander]:
         """Give the lease to ``source`` and let it command."""
@@ -278,7 +286,6 @@ class FaultCell:
         if source not in self._commanders:  # one publisher per source: arm_node refuses a second one
             key = "twist_command" if source == "teleop" else "chunk"
             self._commanders[source] = Commander(self.graph, source, self.publisher(key, source))
-            self._stack.callback(self._commanders[source].close)
         commander = self._commanders[source]
         commander.publishing = True
         try:
