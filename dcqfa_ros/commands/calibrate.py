@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from dcqfa_ros.drivers.hand_eye import HandEye, load_samples, quaternion, solve
+from dcqfa_ros.drivers.hand_eye import HandEye, load_samples, solve
+from dcqfa_ros.rotations import quaternion_of
 
 GOOD_MM = 2.0
 
@@ -47,7 +48,7 @@ def entry(result: HandEye, day: datetime.date) -> dict[str, Any]:
     return {
         "parent": result.parent,
         "position": [round(float(v), 6) for v in result.transform[:3, 3]],
-        "orientation": [round(v, 7) for v in quaternion(result.transform[:3, :3])],
+        "orientation": [round(v, 7) for v in quaternion_of(result.transform[:3, :3]).tolist()],
         "status": "calibrated",
         "date": day.isoformat(),
         "residual_mm": round(result.residual_mm, 3),

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
+from dcqfa_ros.rotations import transform
 
 _UNIT_TOLERANCE = 1e-3
 _Coordinate = Annotated[float, Field(ge=-5.0, le=5.0)]
@@ -44,15 +45,7 @@ class FramePose(StrictModel):
 
     def matrix(self) -> NDArray[np.float64]:
         """Return the transform (4, 4) from the frame to the one it is given in, metres."""
-        x, y, z, w = self.orientation
-        transform = np.eye(4)
-        transform[:3, :3] = [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-        transform[:3, 3] = self.position
-        return transform
+        return transform(self.position, self.orientation)
 
 
 class CameraPose(FramePose):

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.drivers.extrinsics import CalibrationError, FramePose, validation_text
+from dcqfa_ros.rotations import rotation_vector
 
 MIN_SAMPLES = 8
 MIN_ROTATION_DEG = 20.0
@@ -126,14 +127,7 @@ def _park(
 
 def _check_rotations(tools: Sequence[NDArray[np.float64]]) -> None:
     """Refuse poses whose orientations differ too little, or about one axis only."""
-    vectors = []
-    for transform in tools[1:]:
-        relative = tools[0][:3, :3].T @ transform[:3, :3]
-        angle = float(np.arccos(np.clip((np.trace(relative) - 1) / 2, -1.0, 1.0)))
-        skew = relative - relative.T
-        axis = np.array([skew[2, 1], skew[0, 2], skew[1, 0]])
-        norm = float(np.linalg.norm(axis))
-        vectors.append(axis / norm * angle if norm > 1e-9 else np.zeros(3))
+    vectors = [rotation_vector(tools[0][:3, :3].T @ transform[:3, :3]) for transform in tools[1:]]
     # Second largest extent of the rotation vectors: how far the poses turn about a second axis.
     spread = np.linalg.svd(np.asarray(vectors), compute_uv=False)[1] / np.sqrt(len(vectors))
     if np.degrees(spread) < MIN_ROTATION_DEG / 2:
@@ -142,20 +136,3 @@ def _check_rotations(tools: Sequence[NDArray[np.float64]]) -> None:
             f"expected at least {MIN_ROTATION_DEG / 2:g}: take poses that turn about two axes by more than "
             f"{MIN_ROTATION_DEG:g} degrees"
         )
-
-
-def quaternion(rotation: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    """Return the unit quaternion (x, y, z, w), w >= 0, of a rotation matrix (3, 3)."""
-    m = rotation
-    candidates = np.array([1 + m[0, 0] - m[1, 1] - m[2, 2], 1 - m[0, 0] + m[1, 1] - m[2, 2],
-                           1 - m[0, 0] - m[1, 1] + m[2, 2], 1 + m[0, 0] + m[1, 1] + m[2, 2]])  # fmt: skip
-    rows = np.array([
-        [candidates[0], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0], m[2, 1] - m[1, 2]],
-        [m[0, 1] + m[1, 0], candidates[1], m[1, 2] + m[2, 1], m[0, 2] - m[2, 0]],
-        [m[0, 2] + m[2, 0], m[1, 2] + m[2, 1], candidates[2], m[1, 0] - m[0, 1]],
-        [m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1], candidates[3]],
-    ])  # fmt: skip
-    q = rows[int(np.argmax(candidates))]
-    q = q / np.linalg.norm(q)
-    x, y, z, w = (float(v) for v in (q if q[3] >= 0 else -q))
-    return x, y, z, w

@@ -25,13 +25,14 @@ from dcqfa_ros.drivers.protocols import CameraDriver, CameraFrame, DriverError
 from dcqfa_ros.drivers.realsense import RecordingEndedError
 from dcqfa_ros.nodes.camera_jpeg import JpegStream
 from dcqfa_ros.nodes.camera_sources import camera_pose, declare_camera, open_camera
-from dcqfa_ros.ros.camera_messages import camera_info, camera_transforms, quaternion, transform_message
+from dcqfa_ros.ros.camera_messages import camera_info, camera_transforms, transform_message
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.fastdds import use_image_profile
 from dcqfa_ros.ros.image_memory import keep_picture_memory
 from dcqfa_ros.ros.images import encode_image, restamp
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.rotations import quaternion_of
 
 COLOR_ENCODING, DEPTH_ENCODING = "rgb8", "16UC1"
 _SLOW_SHARE = 0.9  # a rate below this share of fps is a warning
@@ -225,7 +226,7 @@ class CameraNode(ManagedNode):
         """Report each frame as ``parent > child``: x y z (m), quaternion x y z w."""
         values = {"published": self._tf}
         for parent, child, matrix in self._transforms:
-            numbers = (*matrix[:3, 3], *quaternion(matrix[:3, :3]))
+            numbers = (*matrix[:3, 3], *quaternion_of(matrix[:3, :3]))
             values[f"{parent} > {child}"] = " ".join(f"{float(v):.6g}" for v in numbers)
         if self._pose is None:
             return Status(Level.OK, "extrinsics", "where the camera is was not given", values)

@@ -11,6 +11,7 @@ from sensor_msgs.msg import CameraInfo
 
 from dcqfa_ros.drivers.extrinsics import CameraPose
 from dcqfa_ros.drivers.protocols import CameraExtrinsics, CameraIntrinsics
+from dcqfa_ros.rotations import quaternion_of
 
 OPTICAL_IN_LINK = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
 """An optical frame (x right, y down, z forward) in its body frame (x forward, y left, z up), REP 103."""
@@ -61,24 +62,5 @@ def transform_message(parent: str, child: str, matrix: NDArray[np.float64], stam
     message.header.stamp, message.header.frame_id, message.child_frame_id = stamp, parent, child
     t, r = message.transform.translation, message.transform.rotation
     t.x, t.y, t.z = (float(v) for v in matrix[:3, 3])
-    r.x, r.y, r.z, r.w = quaternion(matrix[:3, :3])
+    r.x, r.y, r.z, r.w = quaternion_of(matrix[:3, :3]).tolist()
     return message
-
-
-def quaternion(rotation: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    """Return the unit quaternion (x, y, z, w) of a (3, 3) rotation, from the best-conditioned of its four forms."""
-    m = np.asarray(rotation, dtype=np.float64)
-    xx, yy, zz = m[0, 0], m[1, 1], m[2, 2]
-    # Outer product 4 q q^T of q = (x, y, z, w): the row of its largest diagonal element is q times a number.
-    outer = np.array(
-        [
-            [1 + xx - yy - zz, m[0, 1] + m[1, 0], m[0, 2] + m[2, 0], m[2, 1] - m[1, 2]],
-            [m[0, 1] + m[1, 0], 1 - xx + yy - zz, m[1, 2] + m[2, 1], m[0, 2] - m[2, 0]],
-            [m[0, 2] + m[2, 0], m[1, 2] + m[2, 1], 1 - xx - yy + zz, m[1, 0] - m[0, 1]],
-            [m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1], 1 + xx + yy + zz],
-        ]
-    )
-    row = outer[int(np.argmax(np.diag(outer)))]
-    q = row / np.linalg.norm(row)
-    x, y, z, w = (float(v) for v in (q if q[3] >= 0 else -q))
-    return x, y, z, w

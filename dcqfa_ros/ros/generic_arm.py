@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionOutcome, MotionResult
-from dcqfa_ros.drivers.kinematics import ArmKinematics, KinematicsError, interpolate_orientation, quaternion_of
+from dcqfa_ros.drivers.kinematics import ArmKinematics, KinematicsError
 from dcqfa_ros.drivers.protocols import DriverError
+from dcqfa_ros.rotations import interpolate_orientation, quaternion_of
 
 Floats = NDArray[np.float64]
 

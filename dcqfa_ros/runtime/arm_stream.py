@@ -21,11 +21,11 @@ from dcqfa_ros.drivers.arm_protocol import (
     MotionResult,
 )
 from dcqfa_ros.drivers.protocols import DriverError
+from dcqfa_ros.rotations import rotation_of
 from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
 from dcqfa_ros.runtime.arm_gate import ArmGate
 from dcqfa_ros.safety.stops import Stop, StopCode
 from dcqfa_ros.safety.supervision import Command
-from dcqfa_ros.safety.wrench_frames import rotation_of
 
 Floats = NDArray[np.float64]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcqfa_ros.errors import UserError
-from dcqfa_ros.safety.wrench_frames import rotation_of
+from dcqfa_ros.rotations import rotation_of
 
 Floats = NDArray[np.float64]
 

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dcqfa_ros.rotations import rotation_of
 from dcqfa_ros.safety.cartesian_limits import LimitError
 
 Floats = NDArray[np.float64]
-
-
-def rotation_of(quaternion: Sequence[float] | Floats) -> Floats:
-    """Return the rotation matrix (3, 3) of a quaternion (x, y, z, w) of any length above 0.
-
-    Raises:
-        ValueError: it is not four finite numbers, or all are 0.
-    """
-    q = np.asarray(quaternion, np.float64)
-    length = float(np.linalg.norm(q))
-    if q.shape != (4,) or not np.isfinite(length) or length < 1e-9:
-        raise ValueError(f"quaternion {q.tolist()}: expected four finite numbers (x, y, z, w), not all 0")
-    x, y, z, w = q / length
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcqfa_ros.drivers import inovo_messages as m
-from dcqfa_ros.drivers.kinematics import JOINTS, inovo_kinematics, quaternion_of
+from dcqfa_ros.drivers.kinematics import JOINTS, inovo_kinematics
+from dcqfa_ros.rotations import quaternion_of
 from dcqfa_ros.sim.contact import ContactPlane, ToolLoad, cross
 from dcqfa_ros.sim.inovo_commands import TRAJECTORY, EmulatedCommands
 from dcqfa_ros.sim.inovo_gripper import EmulatedGripper

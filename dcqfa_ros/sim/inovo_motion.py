@@ -14,8 +14,8 @@ from dcqfa_ros.drivers.kinematics import (
     JOINTS,
     ArmKinematics,
     KinematicsError,
-    interpolate_orientation,
 )
+from dcqfa_ros.rotations import interpolate_orientation
 
 Floats = NDArray[np.float64]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcqfa_ros.drivers import inovo_messages as m
-from dcqfa_ros.drivers.kinematics import JOINTS, KinematicsError, quaternion_of
+from dcqfa_ros.drivers.kinematics import JOINTS, KinematicsError
+from dcqfa_ros.rotations import quaternion_of
 from dcqfa_ros.sim.rosbridge_server import RequestError
 
 if TYPE_CHECKING:

@@ -10,16 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dcqfa_ros.drivers.kinematics import (
-    KinematicsError,
-    inovo_kinematics,
-    interpolate_orientation,
-    load_kinematics,
-    quaternion_of,
-    rotation_from_vector,
-    rotation_of,
-    rotation_vector,
-)
+from dcqfa_ros.drivers.kinematics import KinematicsError, inovo_kinematics, load_kinematics
+from dcqfa_ros.rotations import rotation_of, rotation_vector
 
 HOME = np.array([0.0, 0.0, np.pi / 2, 0.0, np.pi / 2, np.pi])
 BUILDS = ("short", "medium", "long")
@@ -109,33 +101,6 @@ def test_joints_found_for_a_pose_reach_it(change: np.ndarray, build: str) -> Non
 def test_a_pose_out_of_reach_is_refused() -> None:
     with pytest.raises(KinematicsError, match="out of reach"):
         inovo_kinematics("short").inverse([3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], HOME)
-
-
-@given(arrays(np.float64, 3, elements=st.floats(-1.8, 1.8)))
-def test_rotations_survive_the_way_through_vectors_and_quaternions(vector: np.ndarray) -> None:
-    rotation = rotation_from_vector(vector)
-    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
-    np.testing.assert_allclose(rotation_of(quaternion_of(rotation)), rotation, atol=1e-12)
-    if np.linalg.norm(vector) < np.pi - 1e-3:
-        np.testing.assert_allclose(rotation_vector(rotation), vector, atol=1e-9)
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_half_turns_have_their_quaternions(axis: int) -> None:
-    vector = np.pi * np.eye(3)[axis]
-    np.testing.assert_allclose(np.abs(quaternion_of(rotation_from_vector(vector))), [*np.eye(3)[axis], 0.0], atol=1e-9)
-
-
-def test_orientations_are_interpolated_the_short_way() -> None:
-    start, end = (0.0, 0.0, 0.0, 1.0), (0.0, 0.0, -np.sin(0.2), -np.cos(0.2))  # the latter is +0.4 rad about z
-    middle = interpolate_orientation(start, end, [0.5])[0]
-    np.testing.assert_allclose(rotation_vector(middle), [0.0, 0.0, 0.2], atol=1e-12)
-
-
-@pytest.mark.parametrize("orientation", [(0, 0, 0, 0), (np.nan, 0, 0, 1), (0, 0, 1), (np.inf, 0, 0, 1)])
-def test_what_is_no_quaternion_is_refused(orientation: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="quaternion"):
-        rotation_of(orientation)
 
 
 def test_wrong_builds_files_and_shapes_are_refused_by_name(tmp_path: Path) -> None:

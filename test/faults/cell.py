@@ -20,7 +20,6 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
 
 from dcqfa_ros.drivers import inovo_messages as m
-from dcqfa_ros.drivers.kinematics import quaternion_of
 from dcqfa_ros.ros.bringup import MANAGER, BringupOptions, describe
 from dcqfa_ros.ros.conversions import TCP, to_duration, to_time
 from dcqfa_ros.ros.diagnostics import from_message
@@ -28,6 +27,7 @@ from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.qos import qos
 from dcqfa_ros.ros.supervisor import _command
 from dcqfa_ros.ros.testing import Graph, Spawned, wait_until
+from dcqfa_ros.rotations import quaternion_of
 from dcqfa_ros.sim.ft300s import FT300SEmulator, FT300SOptions
 from dcqfa_ros.sim.inovo import InovoEmulator, MotionFrame
 

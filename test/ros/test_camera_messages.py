@@ -5,19 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dcqfa_ros.drivers.extrinsics import CameraPose
 from dcqfa_ros.drivers.protocols import CameraExtrinsics, CameraIntrinsics
-from dcqfa_ros.ros.camera_messages import camera_info, camera_transforms, quaternion, transform_message
+from dcqfa_ros.ros.camera_messages import camera_info, camera_transforms, transform_message
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-
-
-def rotation(q: np.ndarray) -> np.ndarray:
-    pose = CameraPose(parent="world", position=(0, 0, 0), orientation=tuple(map(float, q)), status="nominal")
-    return pose.matrix()[:3, :3]
 
 
 def test_a_camera_without_calibration_says_so_with_zeros() -> None:
@@ -34,13 +27,6 @@ def test_distortion_travels_with_its_model() -> None:
         7.5,
         7.5,
     )
-
-
-@given(st.lists(st.floats(-1, 1), min_size=4, max_size=4).filter(lambda q: np.linalg.norm(q) > 0.1))
-def test_quaternions_give_the_rotation_they_came_from(values: list[float]) -> None:
-    q = np.array(values) / np.linalg.norm(values)
-    matrix = rotation(q)
-    np.testing.assert_allclose(rotation(np.array(quaternion(matrix))), matrix, atol=1e-9)
 
 
 def test_frames_hang_together_as_the_calibration_says() -> None:
