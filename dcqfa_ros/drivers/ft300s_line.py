@@ -164,8 +164,7 @@ class SerialLine:
         Raises:
             SensorUnpluggedError: the port vanished, or was never opened.
         """
-        if self._device is None:
-            raise SensorUnpluggedError(f"{self.port}: not open; call connect() first")
+        self._opened()
         try:
             ready, _, _ = select.select([self._fd], [], [], max(0.0, timeout_s))
             if not ready:
@@ -185,10 +184,9 @@ class SerialLine:
         Raises:
             SensorUnpluggedError: the port vanished, or was never opened.
         """
-        if self._device is None:
-            raise SensorUnpluggedError(f"{self.port}: not open; call connect() first")
+        device = self._opened()
         try:
-            self._device.write(data)
+            device.write(data)
         except OSError as error:
             raise self._vanished(error) from error
 
@@ -198,10 +196,9 @@ class SerialLine:
         Raises:
             SensorUnpluggedError: the port vanished, or was never opened.
         """
-        if self._device is None:
-            raise SensorUnpluggedError(f"{self.port}: not open; call connect() first")
+        device = self._opened()
         try:
-            self._device.reset_input_buffer()
+            device.reset_input_buffer()
         except Exception as error:  # termios.error is no OSError
             raise self._vanished(error) from error
 
@@ -223,6 +220,11 @@ class SerialLine:
         if device is not None:
             with contextlib.suppress(Exception):  # of a device that is gone there is nothing to give back
                 device.close()
+
+    def _opened(self) -> Port:
+        if self._device is None:
+            raise SensorUnpluggedError(f"{self.port}: not open; call connect() first")
+        return self._device
 
     def _vanished(self, error: Exception | None) -> SensorUnpluggedError:
         why = f" ({error})" if error is not None and str(error) else ""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcqfa_ros.drivers.protocols import CameraExtrinsics, CameraFrame, CameraIntrinsics, DriverError
+from dcqfa_ros.drivers.protocols import CameraFrame, CameraIntrinsics, ColorOnly, DriverError
 
 _RETRY_S = 0.2
 _PLAUSIBLE_NS = 1_000_000_000
@@ -47,7 +47,7 @@ def rgb(picture: Any, what: str) -> NDArray[np.uint8]:
     return result
 
 
-class OpenCVCamera:
+class OpenCVCamera(ColorOnly):
     """A camera that OpenCV can open (on Linux: V4L2). Not thread-safe.
 
     A camera that stops delivering is closed; each further ``read`` tries to open it again. Stamps are the kernel's own
@@ -106,21 +106,6 @@ class OpenCVCamera:
     def intrinsics(self) -> CameraIntrinsics:
         """Those given; focal lengths are 0 without a calibration."""
         return self._intrinsics
-
-    @property
-    def has_depth(self) -> bool:
-        """Color only."""
-        return False
-
-    @property
-    def serial_number(self) -> str:
-        """OpenCV does not tell."""
-        return ""
-
-    @property
-    def extrinsics(self) -> CameraExtrinsics | None:
-        """There is no depth, hence none."""
-        return None
 
     def _video_capture(self) -> Any:
         cv2 = opencv()

@@ -186,6 +186,25 @@ class CameraDriver(Protocol):
         """Release the camera. Safe to call at any time and more than once."""
 
 
+class ColorOnly:
+    """What a camera says that sees color only and has no serial number, for drivers to inherit."""
+
+    @property
+    def has_depth(self) -> bool:
+        """Color only."""
+        return False
+
+    @property
+    def serial_number(self) -> str:
+        """There is none."""
+        return ""
+
+    @property
+    def extrinsics(self) -> CameraExtrinsics | None:
+        """There is no depth, hence none."""
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class WrenchSample:
     """One reading of a force/torque sensor in its own frame, as the sensor sent it. Arrays are read-only.

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dcqfa_ros.drivers.opencv_camera import opencv, rgb
-from dcqfa_ros.drivers.protocols import CameraExtrinsics, CameraFrame, CameraIntrinsics, DriverError
+from dcqfa_ros.drivers.protocols import CameraFrame, CameraIntrinsics, ColorOnly, DriverError
 from dcqfa_ros.drivers.realsense import RecordingEndedError
 
 _PAUSE_NS = 1_000_000_000  # a reader that was away for longer goes on where it was; one that was late skips
 
 
-class VideoCamera:
+class VideoCamera(ColorOnly):
     """Plays a video file in real time. Not thread-safe. Frames that nobody read in time are skipped."""
 
     def __init__(
@@ -63,21 +63,6 @@ class VideoCamera:
         if self._intrinsics is None:
             raise DriverError(f"{self.name}: not connected, call connect() first")
         return self._intrinsics
-
-    @property
-    def has_depth(self) -> bool:
-        """Color only."""
-        return False
-
-    @property
-    def serial_number(self) -> str:
-        """There is none."""
-        return ""
-
-    @property
-    def extrinsics(self) -> CameraExtrinsics | None:
-        """There is no depth, hence none."""
-        return None
 
     def connect(self) -> None:
         """Open the file; it plays from the first ``read`` on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from dcqfa_ros.drivers.protocols import CameraExtrinsics, CameraFrame, CameraIntrinsics, DriverError
+from dcqfa_ros.drivers.protocols import CameraFrame, CameraIntrinsics, ColorOnly, DriverError
 from dcqfa_ros.sim.cell_state import CellStateReader
 from dcqfa_ros.sim.render import MAX_SIZE_PX, MIN_SIZE_PX, render
 from dcqfa_ros.sim.tee import METRES_PER_PIXEL, TABLE_SIZE_PX
@@ -13,7 +13,7 @@ CAMERA_HEIGHT_M = 0.5  # above the table's centre, looking straight down
 MAX_FPS = 1000.0
 
 
-class SimulatedCamera:
+class SimulatedCamera(ColorOnly):
     """Color camera (no depth) looking straight down at the cell's table from 0.5 m.
 
     Pictures come at ``fps`` whether the cell moves or not, as from a real camera. A cell that is not there is an error
@@ -70,21 +70,6 @@ class SimulatedCamera:
         side = min(self._width, self._height)
         focal = side * CAMERA_HEIGHT_M / (TABLE_SIZE_PX * METRES_PER_PIXEL)
         return CameraIntrinsics(self._width, self._height, focal, focal, (self._width - 1) / 2, (self._height - 1) / 2)
-
-    @property
-    def has_depth(self) -> bool:
-        """The simulated camera sees color only."""
-        return False
-
-    @property
-    def serial_number(self) -> str:
-        """There is none."""
-        return ""
-
-    @property
-    def extrinsics(self) -> CameraExtrinsics | None:
-        """There is no depth, hence none."""
-        return None
 
     def connect(self) -> None:
         """Start the frame clock; the cell need not run yet. Nothing happens when already connected."""
