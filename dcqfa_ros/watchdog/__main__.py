@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=DEFAULT_TIMEOUT_S * 1e3,
         metavar="MS",
-        help="silence that trips, 20 to 5000 ms (default: %(default)g)",
+        help="silence that trips, 20 to 1000 ms (default: %(default)g)",
     )
     args = parser.parse_args(argv)
     try:

@@ -20,6 +20,7 @@ _RECONNECT_S = 0.5
 _CONNECT_S = 0.3  # short: while it connects, it watches nobody, and says so
 _ANSWER_S = 0.2  # to wait for the answer to a trip before it is sent again
 _IDLE_S = 0.25
+_LEAVE_S = 1.0  # to wait, when told to end, for an armed arm_node to end first
 
 
 class Watchdog:
@@ -45,18 +46,26 @@ class Watchdog:
         self._calls = 0
         self._pending_s: float | None = None  # since when a trip waits to be acknowledged
         self._sent_s = float("-inf")
-        self._stopping = False
+        self._stopping_s: float | None = None  # since when
         self._was_connected: bool | None = None
 
     def stop(self) -> None:
         """Make :meth:`run` return soon; safe in a signal handler."""
-        self._stopping = True
+        if self._stopping_s is None:
+            self._stopping_s = time.monotonic()
 
     def run(self) -> None:
-        """Watch until :meth:`stop`."""
+        """Watch until :meth:`stop`.
+
+        A signal that ends a whole cell reaches this process and ``arm_node`` at once. While the arm is armed, or a trip
+        is not acknowledged, the watching goes on for a moment: ``arm_node`` may hang while it ends.
+        """
         self._log("started", url=self._url, listen=str(self._address), timeout_ms=self.monitor.timeout_s * 1e3)
-        while not self._stopping:
+        while self._stopping_s is None or self._is_needed(time.monotonic() - self._stopping_s):
             self._step()
+
+    def _is_needed(self, stopping_s: float) -> bool:
+        return stopping_s < _LEAVE_S and (self.monitor.watching or self._pending_s is not None)
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -71,6 +80,8 @@ class Watchdog:
             self._pending_s = now
             self._sent_s = float("-inf")
         if self._pending_s is not None and now - self._sent_s > _ANSWER_S:
+            if self._link is not None and self._link.heard_s < self._sent_s:
+                self._lose(f"nothing heard for {_ANSWER_S:g} s after a trip")  # it may be dead; a new one tells
             self._trip(now)
         self._read_controller()
         self._keep_connection(time.monotonic())

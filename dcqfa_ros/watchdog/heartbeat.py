@@ -78,10 +78,10 @@ class Monitor:
         """Watch nobody yet.
 
         Raises:
-            ValueError: the time-out is not within 0.02 to 5 s.
+            ValueError: the time-out is not within 0.02 to 1 s.
         """
-        if not 0.02 <= timeout_s <= 5.0:
-            raise ValueError(f"time-out {timeout_s} s: expected 0.02 to 5")
+        if not 0.02 <= timeout_s <= 1.0:
+            raise ValueError(f"time-out {timeout_s} s: expected 0.02 to 1")
         self.timeout_s = timeout_s
         self.tripped = False
         self.beats = self.strangers = 0
