@@ -104,6 +104,10 @@ class CartesianArmDriver(Protocol):
     def name(self) -> str:
         """Short name for messages, such as ``Inovo arm at 192.168.1.7``."""
 
+    @property
+    def stops(self) -> int:
+        """How often the arm was stopped or lost so far: a move that was decided on before such an end is void."""
+
     def connect(self) -> None:
         """Open the transport, subscribe to the state and wait for the first one. Nothing moves.
 
@@ -146,19 +150,26 @@ class CartesianArmDriver(Protocol):
         """
 
     def move_to_pose(
-        self, position: Floats, orientation: Floats, *, speed: float, angular_speed: float
+        self, position: Floats, orientation: Floats, *, speed: float, angular_speed: float, since: int | None = None
     ) -> MotionHandle:
         """Start a straight move of the tool centre point at most at ``speed`` m/s and ``angular_speed`` rad/s.
 
+        Args:
+            position: goal (3,), m.
+            orientation: goal (4,).
+            speed: m/s.
+            angular_speed: rad/s.
+            since: :attr:`stops` when the move was decided on; None: now.
+
         Raises:
-            DriverError: the arm is not ready, or the transport is lost.
+            DriverError: the arm is not ready, was stopped since, or the transport is lost; nothing was sent.
         """
 
-    def follow_joints(self, times_s: Floats, positions: Floats) -> MotionHandle:
-        """Start following joint positions (n, 6) rad at ``times_s`` (n,) after now.
+    def follow_joints(self, times_s: Floats, positions: Floats, *, since: int | None = None) -> MotionHandle:
+        """Start following joint positions (n, 6) rad at ``times_s`` (n,) after now; ``since`` as for a pose.
 
         Raises:
-            DriverError: the arm is not ready, or the transport is lost.
+            DriverError: the arm is not ready, was stopped since, or the transport is lost; nothing was sent.
         """
 
     def move_gripper(self, opening: float) -> None:

@@ -102,6 +102,11 @@ class InovoArm:
         """Whether ``send_twist`` would send."""
         return self._streaming is not None and self._streaming is self.client.session
 
+    @property
+    def stops(self) -> int:
+        """How often the arm was stopped or lost so far: a move that was decided on before such an end is void."""
+        return self._stops
+
     def connect(self) -> None:
         """Open the transport, subscribe to the state and wait for the first one. Nothing moves.
 
@@ -230,26 +235,39 @@ class InovoArm:
             )
 
     def move_to_pose(
-        self, position: ArrayLike, orientation: ArrayLike, *, speed: float, angular_speed: float
+        self,
+        position: ArrayLike,
+        orientation: ArrayLike,
+        *,
+        speed: float,
+        angular_speed: float,
+        since: int | None = None,
     ) -> InovoMove:
         """Start a straight move of the tool centre point at most at ``speed`` m/s and ``angular_speed`` rad/s.
+
+        Args:
+            position: goal (3,), m.
+            orientation: goal (4,), quaternion (x, y, z, w).
+            speed: m/s.
+            angular_speed: rad/s.
+            since: :attr:`stops` when the move was decided on; None: now.
 
         Raises:
             ValueError: a number is not finite or a speed is out of range; nothing was sent.
             DriverError: the arm is not ready, refuses, or was stopped meanwhile.
         """
         goal = straight_goal(position, orientation, speed, angular_speed, self._tcp)
-        return self._start(self._move, goal, "move to a pose")
+        return self._start(self._move, goal, "move to a pose", since)
 
-    def follow_joints(self, times_s: ArrayLike, positions: ArrayLike) -> InovoMove:
-        """Start following joint positions (n, 6) rad at ``times_s`` (n,) after now.
+    def follow_joints(self, times_s: ArrayLike, positions: ArrayLike, *, since: int | None = None) -> InovoMove:
+        """Start following joint positions (n, 6) rad at ``times_s`` (n,) after now; ``since`` as for a pose.
 
         Raises:
             ValueError: shapes, times or numbers are wrong, or a joint would be faster than it can; nothing was sent.
             DriverError: the arm is not ready, refuses, or was stopped meanwhile.
         """
         goal = joint_goal(self.kinematics, self.state().joints, times_s, positions)
-        return self._start(self._follow, goal, "follow joints")
+        return self._start(self._follow, goal, "follow joints", since)
 
     def move_gripper(self, opening: float) -> None:
         """Ask the gripper for an opening, 0 closed .. 1 open. Does not wait.
@@ -341,9 +359,12 @@ class InovoArm:
         message = m.jog(linear, angular, self._frame, self._tcp)
         return self.client.publish(m.CARTESIAN_JOG, message, session=session, urgent=True)
 
-    def _start(self, action: InovoAction, goal: m.Message, what: str) -> InovoMove:
+    def _start(self, action: InovoAction, goal: m.Message, what: str, since: int | None) -> InovoMove:
         session, stops = self._ready(what)
+        if since is not None:
+            stops = since
         with self._motion:
+            self._still(session, stops)
             if self._streaming is not None:
                 self._streaming = None
                 self._publish_jog(_ZERO, _ZERO, session)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from std_srvs.srv import Trigger
 
-from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionResult
+from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionOutcome, MotionResult
 from dcqfa_ros.drivers.inovo import InovoArm
 from dcqfa_ros.drivers.patience import connect_patiently
 from dcqfa_ros.drivers.protocols import DriverError
@@ -29,12 +29,12 @@ from dcqfa_ros.ros.conversions import MessageError, from_time, status_message
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.generic_arm import TopicArm
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
-from dcqfa_ros.runtime.arm_activity import CommandRefusal
+from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
 from dcqfa_ros.runtime.arm_executor import ArmRefusedError
 from dcqfa_ros.runtime.arm_gate import Listeners
 from dcqfa_ros.runtime.arm_stream import ArmStream
 from dcqfa_ros.safety.lease import CommandLease
-from dcqfa_ros.safety.stops import Stop, StopCode
+from dcqfa_ros.safety.stops import Stop, StopCode, StopLatch
 from dcqfa_ros.watchdog.client import WatchdogClient
 
 RIVALS_PERIOD_S = 0.2
@@ -58,6 +58,7 @@ class CellArmNode(ManagedNode):
         self._halt = threading.Event()
         self._pressed = False
         self._state_lock = threading.Lock()
+        self._latch = StopLatch()  # of the process: to configure again resets no stop
 
     def _validate_source(self, value: str) -> str | None:
         if value not in par.SOURCES:
@@ -79,9 +80,11 @@ class CellArmNode(ManagedNode):
         """
         settings, mount = par.make_settings(self), par.make_mount(self)
         kinematics = par.make_kinematics(self)
-        stage = par.make_stage(self, kinematics)
+        stage = par.make_stage(self, kinematics, self._latch)
         lease = CommandLease(par.SOURCES, self.parameter("command_source"))
         self._watchdog = par.make_watchdog(self)
+        if self._watchdog is None:
+            self.event(Level.WARN, "no watchdog: where this node hangs or dies, nothing stops the arm (watchdog.use)")
         if self.parameter("driver") == "inovo":
             self._driver = par.make_inovo(self)
             self._names = tuple(f"j{i + 1}" for i in range(6))
@@ -147,8 +150,6 @@ class CellArmNode(ManagedNode):
         self._halt.set()
         if control is not None and control is not threading.current_thread():
             control.join(2.0)
-        if self._watchdog is not None and control is not None:
-            self._watchdog.beat(False)  # the silence that follows is no accident
 
     def teardown(self) -> None:
         """Release the arm."""
@@ -182,36 +183,46 @@ class CellArmNode(ManagedNode):
 
     # Listeners, in whichever thread
 
+    def _tell(self, tell: Callable[[], None]) -> None:
+        """Run ``tell`` on the executor's thread: publishing must not keep those waiting who stop the arm."""
+        if self.on_executor_thread:
+            tell()
+        else:
+            self.post(tell)
+
     def _on_stop(self, stop: Stop) -> None:
         def tell() -> None:
             self._publish_arm_state()
             level = Level.OK if stop.code.normal else Level.ERROR
             self.event(level, f"disarmed: {stop.text}", code=stop.code.value)
 
-        if self.on_executor_thread:
-            tell()
-        else:
-            self.post(tell)
+        self._tell(tell)
 
     def _on_moved(self, kind: str, result: MotionResult) -> None:
-        values = {"command": kind, "outcome": result.outcome.value, "reason": result.message}
-        level = Level.OK if result.outcome.value == "succeeded" else Level.WARN
+        self._tell(lambda: self._publish_result(kind, result.outcome.value, result.message))
+
+    def _publish_result(self, kind: str, outcome: str, reason: str) -> None:
+        if self._stream is None:
+            return
+        values = {"command": kind, "outcome": outcome, "reason": reason}
+        level = Level.OK if outcome == MotionOutcome.SUCCEEDED.value else Level.WARN
         stamp = self.get_clock().now().nanoseconds
-        text = f"{kind}: {result.outcome.value}"
-        self._out["motion_result"].publish(status_message(stamp, "motion", level, text, values))
+        self._out["motion_result"].publish(status_message(stamp, "motion", level, f"{kind}: {outcome}", values))
 
     def _publish_arm_state(self) -> None:
         stream = self._stream
         if stream is None:
             return
         with self._state_lock:  # what is published last is what was true last
-            now, armed = stream.snapshot(), stream.armed
+            now = stream.snapshot()
+            armed = now.activity is not Activity.DISARMED
+            stopped = now.latched or not armed  # a retreat is both armed and stopped
             values = {
                 "state": "armed" if armed else "disarmed",
                 "activity": now.activity.value,
                 "episode": now.episode,
-                "code": "" if armed else now.stop.code.value,
-                "reason": "" if armed else now.stop.text,
+                "code": now.stop.code.value if stopped else "",
+                "reason": now.stop.text if stopped else "",
                 "latched": now.latched,
                 "contact": now.contact,
                 "source": stream.lease.holder,
@@ -222,7 +233,7 @@ class CellArmNode(ManagedNode):
                 "starved_ticks": stream.player.starved,
             }
             text = "armed" if armed else f"disarmed: {now.stop.text}"
-            level = Level.OK if armed or not now.latched else Level.ERROR
+            level = Level.ERROR if now.latched else Level.OK
             stamp = self.get_clock().now().nanoseconds
             self._out["arm_state"].publish(status_message(stamp, "arm", level, text, values))
 
@@ -278,10 +289,7 @@ class CellArmNode(ManagedNode):
         if refusal is None:
             return
         self.event(Level.WARN, f"{kind} refused: {text}", refusal=refusal.value)
-        values = {"command": kind, "outcome": "rejected", "reason": text}
-        stamp = self.get_clock().now().nanoseconds
-        message = status_message(stamp, "motion", Level.WARN, f"{kind}: rejected", values)
-        self._out["motion_result"].publish(message)
+        self._publish_result(kind, MotionOutcome.REJECTED.value, text)
 
     def _on_gripper(self, source: str, message: Any) -> None:
         self._running()[0].submit_gripper(source, float(message.data), time.monotonic_ns())

@@ -17,6 +17,7 @@ from dcqfa_ros.runtime.arm_activity import StreamSettings
 from dcqfa_ros.safety.cartesian_limits import MotionLimits, TwistLimiter, Workspace
 from dcqfa_ros.safety.force_guard import ForceGuard, ForceLimits
 from dcqfa_ros.safety.joint_limits import INOVO_JOINT_SPEEDS, JointLimits
+from dcqfa_ros.safety.stops import StopLatch
 from dcqfa_ros.safety.supervision import Ages, SafetyStage
 from dcqfa_ros.safety.wrench_frames import SensorMount
 from dcqfa_ros.watchdog.address import default_address
@@ -149,8 +150,8 @@ def make_mount(node: ManagedNode) -> SensorMount:
     return SensorMount(tuple(value("sensor_position")), tuple(value("sensor_rotation")), float(value("sensor_sign")))
 
 
-def make_stage(node: ManagedNode, kinematics: ArmKinematics) -> SafetyStage:
-    """Return the safety stage.
+def make_stage(node: ManagedNode, kinematics: ArmKinematics, latch: StopLatch) -> SafetyStage:
+    """Return the safety stage, behind ``latch``.
 
     Raises:
         LimitError: a limit is absent or beyond its hard maximum.
@@ -175,7 +176,7 @@ def make_stage(node: ManagedNode, kinematics: ArmKinematics) -> SafetyStage:
         kinematics, value("limits.joint_speeds"), value("limits.joint_lower"), value("limits.joint_upper")
     )
     guard = ForceGuard(ForceLimits(**table("force", _FORCE))) if value("has_wrench") else None
-    return SafetyStage(limiter, joints, guard, Ages(**table("maximum_age", _AGES)), cameras(node))
+    return SafetyStage(limiter, joints, guard, Ages(**table("maximum_age", _AGES)), cameras(node), latch)
 
 
 def cameras(node: ManagedNode) -> list[str]:

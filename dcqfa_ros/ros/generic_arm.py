@@ -20,11 +20,15 @@ from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionOutcome
 from dcqfa_ros.drivers.kinematics import ArmKinematics, KinematicsError
 from dcqfa_ros.drivers.protocols import DriverError
 from dcqfa_ros.rotations import interpolate_orientation, quaternion_of
+from dcqfa_ros.safety.joint_limits import DAMPING
 
 Floats = NDArray[np.float64]
 
 _FRESH_S = 0.5  # joint states older than this: the arm is not there
 _REACHED_RAD = 0.02
+_HOLD_S = 0.1  # in which a trajectory that is ended comes to rest
+_RECENT_S = 0.1  # joint states older than this do not say where a moving arm is
+_ENDED = (MotionOutcome.SUCCEEDED, MotionOutcome.CANCELLED)
 _GRACE_S = 3.0  # after the end of a trajectory, until the arm must have reached it
 _STEP_M, _STEP_RAD = 0.01, 0.05  # between two points of a straight move
 
@@ -41,10 +45,11 @@ class Outputs:
 class TopicMotion:
     """A trajectory that was published; it has ended when the joint states show its last point."""
 
-    def __init__(self, arm: TopicArm, goal: Floats, duration_s: float) -> None:
-        """Begin now."""
-        self._arm, self._goal = arm, goal
-        self._end_s = time.monotonic() + duration_s
+    def __init__(self, arm: TopicArm, times_s: Floats, positions: Floats) -> None:
+        """Begin now: from the arm's present joints through ``positions`` (n, 6) rad at ``times_s`` (n,)."""
+        self._arm, self._begun_s = arm, time.monotonic()
+        self._times = np.concatenate([[0.0], times_s])
+        self._rows = np.vstack([arm.state().joints, positions])
         self._result: MotionResult | None = None
 
     def done(self) -> bool:
@@ -54,15 +59,20 @@ class TopicMotion:
         return self._result is not None
 
     def _look(self) -> MotionResult | None:
-        state, now = self._arm.state(), time.monotonic()
+        state, late = self._arm.state(), time.monotonic() - self._begun_s - self._times[-1]
         if state.readiness is ArmReadiness.DISCONNECTED:
             return MotionResult(MotionOutcome.LOST, state.detail)
-        away = float(np.abs(state.joints - self._goal).max())
-        if now >= self._end_s and away < _REACHED_RAD:
+        away = float(np.abs(state.joints - self._rows[-1]).max())
+        if late >= 0.0 and away < _REACHED_RAD:
             return MotionResult(MotionOutcome.SUCCEEDED, "")
-        if now >= self._end_s + _GRACE_S:
+        if late >= _GRACE_S:
             return MotionResult(MotionOutcome.TIMED_OUT, f"{away:.3f} rad from the goal {_GRACE_S:g} s after its time")
         return None
+
+    def planned(self, ahead_s: float) -> Floats:
+        """Return the joints (6,) rad that the trajectory asks for in ``ahead_s`` seconds."""
+        at = time.monotonic() - self._begun_s + ahead_s
+        return np.array([np.interp(at, self._times, column) for column in self._rows.T])
 
     def result(self, timeout_s: float | None = None) -> MotionResult:
         """Wait for the end.
@@ -79,10 +89,16 @@ class TopicMotion:
         return self._result
 
     def cancel(self) -> None:
-        """End the move where the arm is."""
-        if not self.done():
-            self._result = MotionResult(MotionOutcome.CANCELLED, "")
-            self._arm.hold_position()
+        """End the move, also where the arm was lost or is late: its controller may still execute it.
+
+        The arm is to stay where it is, or, where that is not known, where the trajectory has brought it.
+        """
+        if self.done() and self._result is not None and self._result.outcome in _ENDED:
+            return
+        self._result = self._result or MotionResult(MotionOutcome.CANCELLED, "")
+        state = self._arm.state()
+        known = time.monotonic_ns() - state.stamp_ns < _RECENT_S * 1e9
+        self._arm.hold(state.joints if known else self.planned(_HOLD_S / 2.0))
 
 
 class TopicArm:
@@ -99,6 +115,7 @@ class TopicArm:
         self.kinematics, self._out = kinematics, outputs
         self._lock = threading.RLock()
         self._streaming = False
+        self._stops = 0
         self._motion: TopicMotion | None = None
         nothing = np.zeros(6)
         self._joints, self._velocities, self._stamp_ns = nothing, nothing, 0
@@ -107,6 +124,11 @@ class TopicArm:
     def name(self) -> str:
         """Short name for messages."""
         return f"{self.kinematics.name} behind ROS 2 topics"
+
+    @property
+    def stops(self) -> int:
+        """How often the arm was stopped so far: a move that was decided on before is void."""
+        return self._stops
 
     def feed(self, positions: Floats, velocities: Floats, stamp_ns: int) -> None:
         """Take in joint positions and velocities (6,), rad and rad/s; not finite ones are as good as none."""
@@ -137,13 +159,16 @@ class TopicArm:
         )
 
     def start_streaming(self) -> None:
-        """Begin with a zero twist.
+        """Begin with a zero twist; a move under way is ended.
 
         Raises:
-            DriverError: no joint states come.
+            DriverError: no joint states come, or the arm was stopped meanwhile.
         """
+        stops = self._stops
         self._check()
         with self._lock:
+            self._still(stops)
+            self._end_move()
             self._streaming = True
             self._send(np.zeros(3), np.zeros(3))
 
@@ -164,32 +189,44 @@ class TopicArm:
         else:
             assert self._out.joint_velocity is not None
             moving = bool(np.any(linear) or np.any(angular))
-            speeds = self.kinematics.joint_velocities(self._joints, linear, angular) if moving else np.zeros(6)
+            # With the damping of the limits: these are the joint speeds that were examined.
+            speeds = np.zeros(6)
+            if moving:
+                speeds = self.kinematics.joint_velocities(self._joints, linear, angular, DAMPING)
             self._out.joint_velocity(speeds)
         return time.monotonic_ns()
 
     def stop(self) -> None:
         """Publish zero, end a move where the arm is, and publish nothing after it."""
         with self._lock:
-            motion, self._motion = self._motion, None
-            streaming, self._streaming = self._streaming, False
-            if streaming or motion is None:
+            self._stops += 1
+            if self._streaming or self._motion is None:
                 self._send(np.zeros(3), np.zeros(3))
+            self._streaming = False
+            self._end_move()
+
+    def _end_move(self) -> None:
+        motion, self._motion = self._motion, None
         if motion is not None:
             motion.cancel()
 
-    def hold_position(self) -> None:
-        """Replace a trajectory under way by staying where the arm is."""
-        with self._lock:
-            joints = self._joints.copy()
-        self._out.trajectory(np.array([0.1]), joints[None])
+    def _still(self, stops: int) -> None:
+        if stops != self._stops:
+            raise DriverError(f"{self.name}: stopped meanwhile: nothing was sent, start again")
 
-    def move_to_pose(self, position: Floats, orientation: Floats, *, speed: float, angular_speed: float) -> TopicMotion:
+    def hold(self, joints: Floats) -> None:
+        """Replace a trajectory under way by coming to rest at ``joints`` (6,) rad."""
+        self._out.trajectory(np.array([_HOLD_S]), joints[None])
+
+    def move_to_pose(
+        self, position: Floats, orientation: Floats, *, speed: float, angular_speed: float, since: int | None = None
+    ) -> TopicMotion:
         """Start a straight move of the tool centre point, as a joint trajectory.
 
         Raises:
-            DriverError: no joint states come, or part of the line cannot be reached.
+            DriverError: no joint states come, the arm was stopped since, or part of the line cannot be reached.
         """
+        stops = self._stops if since is None else since
         self._check()
         state = self.state()
         turn = 2.0 * np.arccos(min(1.0, abs(float(state.orientation @ orientation))))
@@ -208,25 +245,29 @@ class TopicArm:
             except KinematicsError as error:
                 raise DriverError(f"{self.name}: {error}") from error
             rows.append(joints)
-        return self._begin(shares * duration, np.array(rows))
+        return self._begin(shares * duration, np.array(rows), stops)
 
-    def follow_joints(self, times_s: Floats, positions: Floats) -> TopicMotion:
+    def follow_joints(self, times_s: Floats, positions: Floats, *, since: int | None = None) -> TopicMotion:
         """Start following joint positions (n, 6) rad at ``times_s`` (n,) after now.
 
         Raises:
-            DriverError: no joint states come.
+            DriverError: no joint states come, or the arm was stopped since.
         """
+        stops = self._stops if since is None else since
         self._check()
-        return self._begin(np.asarray(times_s, np.float64), np.asarray(positions, np.float64))
+        return self._begin(np.asarray(times_s, np.float64), np.asarray(positions, np.float64), stops)
 
-    def _begin(self, times_s: Floats, positions: Floats) -> TopicMotion:
+    def _begin(self, times_s: Floats, positions: Floats, stops: int) -> TopicMotion:
         steps = np.diff(positions, axis=0, prepend=self.state().joints[None])
         speeds = np.abs(steps) / np.diff(times_s, prepend=0.0)[:, None]
         if (speeds > self.kinematics.velocity_limits).any():
             raise DriverError(f"{self.name}: the move would need {speeds.max():.2f} rad/s of a joint: allow more time")
         with self._lock:
-            self._streaming = False
-            self._motion = TopicMotion(self, positions[-1], float(times_s[-1]))
+            self._still(stops)
+            if self._streaming:
+                self._streaming = False
+                self._send(np.zeros(3), np.zeros(3))
+            self._motion = TopicMotion(self, times_s, positions)
             self._out.trajectory(times_s, positions)
             return self._motion
 

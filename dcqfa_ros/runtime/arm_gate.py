@@ -6,7 +6,6 @@ A stop is carried out in the thread that finds it, under the lock that every com
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
@@ -118,6 +117,7 @@ class ArmGate:
         self._rotation = np.eye(3)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
+        self._told_armed = False  # what the watchdog was told last
         self._attention = threading.Event()  # brings the next tick of the control thread forward
         self._rising = threading.Lock()  # held while the arm is being brought up
 
@@ -148,7 +148,7 @@ class ArmGate:
         self._jobs.put(None)
         worker, self._worker = self._worker, None
         if worker is not None and worker is not threading.current_thread():
-            worker.join(5.0)
+            worker.join(1.0)  # it may be waiting for the controller, whose connection is closed next
 
     # Arming
 
@@ -203,9 +203,9 @@ class ArmGate:
         """Stop at once and latch, armed or not."""
         stop = Stop(StopCode.OPERATOR_STOP, text)
         with self._gate:
-            first = self.stage.latch.held is None
+            news = self.armed or self.stage.latch.held is None
             self._halt(stop)
-        if first:
+        if news:
             self._listeners.stopped(stop)
 
     def reset_stop(self, wait_s: float = 1.0) -> Stop | None:
@@ -242,8 +242,8 @@ class ArmGate:
         def work() -> None:
             try:
                 self.driver.bring_up()
-            except DriverError as error:
-                problem.append(str(error))
+            except Exception as error:  # noqa: BLE001 - whoever waits is told whatever it was
+                problem.append(str(error) or type(error).__name__)
             finally:
                 self._rising.release()
                 ended.set()
@@ -269,14 +269,14 @@ class ArmGate:
 
     def _halt(self, stop: Stop) -> None:
         """Zero twist, nothing after it, and the latch; the gate is held."""
-        self.driver.stop()
-        retreating = self._activity is Activity.RETREATING
-        if self._activity is Activity.MOVING:
+        retreating, moving = self._activity is Activity.RETREATING, self._activity is Activity.MOVING
+        try:
+            self.driver.stop()
+        finally:  # disarmed and latched, whatever the driver has met
+            self._rest()
+            self.stage.latch.trip(stop)
+        if moving:
             self._listeners.moved(self._move[0], MotionResult(MotionOutcome.CANCELLED, stop.text))
-        self._activity = Activity.DISARMED
-        self._forget()
-        self.stage.rest()
-        self.stage.latch.trip(stop)
         guard = self.stage.guard
         if guard is None:
             return
@@ -286,6 +286,17 @@ class ArmGate:
             self._jobs.put(lambda: self._begin_retreat(token))
         else:
             guard.end_retreat()
+
+    def _rest(self) -> None:
+        """The arm was stopped: nothing that was begun before goes on; the gate is held."""
+        self._activity = Activity.DISARMED
+        self._forget()
+        self.stage.rest()
+
+    def _is_current(self, token: int) -> bool:
+        """Whether nothing has stopped or armed the arm since ``token`` was taken."""
+        with self._gate:
+            return token == self._token
 
     # Signals from outside
 
@@ -318,12 +329,16 @@ class ArmGate:
 
     def _work(self, jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         while (job := jobs.get()) is not None:
-            with contextlib.suppress(ArmRefusedError):
+            try:
                 job()
+            except Exception as error:  # noqa: BLE001 - a defect must leave neither the arm half-way nor no worker
+                self.disarm(Stop(StopCode.FAULT, f"{type(error).__name__}: {error}"))
 
     def _begin_retreat(self, token: int) -> None:
         """Worker: stream again after a contact stop, to back away."""
         problem = ""
+        if not self._is_current(token):
+            return
         try:
             self.driver.start_streaming()
         except DriverError as error:
@@ -332,9 +347,9 @@ class ArmGate:
             guard = self.stage.guard
             if token != self._token or guard is None:
                 self.driver.stop()
-                return
-            if problem:
-                self._halt(Stop(StopCode.DRIVER, problem))
-                return
-            self.stage.begin(time.monotonic_ns())
-            guard.begin_retreat(self.driver.state().position)
+            elif problem:
+                self._fail(Stop(StopCode.DRIVER, problem))
+            else:
+                now = time.monotonic_ns()
+                self.stage.begin(now)
+                guard.begin_retreat(self.driver.state().position, now)

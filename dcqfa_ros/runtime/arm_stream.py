@@ -32,6 +32,8 @@ Floats = NDArray[np.float64]
 _STREAMS = (Activity.WAITING, Activity.STREAMING, Activity.HOLDING)
 _EARLIEST = 0.2  # of a period, at least, from a tick to one that a new command brings forward
 _AFTER_EARLY = 1.25  # of a period, to the tick after that: commands at the rate of the loop take the place of ticks
+_EARLY_APART = 0.8  # of a period, at least, between two such ticks: a flood of commands does not speed the loop up
+_AT_REST = 1e-4  # m/s and rad/s, commanded last: the arm stands
 _GRIPPER_STEP = 0.02  # smallest change of the opening that is sent on
 
 
@@ -82,7 +84,7 @@ class ArmStream(ArmGate):
                 turned = np.asarray(twist, np.float64)
                 if in_tool:
                     turned = np.concatenate([self._rotation @ turned[:3], self._rotation @ turned[3:]])
-                self._command = Command(turned, now_ns)
+                self._command = Command(turned, min(stamp_ns, now_ns))
                 self._activity = Activity.STREAMING
                 self._attention.set()
             return self._count(refusal)
@@ -91,23 +93,31 @@ class ArmStream(ArmGate):
         self, source: str, position: Floats, orientation: Floats, stamp_ns: int, now_ns: int
     ) -> tuple[CommandRefusal | None, str]:
         """Start a straight move to a pose in ``world``; returns a refusal and its reason in words."""
-        speeds = self.settings.pose_speed, self.settings.pose_angular_speed
-        goal = np.concatenate([position, orientation])
+        limits, settings = self.stage.limiter.limits, self.settings
+        speed = min(settings.pose_speed, limits.linear_speed)
+        angular_speed = min(settings.pose_angular_speed, limits.angular_speed)
         return self._submit_move(
-            source, "pose", goal, stamp_ns, now_ns, speeds[0],
+            source, "pose", np.concatenate([position, orientation]), stamp_ns, now_ns, speed,
             lambda state: self.stage.refuse_pose(position, orientation, state),
-            lambda: self.driver.move_to_pose(position, orientation, speed=speeds[0], angular_speed=speeds[1]),
+            lambda since: self.driver.move_to_pose(
+                position, orientation, speed=speed, angular_speed=angular_speed, since=since
+            ),
         )  # fmt: skip
 
     def submit_joints(
         self, source: str, times_s: Floats, positions: Floats, stamp_ns: int, now_ns: int
     ) -> tuple[CommandRefusal | None, str]:
         """Start following joint positions (n, 6) rad at ``times_s`` (n,); returns a refusal and its reason in words."""
-        goal = np.concatenate([np.ravel(times_s), np.ravel(positions)])
+        limit_s = self.settings.move_timeout_s
+
+        def refuse(state: ArmState) -> str | None:
+            if len(times_s) and float(np.max(times_s)) > limit_s:
+                return f"it takes {float(np.max(times_s)):.1f} s, move_timeout_s is {limit_s:g}"
+            return self.stage.refuse_joints(times_s, positions, state)
+
         return self._submit_move(
-            source, "joint_trajectory", goal, stamp_ns, now_ns, None,
-            lambda state: self.stage.refuse_joints(times_s, positions, state),
-            lambda: self.driver.follow_joints(times_s, positions),
+            source, "joint_trajectory", np.concatenate([np.ravel(times_s), np.ravel(positions)]), stamp_ns, now_ns,
+            None, refuse, lambda since: self.driver.follow_joints(times_s, positions, since=since),
         )  # fmt: skip
 
     def submit_gripper(self, source: str, opening: float, now_ns: int) -> CommandRefusal | None:
@@ -165,78 +175,102 @@ class ArmStream(ArmGate):
         now_ns: int,
         speed: float | None,
         refuse: Callable[[ArmState], str | None],
-        begin: Callable[[], MotionHandle],
+        begin: Callable[[int], MotionHandle],
     ) -> tuple[CommandRefusal | None, str]:
         with self._gate:
             refusal, text = self._admit(source, stamp_ns, now_ns, self.settings.stop_after_s), ""
             if refusal is None and self._not_finite(goal, f"a {kind} from {source!r}"):
                 refusal, text = CommandRefusal.MALFORMED, "NaN or infinity"
-            elif refusal is None and any(self.stage.limiter.velocity):
-                refusal, text = CommandRefusal.BUSY, "the arm is moving: bring it to rest first"
             elif refusal is None:
-                text = refuse(self.driver.state()) or ""
-                refusal = CommandRefusal.LIMITS if text else None
+                refusal, text = self._unless_at_rest()
+            token, since = self._token, self.driver.stops
+        if refusal is None:  # outside the gate: a long path takes a while to examine, and a contact must not wait
+            text = refuse(self.driver.state()) or ""
+            refusal = CommandRefusal.LIMITS if text else None
+        with self._gate:
+            if refusal is None and token != self._token:
+                refusal, text = CommandRefusal.DISARMED, "stopped meanwhile"
+            elif refusal is None:
+                refusal, text = self._unless_at_rest()
             if refusal is None:
                 self._activity = Activity.STARTING
                 self._command = None
+                self.player.clear()  # what is left of a chunk must not go on after the move
                 self._move = (kind, speed if speed is not None else float("inf"), now_ns)
-                token = self._token
-                self._jobs.put(lambda: self._begin_move(token, begin))
+                self._jobs.put(lambda: self._begin_move(token, lambda: begin(since)))
             return self._count(refusal), text or (refusal.value if refusal else "")
 
+    def _unless_at_rest(self) -> tuple[CommandRefusal | None, str]:
+        if any(abs(v) > _AT_REST for v in self.stage.limiter.velocity):
+            return CommandRefusal.BUSY, "the arm is moving: bring it to rest first"
+        return None, ""
+
     def _begin_move(self, token: int, begin: Callable[[], MotionHandle]) -> None:
-        """Worker: start the move, unless something stopped the arm meanwhile."""
+        """Worker: start the move; the driver refuses where something has stopped the arm since it was decided on."""
         try:
             handle = begin()
         except (DriverError, ValueError) as error:
             self._finish_move(token, MotionResult(MotionOutcome.REJECTED, str(error)))
             return
         with self._gate:
-            if token != self._token:
-                handle.cancel()
+            if token == self._token:
+                self._handle, self._activity = handle, Activity.MOVING
+                self._move = (*self._move[:2], time.monotonic_ns())
+            else:
                 self.driver.stop()
-                return
-            self._handle, self._activity = handle, Activity.MOVING
-            self._move = (*self._move[:2], time.monotonic_ns())
+                self._listeners.moved(self._move[0], MotionResult(MotionOutcome.CANCELLED, self.stage.latch.last.text))
         self._listeners.changed()
 
     def _finish_move(self, token: int, result: MotionResult) -> None:
-        """Worker: report the end of a move and stream again."""
+        """Worker: report the end of a move and stream again, unless something has stopped the arm."""
         self._listeners.moved(self._move[0], result)
+        if not self._is_current(token):
+            return
+        problem = ""
         try:
             self.driver.start_streaming()
         except DriverError as error:
-            with self._gate:
-                if token == self._token:
-                    self._fail(Stop(StopCode.DRIVER, str(error)))
-            return
+            problem = str(error)
         with self._gate:
             if token != self._token:
                 self.driver.stop()
-                return
-            self.stage.begin(time.monotonic_ns())
-            self._handle, self._activity = None, Activity.WAITING
+            elif problem:
+                self._fail(Stop(StopCode.DRIVER, problem))
+            else:
+                self.stage.begin(time.monotonic_ns())
+                self._handle, self._activity = None, Activity.WAITING
         self._listeners.changed()
 
     def run(self, halt: threading.Event, after: Callable[[ArmState, int], None]) -> None:
         """Control thread: :meth:`tick` at the rate until ``halt``; then ``after`` with the state and its time.
 
         A new twist is not kept waiting for the next tick: it brings the tick forward, to no less than a fixed share of
-        a period after the one before.
+        a period after the one before. Whatever this thread meets, it leaves the arm stopped.
         """
+        try:
+            self._run(halt, after)
+        except BaseException as error:
+            self.disarm(Stop(StopCode.FAULT, f"the control thread ended: {type(error).__name__}: {error}"))
+            raise
+
+    def _run(self, halt: threading.Event, after: Callable[[ArmState, int], None]) -> None:
         self.ticker.restart()
-        last = time.monotonic_ns()
+        period_ns = self.ticker.period_ns
+        last = last_early = time.monotonic_ns()
         while True:
             self.ticker.wait(self._attention)
             early = self._attention.is_set()
             if early:
                 self._attention.clear()
-                halt.wait(max(0.0, (last + _EARLIEST * self.ticker.period_ns - time.monotonic_ns()) / 1e9))
-                self.ticker.restart(round(_AFTER_EARLY * self.ticker.period_ns))
+                soonest = max(last + _EARLIEST * period_ns, last_early + _EARLY_APART * period_ns)
+                halt.wait(max(0.0, (soonest - time.monotonic_ns()) / 1e9))
+                self.ticker.restart(round(_AFTER_EARLY * period_ns))
+            now = time.monotonic_ns()
             if halt.is_set():
+                self._beat(self.armed, self.driver.state(), now)  # the silence that follows is no accident
                 return
-            last = time.monotonic_ns()
-            after(self.tick(last), last)
+            last, last_early = now, now if early else last_early
+            after(self.tick(now), now)
             if not early:
                 self.ticker.done()
 
@@ -256,10 +290,20 @@ class ArmStream(ArmGate):
             if stop is not None:
                 self._halt(stop)
             armed = self.armed
-        self._guardian.beat(armed)
+        self._beat(armed, state, now_ns)
         if stop is not None:
             self._listeners.stopped(stop)
         return state
+
+    def _beat(self, armed: bool, state: ArmState, now_ns: int) -> None:
+        """Send a sign of life.
+
+        An arm that was lost in motion may not have heard that it was stopped, and may go on: then silence makes the
+        watchdog, which has a connection of its own, trip the safe stop.
+        """
+        if armed or not self._told_armed or self.stage.hears(state, now_ns):
+            self._guardian.beat(armed)
+            self._told_armed = armed
 
     def _period(self, state: ArmState, now_ns: int) -> Stop | None:
         activity = self._activity
@@ -332,14 +376,12 @@ class ArmStream(ArmGate):
     def _retreat(self, state: ArmState, now_ns: int) -> Stop | None:
         guard = self.stage.guard
         assert guard is not None
-        if guard.wants_retreat:
-            return None  # the worker is still switching the controller
-        velocity = guard.retreat(state.position)
+        if guard.wants_retreat:  # the worker is still switching the controller
+            return self.stage.check(state, now_ns, cameras=False)
+        velocity = guard.retreat(state.position, now_ns)
         if velocity is None:
             self.driver.stop()
-            self._activity = Activity.DISARMED
-            self._forget()
-            self.stage.rest()
+            self._rest()
             self._listeners.changed()
             return None
         return self._send(self.stage.bound_retreat(velocity, state, now_ns))

@@ -104,6 +104,7 @@ class ForceGuard:
         self.slowed = 0
         self._normal = np.zeros(3)
         self._begin: Floats | None = None  # where the retreat began
+        self._until_ns = 0  # when it ends at the latest
 
     @property
     def factor(self) -> float:
@@ -116,16 +117,19 @@ class ForceGuard:
         """Take in a wrench: ``force`` (3,) N and ``torque`` (3,) N m, both in ``world``.
 
         Returns:
-            The stop that this very wrench causes; None otherwise, also while an earlier stop is latched.
+            The stop that this very wrench causes; None otherwise, also while an earlier stop is latched. A retreat is
+            ended by a wrench that is not finite, or that pushes against it.
         """
         if not (np.isfinite(force).all() and np.isfinite(torque).all()):
-            stopped = self.contact in (Contact.STOPPED, Contact.RETREAT)
-            self.contact, self._begin = Contact.STOPPED, None
-            text = "a wrench holds NaN or infinity"
-            return None if stopped else Stop(StopCode.WRENCH_NOT_FINITE, text)
-        # Lengths without numpy: this runs in the wrench callback.
-        self.force = math.sqrt(float(force[0]) ** 2 + float(force[1]) ** 2 + float(force[2]) ** 2)
-        self.torque = math.sqrt(float(torque[0]) ** 2 + float(torque[1]) ** 2 + float(torque[2]) ** 2)
+            stopped = self.contact is Contact.STOPPED
+            self._stay()
+            return None if stopped else Stop(StopCode.WRENCH_NOT_FINITE, "a wrench holds NaN or infinity")
+        # Lengths without numpy: this runs in the wrench callback. 1e200 N is a finite force too.
+        self.force = math.hypot(float(force[0]), float(force[1]), float(force[2]))
+        self.torque = math.hypot(float(torque[0]), float(torque[1]), float(torque[2]))
+        if self.contact is Contact.RETREAT and self.force >= self.limits.slow_force and force @ self._normal < 0.0:
+            self._stay()
+            return Stop(StopCode.FORCE, f"contact force {self.force:.1f} N against the retreat")
         if self.contact in (Contact.STOPPED, Contact.RETREAT):
             return None
         limits = self.limits
@@ -148,30 +152,38 @@ class ForceGuard:
         """Whether a stop by force asks for backing away that has not begun yet."""
         return self.contact is Contact.STOPPED and self.limits.retreat_distance > 0.0 and bool(self._normal.any())
 
-    def begin_retreat(self, position: Floats) -> None:
+    def begin_retreat(self, position: Floats, now_ns: int) -> None:
         """Start backing away from ``position`` (3,) m; does nothing unless :attr:`wants_retreat`."""
         if self.wants_retreat:
             self.contact, self._begin = Contact.RETREAT, np.array(position, np.float64)
+            seconds = 2.0 * self.limits.retreat_distance / self.limits.retreat_speed + 1.0
+            self._until_ns = now_ns + round(seconds * 1e9)
 
-    def retreat(self, position: Floats) -> Floats | None:
+    def retreat(self, position: Floats, now_ns: int) -> Floats | None:
         """Return the velocity (3,) m/s to back away with, or None when the retreat is over (or none is under way).
 
-        It is over when the force is below ``stop_force_below``, or the distance has been covered in any direction.
+        It is over when the force is below ``stop_force_below``, when the distance has been covered in any direction,
+        or after twice the time that this takes: what holds the arm back is not to be pushed for ever.
         """
         begin = self._begin
         if self.contact is not Contact.RETREAT or begin is None:
             return None
         covered = float(np.linalg.norm(np.asarray(position, np.float64) - begin))
+        gone = self.force < self.limits.stop_force_below
         # "not <": NaN ends it too.
-        if self.force < self.limits.stop_force_below or not covered < self.limits.retreat_distance:
-            self.end_retreat()
+        if gone or not covered < self.limits.retreat_distance or now_ns > self._until_ns:
+            self._stay()
             return None
         return self._normal * self.limits.retreat_speed
 
     def end_retreat(self) -> None:
-        """Stay where the arm is; the stop remains latched."""
+        """Stay where the arm is, also where a retreat has not begun yet; a stop remains latched."""
         if self.contact is Contact.RETREAT:
-            self.contact, self._begin = Contact.STOPPED, None
+            self._stay()
+        self._normal = np.zeros(3)
+
+    def _stay(self) -> None:
+        self.contact, self._begin = Contact.STOPPED, None
         self._normal = np.zeros(3)
 
     def obstacle(self) -> str | None:

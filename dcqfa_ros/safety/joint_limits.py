@@ -18,7 +18,11 @@ INOVO_JOINT_SPEEDS = (1.8, 1.8, 2.5, 2.6, 3.3, 3.3)
 
 MAXIMUM_SPEED = 4.0  # rad/s; beyond it is no arm this software is meant for
 MAXIMUM_ANGLE = 4.0 * np.pi
-_DAMPING = 1e-3  # of the inverse near a singular posture: speeds there are large, hence scaled down, but finite
+DAMPING = 1e-3
+"""Of the inverse near a singular posture: speeds there are large, hence scaled down, but finite. Who sends joint speeds
+must use the same, or they are others than those that were limited."""
+_BEYOND_RAD = 0.05  # by which a move of the controller's own may be measured beyond the end of a joint
+_STANDING = 0.01  # rad/s
 
 
 class Kinematics(Protocol):
@@ -28,7 +32,7 @@ class Kinematics(Protocol):
         """Return the Jacobian (6, n): joint speeds to (vx, vy, vz, wx, wy, wz) of ``point`` (3,) of the last link."""
 
     def forward(self, joints: Floats) -> tuple[Floats, Floats]:
-        """Return position (3,) and rotation (3, 3) of the last link, or of a tool on it."""
+        """Return position (..., 3) and rotation (..., 3, 3) of the last link, or of a tool on it, for (..., n)."""
 
 
 class JointLimits:
@@ -88,7 +92,7 @@ class JointLimits:
         if not (np.isfinite(joints).all() and np.isfinite(twist).all()):
             raise NotFiniteActionError("joint positions or twist hold NaN or infinity")
         jacobian = np.asarray(self.kinematics.jacobian(joints, point), np.float64)
-        square = jacobian @ jacobian.T + _DAMPING**2 * np.eye(6)
+        square = jacobian @ jacobian.T + DAMPING**2 * np.eye(6)
         return np.asarray(jacobian.T @ np.linalg.solve(square, twist))
 
     def factor(self, joints: Floats, twist: Floats, share: float = 1.0, point: Floats | None = None) -> float:
@@ -110,12 +114,27 @@ class JointLimits:
             self.tightest = index
         return float(ratios[index])
 
-    def places(self, joints: Floats, position: Floats, path: Floats) -> Floats:
-        """Return where the tool centre point, now at ``position`` (3,) with ``joints`` (6,), is for ``path`` (n, 6)."""
+    def beyond(self, joints: Floats, velocities: Floats) -> str | None:
+        """Return which joint is beyond its end and goes on, or cannot be told from (n,) rad and rad/s; None if none."""
+        if not (np.isfinite(joints).all() and np.isfinite(velocities).all()):
+            return "joint positions or velocities hold NaN or infinity"
+        above = (joints > self.upper + _BEYOND_RAD) & (velocities > _STANDING)
+        outside = above | ((joints < self.lower - _BEYOND_RAD) & (velocities < -_STANDING))
+        if not outside.any():
+            return None
+        joint = int(np.argmax(outside))
+        low, high = self.lower[joint], self.upper[joint]
+        return f"joint {joint + 1} is at {joints[joint]:.3f} rad, outside {low:.3f} to {high:.3f}"
+
+    def places(self, joints: Floats, position: Floats, path: Floats) -> tuple[Floats, Floats]:
+        """Return positions (n, 3) and rotations (n, 3, 3) of the tool centre point along ``path`` (n, 6).
+
+        It is at ``position`` (3,) now, with ``joints`` (6,).
+        """
         origin, rotation = self.kinematics.forward(joints)
         tool = np.asarray(rotation).T @ (np.asarray(position) - origin)
-        ends = (self.kinematics.forward(row) for row in path)
-        return np.array([end + np.asarray(turn) @ tool for end, turn in ends])
+        ends, turns = self.kinematics.forward(path)
+        return ends + turns @ tool, turns
 
     def check_path(self, times_s: Floats, positions: Floats, start: Floats) -> str | None:
         """Return why joint positions (n, 6) at ``times_s`` (n,) from ``start`` (6,) may not be followed, None if so."""

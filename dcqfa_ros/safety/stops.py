@@ -34,6 +34,7 @@ class StopCode(str, Enum):
     # The arm itself.
     WORKSPACE = "workspace"  # measured outside the workspace box although every command was bounded
     SPEED = "speed"  # measured faster than any command allowed
+    JOINT_LIMIT = "joint_limit"  # a joint measured beyond its end, and going on, in a move of the controller's own
     ARM_LOST = "arm_lost"  # connection lost, or its state stopped coming
     ARM_OFF = "arm_off"  # bus or drives switched off
     ARM_FAULT = "arm_fault"  # the controller reports a fault

@@ -6,6 +6,7 @@ serialises the calls (see ``dcqfa_ros.runtime.arm_stream``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -24,6 +25,7 @@ Floats = NDArray[np.float64]
 JOINT_SHARE = 0.9  # of the joints' limits that commands are planned for; the rest is for what follows from ramps
 OUTSIDE_M = 0.02  # how far outside the box a move of the controller's own may be measured
 OVERSPEED = 1.5  # measured speed over the commanded one, at which a move is stopped
+STEP_RAD = 0.05  # between the places at which a joint trajectory is examined
 _READINESS = {
     ArmReadiness.DISCONNECTED: StopCode.ARM_LOST,
     ArmReadiness.STOPPED: StopCode.ESTOP,
@@ -115,6 +117,7 @@ class SafetyStage:
         guard: ForceGuard | None,
         ages: Ages,
         cameras: Iterable[str] = (),
+        latch: StopLatch | None = None,
     ) -> None:
         """Put the limits together.
 
@@ -124,9 +127,10 @@ class SafetyStage:
             guard: None only for an arm without a force/torque sensor.
             ages: largest ages.
             cameras: names of the cameras that a policy needs.
+            latch: of the stage before, where this one takes its place: what is latched stays so.
         """
         self.limiter, self.joints, self.guard, self.ages = limiter, joints, guard, ages
-        self.latch = StopLatch()
+        self.latch = latch or StopLatch()
         self._wrench = Watch(StopCode.WRENCH_LOST, "wrench", ages.wrench) if guard is not None else None
         self._cameras = {
             name: Watch(StopCode.CAMERA_LOST, f"picture of camera {name}", ages.camera) for name in cameras
@@ -140,7 +144,8 @@ class SafetyStage:
         if self.guard is None or self._wrench is None:
             return None
         stop = self.guard.feed(force, torque)
-        self._wrench.seen_ns = now_ns
+        if math.isfinite(float(force.sum()) + float(torque.sum())):  # otherwise it says nothing of the contact
+            self._wrench.seen_ns = now_ns
         return stop
 
     def feed_camera(self, name: str, now_ns: int) -> None:
@@ -169,8 +174,8 @@ class SafetyStage:
         """
         if state.readiness is not ArmReadiness.READY:
             return Stop(_READINESS[state.readiness], state.detail or state.readiness.value)
-        age = (now_ns - state.stamp_ns) / 1e9
-        if not age <= self.ages.state:
+        if not self.hears(state, now_ns):
+            age = (now_ns - state.stamp_ns) / 1e9
             return Stop(StopCode.ARM_LOST, f"no joint positions or pose for {age:.3f} s, limit {self.ages.state:g} s")
         watches = [*([self._wrench] if self._wrench else []), *(self._cameras.values() if cameras else ())]
         for watch in watches:
@@ -178,6 +183,11 @@ class SafetyStage:
             if stop is not None:
                 return stop
         return None
+
+    def hears(self, state: ArmState, now_ns: int) -> bool:
+        """Whether the arm is connected and its state is of now: then it has heard what it was told before."""
+        connected = state.readiness is not ArmReadiness.DISCONNECTED
+        return connected and now_ns - state.stamp_ns <= self.ages.state * 1e9
 
     def refusal(self, state: ArmState, now_ns: int, *, cameras: bool) -> str | None:
         """Return why the arm cannot be armed: a latched stop, or what :meth:`check` finds. Health counts from now."""
@@ -292,11 +302,16 @@ class SafetyStage:
         if not self.limiter.workspace.holds(state.position, OUTSIDE_M):
             place = ", ".join(f"{p:.3f}" for p in state.position)
             return Stop(StopCode.WORKSPACE, f"the move left the workspace: tool centre point at ({place}) m")
-        limit = min(self.limiter.limits.linear_speed, speed if speed is not None else float("inf"))
-        measured = float(np.linalg.norm(state.linear))
-        if not measured <= OVERSPEED * limit + 0.02:
-            return Stop(StopCode.SPEED, f"the move runs at {measured:.3f} m/s, limit {limit:g} m/s")
-        return None
+        limits = self.limiter.limits
+        for what, velocity, limit, slack, unit in (
+            ("moves", state.linear, min(limits.linear_speed, speed if speed is not None else math.inf), 0.02, "m/s"),
+            ("turns", state.angular, limits.angular_speed, 0.1, "rad/s"),
+        ):
+            measured = float(np.linalg.norm(velocity))
+            if not measured <= OVERSPEED * limit + slack:
+                return Stop(StopCode.SPEED, f"the tool {what} at {measured:.3f} {unit}, limit {limit:g} {unit}")
+        beyond = self.joints.beyond(state.joints, state.joint_velocities) if self.joints is not None else None
+        return Stop(StopCode.JOINT_LIMIT, beyond) if beyond else None
 
     def refuse_pose(self, position: Floats, orientation: Floats, state: ArmState) -> str | None:
         """Return why a straight move to a pose may not begin; None where it may."""
@@ -314,16 +329,30 @@ class SafetyStage:
         if self.joints is None:
             return "joint trajectories need joint limits and the arm's kinematics"
         problem = self.joints.check_path(times_s, positions, state.joints)
-        if problem is not None:
-            return problem
-        before = np.asarray(state.joints)
-        for row in np.asarray(positions, np.float64):
-            pieces = max(2, int(np.ceil(np.abs(row - before).max() / 0.05)) + 1)  # at most 0.05 rad apart
-            path = np.linspace(before, row, pieces)[1:]
-            for place in self.joints.places(np.asarray(state.joints), state.position, path):
-                if not self.limiter.workspace.holds(place):
-                    return f"the path leaves the workspace at ({', '.join(f'{p:.3f}' for p in place)}) m"
-            before = row
+        return problem or self._refuse_path(self.joints, np.asarray(times_s), np.asarray(positions), state)
+
+    def _refuse_path(self, joints: JointLimits, times_s: Floats, positions: Floats, state: ArmState) -> str | None:
+        """Return where the tool centre point would leave the workspace or be too fast; None where it would not."""
+        corners = np.vstack([state.joints, positions])
+        moves = np.diff(corners, axis=0)
+        counts = np.maximum(1, np.ceil(np.abs(moves).max(axis=1) / STEP_RAD)).astype(int)
+        row = np.repeat(np.arange(len(counts)), counts)
+        share = np.concatenate([np.arange(1, count + 1) / count for count in counts])
+        path = np.vstack([state.joints, corners[row] + moves[row] * share[:, None]])
+        places, turns = joints.places(state.joints, state.position, path)
+        for place in places[1:]:
+            if not self.limiter.workspace.holds(place):
+                return f"the path leaves the workspace at ({', '.join(f'{p:.3f}' for p in place)}) m"
+        seconds = (np.diff(times_s, prepend=0.0) / counts)[row]
+        cosines = (np.einsum("nij,nij->n", turns[1:], turns[:-1]) - 1.0) / 2.0
+        limits = self.limiter.limits
+        for what, ways, limit, unit in (
+            ("move", np.linalg.norm(np.diff(places, axis=0), axis=1), limits.linear_speed, "m/s"),
+            ("turn", np.arccos(np.clip(cosines, -1.0, 1.0)), limits.angular_speed, "rad/s"),
+        ):
+            fastest = float((ways / seconds).max())
+            if not fastest <= limit:
+                return f"the tool would {what} at {fastest:.3f} {unit}, limit {limit:g} {unit}: allow more time"
         return None
 
 

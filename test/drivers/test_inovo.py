@@ -344,6 +344,16 @@ def test_what_cannot_be_a_move_is_refused_and_nothing_sent(cell: InovoEmulator, 
     assert not any(frame.moves for frame in cell.frames)
 
 
+def test_a_move_that_was_decided_on_before_a_stop_is_void(cell: InovoEmulator, arm: InovoArm) -> None:
+    state, since = arm.state(), arm.stops
+    arm.stop()
+    with pytest.raises(DriverError, match="stopped or disconnected meanwhile"):
+        arm.move_to_pose(state.position, state.orientation, speed=0.1, angular_speed=1.0, since=since)
+    with pytest.raises(DriverError, match="stopped or disconnected meanwhile"):
+        arm.follow_joints([1.0], [state.joints], since=since)
+    assert not any(frame.moves for frame in cell.frames)
+
+
 def test_a_stop_while_a_move_begins_keeps_it_from_beginning(
     cell: InovoEmulator, arm: InovoArm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,8 @@ class ArmCell:
         self.force = np.zeros(3)
         self.sensing = threading.Event()
         self.sensing.set()
+        self.seeing = threading.Event()
+        self.seeing.set()
         self.failures: list[BaseException] = []
 
     def __enter__(self) -> ArmCell:
@@ -121,7 +123,8 @@ class ArmCell:
             if self.sensing.is_set():
                 now = time.monotonic_ns()
                 self.stream.on_wrench(self.force, np.zeros(3), now)
-                self.stream.on_camera("wrist", now)
+            if self.seeing.is_set():
+                self.stream.on_camera("wrist", time.monotonic_ns())
 
     def twist(self, *values: float, source: str = "teleop") -> Any:
         now = time.monotonic_ns()

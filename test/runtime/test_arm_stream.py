@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dcqfa_ros.drivers.arm_protocol import MotionOutcome
+from dcqfa_ros.drivers.arm_protocol import ArmReadiness, MotionOutcome
 from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
 from dcqfa_ros.runtime.arm_executor import ArmRefusedError
 from dcqfa_ros.safety.stops import StopCode
@@ -123,6 +124,115 @@ def test_contact_backs_the_arm_away_along_the_normal_and_no_farther() -> None:
         assert cell.stream.snapshot().latched and cell.stops[0].code is StopCode.FORCE
 
 
+def _retreating(cell: ArmCell) -> None:
+    """Touch, and wait until the arm backs away."""
+    cell.move(0.05)
+    cell.force = cell.stream._rotation.T @ np.array([0.0, 0.0, 40.0])
+    wait_for(lambda: cell.stops and cell.emulator.twist[2] > 0.005, "retreat")
+
+
+SLOW_RETREAT = replace(FORCE, retreat_distance=0.05, retreat_speed=0.02)
+RETREAT_ENDS = {
+    "a wrench that is not finite": (StopCode.WRENCH_NOT_FINITE, _wrench_nan),
+    "no wrench": (StopCode.WRENCH_LOST, lambda cell: cell.sensing.clear()),
+    "a push against it": (
+        StopCode.FORCE,
+        lambda cell: setattr(cell, "force", cell.stream._rotation.T @ np.array([0.0, 0.0, -20.0])),
+    ),
+    "the operator": (StopCode.OPERATOR_STOP, lambda cell: cell.stream.operator_stop("button")),
+    "an emergency stop": (StopCode.ESTOP, lambda cell: cell.emulator.press_estop()),
+}
+
+
+@pytest.mark.parametrize("name", list(RETREAT_ENDS))
+def test_a_retreat_ends_at_once_and_is_told(name: str) -> None:
+    code, cause = RETREAT_ENDS[name]
+    with ArmCell(force=SLOW_RETREAT) as cell:
+        _retreating(cell)
+        cause(cell)
+        wait_for(lambda: not cell.stream.armed, "end of the retreat")
+        wait_for(lambda: not cell.emulator.is_moving, "rest")
+        last = cell.last
+        assert [stop.code for stop in cell.stops] == [StopCode.FORCE, code]
+        assert cell.stage.latch.held.code is StopCode.FORCE, "the first reason stays"
+        time.sleep(0.1)
+        assert not cell.motion_after(last)
+
+
+def test_a_camera_that_sends_nothing_stops_a_policy_but_no_operator() -> None:
+    with ArmCell("policy", camera=0.4, observation=5.0, stop=5.0) as cell:
+        cell.stream.arm()
+        now = time.monotonic_ns()
+        assert cell.stream.submit_chunk("policy", now, PERIOD, chunk(0.02, 100), now) is None
+        wait_for(lambda: cell.emulator.is_moving, "motion")
+        cell.seeing.clear()
+        assert "camera wrist" in cell.stopped(StopCode.CAMERA_LOST).text
+        wait_for(lambda: not cell.emulator.is_moving, "rest")
+        cell.stream.reset_stop()
+        with pytest.raises(ArmRefusedError, match="camera_lost"):
+            cell.stream.arm()
+        cell.stream.lease.give("teleop")
+        cell.stops.clear()
+        cell.move()
+
+
+def test_a_move_that_was_decided_on_before_a_stop_never_begins() -> None:
+    with ArmCell("operator") as cell:
+        cell.stream.arm()
+        state, now = cell.driver.state(), time.monotonic_ns()
+        free = threading.Event()
+        cell.stream._jobs.put(lambda: free.wait(20.0) and None)
+        goal = state.position + np.array([0.05, 0.0, 0.02])
+        assert cell.stream.submit_pose("operator", goal, state.orientation, now, now)[0] is None
+        cell.stream.operator_stop("button")
+        last = cell.last
+        free.set()
+        wait_for(lambda: cell.moves, "answer")
+        assert cell.moves[0][1].outcome is MotionOutcome.REJECTED and "stopped" in cell.moves[0][1].message
+        assert not cell.stream.armed and not cell.motion_after(last)
+
+
+def test_what_is_left_of_a_chunk_does_not_go_on_after_a_move() -> None:
+    with ArmCell("policy", observation=5.0, camera=2.0) as cell:
+        cell.stream.arm()
+        rows = chunk(0.0, 200)
+        rows[100:, 0] = 0.05
+        now = time.monotonic_ns()
+        assert cell.stream.submit_chunk("policy", now, PERIOD, rows, now) is None
+        state, now = cell.driver.state(), time.monotonic_ns()
+        goal = state.position + np.array([0.0, 0.0, 0.01])
+        assert cell.stream.submit_pose("policy", goal, state.orientation, now, now)[0] is None
+        assert cell.stream.player.remaining == 0
+
+
+def test_a_defect_in_the_worker_or_the_control_thread_stops_the_arm() -> None:
+    def fail() -> None:
+        raise KeyError("made up")
+
+    with ArmCell() as cell:
+        cell.move()
+        cell.stream._jobs.put(fail)
+        assert "made up" in cell.stopped(StopCode.FAULT).text
+        wait_for(lambda: not cell.emulator.is_moving, "rest")
+        cell.stream.reset_stop()
+        cell.stops.clear()
+        cell.move()
+        with pytest.raises(KeyError, match="made up"):
+            cell.stream.run(threading.Event(), lambda *_: fail())
+        assert "control thread" in cell.stopped(StopCode.FAULT).text
+        wait_for(lambda: not cell.emulator.is_moving, "rest")
+
+
+def test_a_flood_of_commands_does_not_speed_the_loop_up() -> None:
+    with ArmCell() as cell:
+        cell.move()
+        sent, begin = cell.stream.sent, time.monotonic()
+        while time.monotonic() - begin < 1.0:
+            cell.twist(0.02)
+            time.sleep(0.001)
+        assert cell.stream.sent - sent <= 50 / 0.8 * (time.monotonic() - begin) + 2
+
+
 def test_a_pose_is_approached_supervised_and_cancelled_by_force() -> None:
     with ArmCell("operator") as cell:
         cell.stream.arm()
@@ -156,6 +266,8 @@ def test_joints_are_followed_only_inside_the_limits() -> None:
             )
 
         assert "would move at" in submit([0.1], 1.0)[1]
+        assert "would turn at" in submit([0.2], 0.2)[1]
+        assert "move_timeout_s" in submit([21.0], 0.1)[1]
         assert submit([1.0], 0.2)[0] is None
         wait_for(lambda: cell.moves, "end of the move")
         assert cell.moves[0][1].outcome is MotionOutcome.SUCCEEDED
@@ -194,6 +306,22 @@ def test_without_a_watchdog_nothing_moves_and_its_loss_stops() -> None:
         guardian.text = "gone"
         cell.stopped(StopCode.WATCHDOG_LOST)
         wait_for(lambda: guardian.beats[-1] is False, "disarmed beat")
+
+
+def test_an_arm_that_is_lost_in_motion_is_left_to_the_watchdog() -> None:
+    guardian = Guardian()
+    guardian.text = None
+    with ArmCell(guardian=guardian) as cell:
+        cell.move()
+        cell.emulator.drop_connections(0.5)
+        cell.stopped(StopCode.ARM_LOST)
+        assert guardian.beats[-1] is True, "silence: a disarmed beat would say that the arm has stopped"
+        wait_for(lambda: guardian.beats[-1] is False, "sign of life once the arm is back")
+        wait_for(lambda: cell.driver.state().readiness is ArmReadiness.READY, "ready")
+        cell.stream.reset_stop()
+        cell.stops.clear()
+        cell.move()
+    assert guardian.beats[-1] is False, "an orderly end is told"
 
 
 def test_after_an_emergency_stop_the_reset_brings_the_arm_up_again() -> None:

@@ -60,11 +60,11 @@ def test_retreat_goes_along_the_contact_normal_until_the_force_is_gone() -> None
     guard = ForceGuard(LIMITS)
     guard.feed(np.array([0.0, 24.0, 32.0]), NONE)
     assert guard.wants_retreat
-    guard.begin_retreat(NONE)
+    guard.begin_retreat(NONE, 0)
     assert guard.contact is Contact.RETREAT
-    assert guard.retreat(NONE) == pytest.approx([0.0, 0.006, 0.008])
+    assert guard.retreat(NONE, 1) == pytest.approx([0.0, 0.006, 0.008])
     guard.feed(push(7.9), NONE)
-    assert guard.retreat(NONE) is None
+    assert guard.retreat(NONE, 1) is None
     assert guard.contact is Contact.STOPPED and not guard.wants_retreat
 
 
@@ -72,8 +72,8 @@ def test_retreat_goes_along_the_contact_normal_until_the_force_is_gone() -> None
 def test_retreat_ends_at_its_distance_in_any_direction(offset: list[float]) -> None:
     guard = ForceGuard(LIMITS)
     guard.feed(push(40.0), NONE)
-    guard.begin_retreat(NONE)
-    velocity = guard.retreat(np.array(offset))
+    guard.begin_retreat(NONE, 0)
+    velocity = guard.retreat(np.array(offset), 1)
     assert (velocity is None) == (np.linalg.norm(offset) >= LIMITS.retreat_distance)
 
 
@@ -83,12 +83,12 @@ def test_no_retreat_from_a_torque_or_without_a_distance_or_into_nowhere() -> Non
     assert not guard.wants_retreat
     still = ForceGuard(replace(LIMITS, retreat_distance=0.0))
     still.feed(push(40.0), NONE)
-    still.begin_retreat(NONE)
-    assert still.contact is Contact.STOPPED and still.retreat(NONE) is None
+    still.begin_retreat(NONE, 0)
+    assert still.contact is Contact.STOPPED and still.retreat(NONE, 1) is None
     lost = ForceGuard(LIMITS)
     lost.feed(push(40.0), NONE)
-    lost.begin_retreat(NONE)
-    assert lost.retreat(np.full(3, np.nan)) is None
+    lost.begin_retreat(NONE, 0)
+    assert lost.retreat(np.full(3, np.nan), 1) is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -98,9 +98,43 @@ def test_a_wrench_that_is_not_finite_stops_even_while_retreating(value: float) -
     assert stop is not None and stop.code is StopCode.WRENCH_NOT_FINITE
     guard = ForceGuard(LIMITS)
     guard.feed(push(40.0), NONE)
-    guard.begin_retreat(NONE)
-    assert guard.feed(NONE, push(value)) is None
-    assert guard.retreat(NONE) is None
+    guard.begin_retreat(NONE, 0)
+    stop = guard.feed(NONE, push(value))
+    assert stop is not None and stop.code is StopCode.WRENCH_NOT_FINITE
+    assert guard.retreat(NONE, 1) is None and not guard.wants_retreat
+    assert guard.feed(NONE, push(value)) is None, "one stop, not one per wrench"
+
+
+def test_a_wrench_that_is_not_finite_takes_back_the_wish_to_retreat() -> None:
+    guard = ForceGuard(LIMITS)
+    guard.feed(push(40.0), NONE)
+    guard.feed(push(np.nan), NONE)
+    guard.begin_retreat(NONE, 0)
+    assert guard.contact is Contact.STOPPED and guard.retreat(NONE, 1) is None
+
+
+def test_a_retreat_that_is_pushed_back_ends_at_once() -> None:
+    guard = ForceGuard(LIMITS)
+    guard.feed(push(40.0), NONE)
+    guard.begin_retreat(NONE, 0)
+    assert guard.feed(push(100.0), NONE) is None, "the contact it backs away from"
+    stop = guard.feed(push(-15.0), NONE)
+    assert stop is not None and stop.code is StopCode.FORCE and "against the retreat" in stop.text
+    assert guard.retreat(NONE, 1) is None and not guard.wants_retreat
+
+
+def test_a_retreat_that_gets_nowhere_ends_after_twice_its_time() -> None:
+    guard = ForceGuard(LIMITS)
+    guard.feed(push(40.0), NONE)
+    guard.begin_retreat(NONE, 0)
+    assert guard.retreat(NONE, 4_900_000_000) is not None
+    assert guard.retreat(NONE, 5_100_000_000) is None and guard.contact is Contact.STOPPED
+
+
+def test_a_force_beyond_all_measure_stops_as_well() -> None:
+    guard = ForceGuard(LIMITS)
+    stop = guard.feed(push(1e300), NONE)
+    assert stop is not None and stop.code is StopCode.FORCE
 
 
 @pytest.mark.parametrize("name", list(FORCE_RANGES))

@@ -24,7 +24,7 @@ class Linear:
         return self.matrix
 
     def forward(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return (self.matrix @ joints)[:3], np.eye(3)
+        return (joints @ self.matrix.T)[..., :3], np.broadcast_to(np.eye(3), (*joints.shape[:-1], 3, 3))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6))
@@ -84,6 +84,15 @@ def test_absent_or_exaggerated_joint_limits_are_refused(
 ) -> None:
     with pytest.raises(LimitError, match="joint"):
         JointLimits(Linear(np.eye(6)), speeds, lower, upper)
+
+
+def test_a_joint_beyond_its_end_is_named_while_it_goes_on() -> None:
+    limits = JointLimits(Linear(np.eye(6)), INOVO_JOINT_SPEEDS, LOWER, UPPER)
+    there, onwards = np.array([0, 0, 6.1, 0, 0, -6.1]), np.array([0, 0, 0.1, 0, 0, 0])
+    assert "joint 3 is at 6.100 rad, outside -6.000 to 6.000" in str(limits.beyond(there, onwards))
+    assert limits.beyond(there, -onwards) is None and limits.beyond(there * 0.98, onwards) is None
+    assert "joint 6" in str(limits.beyond(there, np.array([0, 0, 0, 0, 0, -0.1])))
+    assert "NaN" in str(limits.beyond(np.full(6, np.nan), onwards))
 
 
 def test_what_is_not_finite_is_refused() -> None:
