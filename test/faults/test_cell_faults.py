@@ -14,6 +14,7 @@ import yaml
 
 from dcqfa_ros.paths import find_config
 from dcqfa_ros.ros.testing import wait_until
+from dcqfa_ros.safety.supervision import OUTSIDE_M
 from test.faults.cell import SIGNS_OF_LIFE, Commander, FaultCell
 from test.faults.conftest import Figures, Sizes
 from test.faults.hostile import Hostile, Limits, judge
@@ -117,7 +118,7 @@ def test_nothing_outside_the_limits_reaches_the_socket(cell: FaultCell, sizes: S
     limits = limits_of(cell)
     publish = publisher_of(cell)
     kinds: Counter[str] = Counter()
-    first, rearmed, outside_box = len(cell.arm.traffic), 0, 0
+    first, rearmed, outside_m = len(cell.arm.traffic), 0, 0.0
     sent = 0
     for source in ("teleop", "policy", "operator"):
         if cell.armed:
@@ -138,7 +139,7 @@ def test_nothing_outside_the_limits_reaches_the_socket(cell: FaultCell, sizes: S
                 publish(kind, sender, make(hostile, kind, cell))
                 kinds[kind] += 1
                 sent += 1
-                outside_box += not inside(cell, limits)
+                outside_m = max(outside_m, distance_outside(cell, limits))
                 time.sleep(0.005)
     time.sleep(1.0)
     verdict = judge(cell.arm.traffic[first:], limits, cell.arm.kinematics)
@@ -149,13 +150,14 @@ def test_nothing_outside_the_limits_reaches_the_socket(cell: FaultCell, sizes: S
         armed_again_after_a_stop=rearmed,
         messages_on_the_socket=sum(verdict.frames.values()),
         outside_the_limits=len(verdict.outside),
-        tool_seen_outside_the_box=outside_box,
+        tool_seen_outside_the_box_mm=outside_m * 1000,
         fastest_mm_per_s=verdict.top_speed * 1000,
         fastest_mrad_per_s=verdict.top_angular_speed * 1000,
         **{f"on_the_socket_{name}": count for name, count in sorted(verdict.frames.items())},
     )
     assert not verdict.outside, verdict.outside[:5]
-    assert outside_box == 0
+    # The controller executes the last velocity while a busy computer stands still: that far, and no farther.
+    assert outside_m < OUTSIDE_M
     assert hostile.bad > 0
     assert verdict.top_speed > 0.01, "the arm moved"
 
@@ -200,5 +202,7 @@ def limits_of(cell: FaultCell) -> Limits:
     )
 
 
-def inside(cell: FaultCell, limits: Limits) -> bool:
-    return bool((cell.tcp >= limits.minimum).all() and (cell.tcp <= limits.maximum).all())
+def distance_outside(cell: FaultCell, limits: Limits) -> float:
+    """How far the emulated tool is outside the workspace box, m."""
+    place = cell.tcp
+    return float(np.maximum(limits.minimum - place, place - limits.maximum).max(initial=0.0))
