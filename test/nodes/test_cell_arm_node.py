@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from geometry_msgs.msg import PoseStamped
+from lifecycle_msgs.msg import Transition
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from trajectory_msgs.msg import (
@@ -241,8 +242,59 @@ def test_a_pose_and_its_refusal_are_answered(graph: Graph, emulator: InovoEmulat
         cell.publish("pose_command", pose)
         wait_until(lambda: cell.results[-1]["outcome"] == "succeeded", "end of the move")
         assert emulator.position[2] == pytest.approx(start[2] + 0.03, abs=2e-3)
+
+        wait_until(lambda: cell.states[-1]["activity"] == "waiting", "streaming again")
+        cell.results.clear()
+        names = [f"j{i + 1}" for i in range(6)]
+        goal = emulator.joints
+        goal[5] += 0.2
+        command = JointTrajectory(joint_names=names[::-1])
+        command.points = [JointTrajectoryPoint(positions=goal[::-1].tolist(), time_from_start=to_duration(10**8))]
+        wait_until(lambda: cell.publish("joint_command", command) or cell.results, "refusal")
+        assert cell.results[-1]["outcome"] == "rejected" and "would turn at" in cell.results[-1]["reason"]
+        command.points[0].time_from_start = to_duration(10**9)
+        cell.publish("joint_command", command)
+        wait_until(lambda: cell.results[-1]["outcome"] == "succeeded", "end of the trajectory")
+        assert cell.results[-1]["command"] == "joint_trajectory"
+        assert emulator.joints == pytest.approx(goal, abs=5e-3)
     finally:
         cell.end()
+
+
+@pytest.mark.parametrize("command", ["twist", "pose"])
+def test_an_orderly_end_in_mid_motion_stops_the_arm(graph: Graph, emulator: InovoEmulator, command: str) -> None:
+    source = "teleop" if command == "twist" else "operator"
+    cell = Cell(
+        graph, source, **BOX, **{"inovo.host": "127.0.0.1", "inovo.port": emulator.port, "watchdog.use": "none"}
+    )
+    try:
+        cell.begin()
+        if command == "twist":
+            moves(cell, emulator)
+        else:
+            cell.armed()
+            pose: PoseStamped = wait_until(lambda: cell.heard.get("tcp_pose"), "pose")
+            pose.header.stamp = to_time(0)
+            pose.pose.position.z += 0.1
+            wait_until(lambda: cell.publish("pose_command", pose) or emulator.is_moving, "motion")
+        cell.arm.send(signal.SIGTERM)
+        assert cell.arm.wait() == 0
+        at_rest(emulator)
+        assert cell.states[-1]["code"] == "shutdown"
+    finally:
+        cell.end()
+
+
+def test_a_latched_stop_outlives_configuring_anew(cell: Cell, emulator: InovoEmulator) -> None:
+    moves(cell, emulator)
+    cell.graph.trigger("arm_node/stop")
+    cell.wish = None
+    assert cell.stopped() == "operator_stop"
+    for step in ("DEACTIVATE", "CLEANUP", "CONFIGURE", "ACTIVATE"):
+        assert cell.graph.change("arm_node", getattr(Transition, f"TRANSITION_{step}")), step
+    at_rest(emulator)
+    assert "operator_stop" in cell.graph.trigger("arm_node/arm").message
+    assert cell.graph.trigger("arm_node/reset_stop").success
 
 
 def test_a_policy_chunk_moves_the_arm(graph: Graph, emulator: InovoEmulator) -> None:
@@ -354,6 +406,73 @@ def test_any_arm_behind_topics_is_driven_within_the_same_limits(graph: Graph) ->
         halt.set()
         assert cell.stopped() == "arm_lost"
         assert not np.any(sent[-1].data)
+    finally:
+        halt.set()
+        if thread.ident:
+            thread.join()
+        cell.end()
+
+
+def test_any_arm_behind_topics_takes_twists_and_moves(graph: Graph) -> None:
+    kinematics = inovo_kinematics("short")
+    joints = np.array(HOME, dtype=float)
+    twists: list[Any] = []
+    paths: list[tuple[float, np.ndarray, np.ndarray]] = []
+    cell = Cell(
+        graph, "operator", **BOX, driver="ros",
+        **{"ros.output": "twist", "ros.kinematics": str(find_config("inovo_arm")), "has_wrench": False},
+    )  # fmt: skip
+    cell.wrench = None
+    halt = threading.Event()
+
+    def hear_path(message: JointTrajectory) -> None:
+        times = [p.time_from_start.sec + p.time_from_start.nanosec * 1e-9 for p in message.points]
+        rows = np.array([joints, *(p.positions for p in message.points)])
+        paths.append((time.monotonic(), np.array([0.0, *times]), rows))
+
+    def arm() -> None:
+        while not halt.wait(0.01):
+            if paths:
+                begun, times, rows = paths[-1]
+                joints[:] = [np.interp(time.monotonic() - begun, times, column) for column in rows.T]
+            message = JointState(name=[f"j{i + 1}" for i in range(6)], position=joints.tolist())
+            cell.publish("input_joint_states", message)
+
+    cell._listen("output_twist", twists.append)
+    cell._listen("output_trajectory", hear_path)
+    thread = threading.Thread(target=arm)
+    try:
+        cell.begin()
+        thread.start()
+        cell.armed()
+        cell.wish = np.array([0.0, 0.0, 10.0])
+        wait_until(lambda: twists and twists[-1].twist.linear.z > 0.03, "twists")
+        assert {m.header.frame_id for m in twists} == {"world"}
+        assert max(m.twist.linear.z for m in twists) <= 0.1
+        cell.wish = None
+        assert cell.stopped() in STARVED
+        assert twists[-1].twist.linear.z == 0.0
+
+        def begin(height: float) -> None:
+            wait_until(lambda: cell.graph.trigger("arm_node/reset_stop").success, "reset")
+            cell.armed()
+            pose = cell.heard["tcp_pose"]
+            pose.header.stamp = to_time(0)
+            pose.pose.position.z += height
+            before = len(paths)
+            wait_until(lambda: cell.publish("pose_command", pose) or len(paths) > before, "trajectory")
+
+        start = kinematics.forward(joints)[0]
+        begin(0.02)
+        wait_until(lambda: cell.results and cell.results[-1]["outcome"] == "succeeded", "end of the move")
+        assert kinematics.forward(joints)[0] == pytest.approx(start + [0.0, 0.0, 0.02], abs=2e-3)
+        cell.graph.trigger("arm_node/disarm")
+        begin(0.1)
+        cell.graph.trigger("arm_node/stop")
+        wait_until(lambda: len(paths[-1][1]) == 2, "hold")  # one point, the present place
+        assert cell.stopped() == "operator_stop"
+        wait_until(lambda: cell.results[-1]["outcome"] == "cancelled", "cancelled")
+        assert kinematics.forward(joints)[0][2] < start[2] + 0.11
     finally:
         halt.set()
         if thread.ident:

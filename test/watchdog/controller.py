@@ -29,6 +29,7 @@ class Controller:
         self.refusing = False
         self.connections = 0
         self._open: list[socket.socket] = []
+        self._deaf: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
         self.url = f"ws://127.0.0.1:{self.port}"
@@ -48,6 +49,10 @@ class Controller:
             sock.close()
         self._open.clear()
 
+    def hang(self) -> None:
+        """Keep the present connections, but answer nothing on them any more."""
+        self._deaf += self._open
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -61,6 +66,8 @@ class Controller:
             self.connections += 1
             while True:
                 opcode, payload = self._read(sock)
+                if sock in self._deaf:
+                    continue
                 if opcode == 9:
                     self.pings += 1
                     self._write(sock, 10, payload)

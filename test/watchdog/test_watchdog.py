@@ -132,6 +132,28 @@ def test_a_trip_is_sent_over_a_new_connection_when_the_old_one_is_lost(bench: Be
     assert bench.controller.connections >= 2
 
 
+def test_a_connection_that_answers_no_trip_is_made_anew(bench: Bench) -> None:
+    armed = bench.beating()
+    bench.controller.hang()
+    armed.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: bench.watchdog.events("tripped"), "trip over a new connection")
+    assert "after a trip" in bench.watchdog.events("connection lost")[0]["reason"]
+
+
+def test_a_watchdog_that_is_told_to_end_watches_an_armed_process_on(bench: Bench) -> None:
+    armed = bench.beating()
+    armed.process.send_signal(signal.SIGSTOP)  # it hangs, and the signal that ends the cell comes at the same time
+    bench.watchdog.process.send_signal(signal.SIGINT)
+    assert bench.watchdog.process.wait(WAIT_S) == 0
+    assert bench.watchdog.events("tripped") and bench.controller.trips
+
+
+def test_a_watchdog_that_is_told_to_end_leaves_a_healthy_armed_process_in_the_end(bench: Bench) -> None:
+    bench.beating()
+    bench.watchdog.process.terminate()
+    assert bench.watchdog.process.wait(WAIT_S) == 0
+
+
 def test_a_watchdog_without_controller_says_that_it_could_not_stop_the_arm(bench: Bench) -> None:
     client = WatchdogClient(bench.address)
     wait_for(lambda: client.beat(False) or client.problem() is None, "ready")
