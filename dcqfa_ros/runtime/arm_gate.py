@@ -79,7 +79,7 @@ class Snapshot:
 
 
 class ArmGate:
-    """Lease, safety stage, stop latch and watchdog in front of a driver; see :class:`ArmStream` for the commands.
+    """Lease, safety stage, stop latch and watchdog in front of a driver; see ``arm_moves`` and ``arm_stream`` for the commands.
 
     Attributes:
         refused: number of refused commands by reason.
@@ -334,22 +334,27 @@ class ArmGate:
             except Exception as error:  # noqa: BLE001 - a defect must leave neither the arm half-way nor no worker
                 self.disarm(Stop(StopCode.FAULT, f"{type(error).__name__}: {error}"))
 
-    def _begin_retreat(self, token: int) -> None:
-        """Worker: stream again after a contact stop, to back away."""
-        problem = ""
+    def _stream_again(self, token: int, then: Callable[[int], None]) -> None:
+        """Worker: let the driver stream, and do ``then`` with the time, unless something has stopped the arm since."""
         if not self._is_current(token):
             return
+        problem = ""
         try:
             self.driver.start_streaming()
         except DriverError as error:
             problem = str(error)
         with self._gate:
-            guard = self.stage.guard
-            if token != self._token or guard is None:
+            if token != self._token:
                 self.driver.stop()
             elif problem:
                 self._fail(Stop(StopCode.DRIVER, problem))
             else:
                 now = time.monotonic_ns()
                 self.stage.begin(now)
-                guard.begin_retreat(self.driver.state().position, now)
+                then(now)
+
+    def _begin_retreat(self, token: int) -> None:
+        """Worker: stream again after a contact stop, to back away."""
+        guard = self.stage.guard
+        assert guard is not None
+        self._stream_again(token, lambda now: guard.begin_retreat(self.driver.state().position, now))

@@ -465,7 +465,7 @@ def test_any_arm_behind_topics_takes_twists_and_moves(graph: Graph) -> None:
         start = kinematics.forward(joints)[0]
         begin(0.02)
         wait_until(lambda: cell.results and cell.results[-1]["outcome"] == "succeeded", "end of the move")
-        assert kinematics.forward(joints)[0] == pytest.approx(start + [0.0, 0.0, 0.02], abs=2e-3)
+        assert kinematics.forward(joints)[0] == pytest.approx(start + np.array([0.0, 0.0, 0.02]), abs=2e-3)
         cell.graph.trigger("arm_node/disarm")
         begin(0.1)
         cell.graph.trigger("arm_node/stop")
