@@ -79,7 +79,7 @@ class Snapshot:
 
 
 class ArmGate:
-    """Lease, safety stage, stop latch and watchdog in front of a driver; see ``arm_moves`` and ``arm_stream`` for the commands.
+    """Lease, safety stage, stop latch and watchdog in front of a driver; commands: ``arm_moves`` and ``arm_stream``.
 
     Attributes:
         refused: number of refused commands by reason.
