@@ -18,6 +18,9 @@ from dcqfa_ros.safety.stops import Stop, StopCode
 Floats = NDArray[np.float64]
 
 
+_GROWTH, _GROWTH_N = 1.2, 5.0  # a retreat ends where the force exceeds this much of that at its begin, and N more
+
+
 class Contact(str, Enum):
     """What the wrench asks of the arm."""
 
@@ -105,6 +108,7 @@ class ForceGuard:
         self._normal = np.zeros(3)
         self._begin: Floats | None = None  # where the retreat began
         self._until_ns = 0  # when it ends at the latest
+        self._most = 0.0  # N, above which it ends
 
     @property
     def factor(self) -> float:
@@ -127,7 +131,7 @@ class ForceGuard:
         # Lengths without numpy: this runs in the wrench callback. 1e200 N is a finite force too.
         self.force = math.hypot(float(force[0]), float(force[1]), float(force[2]))
         self.torque = math.hypot(float(torque[0]), float(torque[1]), float(torque[2]))
-        if self.contact is Contact.RETREAT and self.force >= self.limits.slow_force and force @ self._normal < 0.0:
+        if self.contact is Contact.RETREAT and self._is_worse(force):
             self._stay()
             return Stop(StopCode.FORCE, f"contact force {self.force:.1f} N against the retreat")
         if self.contact in (Contact.STOPPED, Contact.RETREAT):
@@ -147,6 +151,11 @@ class ForceGuard:
             self.contact = Contact.FREE
         return None
 
+    def _is_worse(self, force: Floats) -> bool:
+        """Whether backing away meets something else, or leads deeper into the contact (a wrong ``sensor_sign``)."""
+        opposed = self.force >= self.limits.slow_force and float(force @ self._normal) < 0.0
+        return opposed or self.force > self._most
+
     @property
     def wants_retreat(self) -> bool:
         """Whether a stop by force asks for backing away that has not begun yet."""
@@ -158,6 +167,7 @@ class ForceGuard:
             self.contact, self._begin = Contact.RETREAT, np.array(position, np.float64)
             seconds = 2.0 * self.limits.retreat_distance / self.limits.retreat_speed + 1.0
             self._until_ns = now_ns + round(seconds * 1e9)
+            self._most = _GROWTH * self.force + _GROWTH_N
 
     def retreat(self, position: Floats, now_ns: int) -> Floats | None:
         """Return the velocity (3,) m/s to back away with, or None when the retreat is over (or none is under way).

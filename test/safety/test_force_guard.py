@@ -117,10 +117,18 @@ def test_a_retreat_that_is_pushed_back_ends_at_once() -> None:
     guard = ForceGuard(LIMITS)
     guard.feed(push(40.0), NONE)
     guard.begin_retreat(NONE, 0)
-    assert guard.feed(push(100.0), NONE) is None, "the contact it backs away from"
+    assert guard.feed(push(50.0), NONE) is None, "the contact it backs away from"
     stop = guard.feed(push(-15.0), NONE)
     assert stop is not None and stop.code is StopCode.FORCE and "against the retreat" in stop.text
     assert guard.retreat(NONE, 1) is None and not guard.wants_retreat
+
+
+def test_a_retreat_that_leads_deeper_into_the_contact_ends_at_once() -> None:
+    guard = ForceGuard(LIMITS)
+    guard.feed(push(40.0), NONE)
+    guard.begin_retreat(NONE, 0)
+    stop = guard.feed(push(54.0), NONE)
+    assert stop is not None and stop.code is StopCode.FORCE and guard.retreat(NONE, 1) is None
 
 
 def test_a_retreat_that_gets_nowhere_ends_after_twice_its_time() -> None:
