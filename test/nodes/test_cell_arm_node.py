@@ -262,11 +262,16 @@ def test_a_pose_and_its_refusal_are_answered(graph: Graph, emulator: InovoEmulat
 
 
 @pytest.mark.parametrize("command", ["twist", "pose"])
-def test_an_orderly_end_in_mid_motion_stops_the_arm(graph: Graph, emulator: InovoEmulator, command: str) -> None:
-    source = "teleop" if command == "twist" else "operator"
-    cell = Cell(
-        graph, source, **BOX, **{"inovo.host": "127.0.0.1", "inovo.port": emulator.port, "watchdog.use": "none"}
+def test_an_orderly_end_in_mid_motion_stops_the_arm_and_alarms_nobody(
+    graph: Graph, emulator: InovoEmulator, command: str, tmp_path: Any
+) -> None:
+    source, listen = "teleop" if command == "twist" else "operator", f"unix:{tmp_path}/w.sock"
+    url = f"ws://127.0.0.1:{emulator.port}"
+    dog = graph.spawn(
+        sys.executable, "-m", "dcqfa_ros.watchdog", "--url", url, "--listen", listen, "--timeout-ms", "1000"
     )
+    cell = Cell(graph, source, **BOX, **{"inovo.host": "127.0.0.1", "inovo.port": emulator.port,
+                                         "watchdog.address": listen})  # fmt: skip
     try:
         cell.begin()
         if command == "twist":
@@ -281,6 +286,8 @@ def test_an_orderly_end_in_mid_motion_stops_the_arm(graph: Graph, emulator: Inov
         assert cell.arm.wait() == 0
         at_rest(emulator)
         assert cell.states[-1]["code"] == "shutdown"
+        time.sleep(1.0)  # the silence that would trip
+        assert '"connected"' in dog.output and '"silence"' not in dog.output
     finally:
         cell.end()
 
