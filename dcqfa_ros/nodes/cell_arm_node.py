@@ -120,7 +120,7 @@ class CellArmNode(ManagedNode):
                 if (source, key) != ("policy", "gripper_command"):  # its topic is that of the policy's gripper chunks
                     heard = self._checked(functools.partial(callback, source))
                     self._topics[source, key] = hear(key, heard, source=source)
-        hear("wrench", self._on_wrench)
+        self._topics["", "wrench"] = hear("wrench", self._on_wrench)  # of no source: everyone relies on it
         hear("operator_stop", self._on_operator_stop)
         for camera in par.cameras(self):
             hear("camera_info", functools.partial(self._on_camera, camera), camera=camera)
@@ -324,8 +324,8 @@ class CellArmNode(ManagedNode):
     def _rivals(self) -> str:
         holder = self._running()[0].lease.holder
         for (source, _), subscription in self._topics.items():
-            if source == holder and self.count_publishers(subscription.topic_name) > 1:
-                return f"two publishers on {subscription.topic_name}: only one process may command the arm"
+            if source in ("", holder) and self.count_publishers(subscription.topic_name) > 1:
+                return f"two publishers on {subscription.topic_name}: only one process may publish what moves the arm"
         return ""
 
     # Services

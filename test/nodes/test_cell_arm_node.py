@@ -162,8 +162,8 @@ def at_rest(emulator: InovoEmulator) -> None:
     assert not [f for f in emulator.frames if f.number > last and f.moves], "a motion command after the stop"
 
 
-def _second_publisher(cell: Cell, _: InovoEmulator) -> None:
-    entry = interface("twist_command")
+def _second_publisher(cell: Cell, key: str) -> None:
+    entry = interface(key)
     node = cell.graph.node
     cell.rival = node.create_publisher(entry.message_class(), entry.resolve(source="teleop"), qos(entry.qos))
 
@@ -195,8 +195,14 @@ FAULTS: dict[str, tuple[str, Act, Act]] = {  # name: stop code, what causes it, 
     "connection": ("arm_lost", lambda _, e: e.drop_connections(0.2), _nothing),
     "emergency stop": ("estop", lambda _, e: e.press_estop(), lambda _, e: e.release_estop()),
     "safe stop": ("safe_stop", lambda _, e: e.trip(), _nothing),
-    "rival": ("two_publishers", _second_publisher, _nothing),
+    "second sensor": (
+        "two_publishers",
+        lambda c, _: _second_publisher(c, "wrench"),
+        lambda c, _: c.graph.node.destroy_publisher(c.rival),
+    ),
+    "rival": ("two_publishers", lambda c, _: _second_publisher(c, "twist_command"), _nothing),
 }
+TWICE = ("second sensor", "rival")
 STARVED = ("wrench_lost", "command_timeout", "arm_lost")  # what a busy machine may cause before the fault does
 
 
@@ -211,7 +217,7 @@ def test_each_fault_stops_by_name_and_latches_until_it_is_reset(cell: Cell, emul
             at_rest(emulator)
             refused = trigger("arm_node/arm")
             assert not refused.success, name
-            assert "two publishers" in refused.message if name == "rival" else "reset_stop" in refused.message
+            assert "two publishers" in refused.message if name in TWICE else "reset_stop" in refused.message
             if name in ("topic", "contact", "sensor") and seen == code:
                 assert not trigger("arm_node/reset_stop").success, f"{name}: its cause is still there"
             remedy(cell, emulator)
