@@ -176,7 +176,15 @@ def test_wrong_request_is_refused(arguments: dict[str, Any], text: str, folder: 
 
 
 def arguments(folder: Path, **changes: Any) -> argparse.Namespace:
-    values = {"bundle": str(folder), "variants": "", "steps": 2, "threads": 1, "rounds": 2, "save": False}
+    values = {
+        "bundle": str(folder),
+        "variants": "",
+        "steps": 2,
+        "threads": 1,
+        "rounds": 2,
+        "save": False,
+        "small_pages": False,
+    }
     values |= {"json": True, "runtimes": "onnxruntime"}
     return argparse.Namespace(**values | changes)
 
