@@ -30,7 +30,7 @@ from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.isolation import isolated_environment
 from dcqfa_ros.ros.qos import qos
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 QUIET_S = 0.1
 """Between the end of the processes and that of the probe: what they last announced is heard before its participant is
 taken down, because Fast DDS has crashed when it was taken down while peers were still coming up."""

@@ -154,7 +154,7 @@ def test_trials_abandoned_half_way_end_the_demo_with_an_error(policy_bundle, tmp
         (["demo", "--variant", "w2a2"], "w2a2"),
         (["demo", "--realtime", "0", "--lockstep", "0"], "at least one trial"),
         (["demo", "--seed", "-3"], "--seed"),
-        (["up", "cell:=real"], "not available"),
+        (["up", "cell:=real"], "planar_position"),
         (["up", "speed:=3"], "speed"),
     ],
 )
