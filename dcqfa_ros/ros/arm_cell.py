@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dcqfa_ros.drivers.extrinsics import load_extrinsics
 from dcqfa_ros.paths import find_config
 from dcqfa_ros.ros.description import PYTHON, BringupError, BringupOptions, NodeDescription, node
-from dcqfa_ros.ros.parameter_files import PARAMETERS_KEY
+from dcqfa_ros.ros.parameter_files import full_namespace, node_parameters
 
 ARM_CELLS = ("emulated", "real")
 CAMERAS = ("wrist", "front")
@@ -28,23 +26,23 @@ def arm_cell(options: BringupOptions, files: Sequence[Path]) -> tuple[list[NodeD
 
     Raises:
         BringupError: a parameter that the watchdog needs is missing or wrong.
+        ParameterFileError: a file is no parameter file.
         CalibrationError: the cameras' calibration file cannot be relied on.
     """
-    arm, wrench = file_parameters(files, "arm_node"), file_parameters(files, "wrench_node")
+    arm = file_parameters(files, options.namespace, "arm_node")
     own: dict[str, Any] = {}
+    wrench: dict[str, Any] = {}
     beside: list[NodeDescription] = []
     if options.cell == "emulated":
         own |= {"inovo.host": "127.0.0.1", "inovo.port": _free_port()}
         wrench = {"port": str(_temporary(f"ft300s_{own['inovo.port']}"))}
         beside.append(_emulator(own["inovo.port"], wrench["port"], {**arm, **own}))
-    else:
-        wrench = {}
     if options.watchdog and watchdog_is_used(arm):
         address = arm.get("watchdog.address") or f"unix:{_temporary(f'watchdog_{_token(options.namespace)}.sock')}"
         own["watchdog.address"] = address
         beside.append(_watchdog({**arm, **own}))
     for camera in CAMERAS:
-        file = file_parameters(files, f"{camera}_camera_node").get("extrinsics.calibration_file")
+        file = file_parameters(files, options.namespace, f"{camera}_camera_node").get("extrinsics.calibration_file")
         if file:
             load_extrinsics(find_config(str(file)), [camera])
     nodes = [
@@ -66,32 +64,17 @@ def watchdog_is_used(arm: Mapping[str, Any]) -> bool:
     return use == "required" or (use == "auto" and arm.get("driver", "inovo") == "inovo")
 
 
-def file_parameters(files: Sequence[Path], name: str) -> dict[str, Any]:
-    """Return what parameter files set for node ``name``, with dotted names; later files win.
+def file_parameters(files: Sequence[Path], namespace: str, name: str) -> dict[str, Any]:
+    """Return what parameter files set for node ``name`` in ``namespace``, with dotted names; later files win.
 
     Raises:
-        BringupError: a file is no parameter file; ROS 2 would refuse it later, in every node.
+        ParameterFileError: a file is no parameter file; ROS 2 would refuse it later, in every node.
     """
     found: dict[str, Any] = {}
+    path = f"{full_namespace(namespace)}/{name}"
     for file in files:
-        try:
-            document = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BringupError(f"{file}: cannot be read as a parameter file: {' '.join(str(error).split())}") from error
-        if not isinstance(document, dict):
-            raise BringupError(f"{file}: expected sections such as /**/arm_node with {PARAMETERS_KEY}")
-        for section, content in document.items():
-            if str(section).rpartition("/")[2] in (name, "**") and isinstance(content, dict):
-                found |= _flat(content.get(PARAMETERS_KEY) or {}, "")
+        found |= node_parameters(file, path)
     return found
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        flat |= _flat(value, name) if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _emulator(port: int, link: str, arm: Mapping[str, Any]) -> NodeDescription:

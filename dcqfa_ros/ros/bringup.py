@@ -14,6 +14,7 @@ from typing import Any
 
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import ActionSpace
+from dcqfa_ros.errors import ConfigNotFoundError
 from dcqfa_ros.paths import find_bundle, find_config
 from dcqfa_ros.ros.arm_cell import ARM_CELLS, arm_cell
 from dcqfa_ros.ros.description import (
@@ -25,12 +26,16 @@ from dcqfa_ros.ros.description import (
     node,
 )
 from dcqfa_ros.ros.interfaces import INTERFACES
+from dcqfa_ros.ros.parameter_files import check_sections
 
 MANAGER = "lifecycle_manager_node"
 _NAMESPACE = re.compile(r"/?([A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*)?")
 PUSHT_BUNDLE = "pusht_keypoints"
 _TOPIC = re.compile(r"[/~]?[A-Za-z_][A-Za-z0-9_/]*")
 _CELL_FILES = {"pusht": ["pusht_cell"], "real": ["inovo_cell"], "emulated": ["inovo_cell", "emulated_cell"]}
+_POLICY_NODES = ["selector_node", "policy_node", "trial_node"]
+_OTHER_NODES: dict[str, list[str]] = {"pusht": [], **{c: ["teleop_node", *_POLICY_NODES] for c in ARM_CELLS}}
+"""Nodes that a cell may have besides those of one bring-up; a parameter file may name them always."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,12 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
         BringupError: an option has no such value, or is not available in this version or on this machine.
         BundleError: the bundle does not exist or cannot be read.
         ConfigNotFoundError: a parameter file does not exist.
+        ParameterFileError: a parameter file is none, or sets parameters of a node that the cell does not have.
     """
     _check(options)
     files = [find_config(name) for name in _CELL_FILES[options.cell]]
-    files += [find_config(name) for name in options.parameters_file.split(",") if name]
+    own = [_parameter_file(name) for name in options.parameters_file.split(",") if name]
+    files += own
     remappings = _remappings(options.remap)
     if options.cell in ARM_CELLS:
         first, nodes = arm_cell(options, files)
@@ -111,6 +118,9 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
         parameter_files=tuple(files),
         stops_first=True,
     )
+    for file in own:
+        names = dict.fromkeys([n.name for n in (*nodes, manager)] + _OTHER_NODES[options.cell])
+        check_sections(file, options.namespace, tuple(names))
     recorder = [_recorder(options.namespace)] if options.record else []
     graph = [replace(n, remappings=remappings) for n in (*nodes, manager)]
     return (*first, *graph[:-1], *recorder, graph[-1])
@@ -120,6 +130,13 @@ def _pusht_cell(options: BringupOptions, files: Sequence[Path]) -> list[NodeDesc
     policy = _policy_nodes(options, files, options.bundle or PUSHT_BUNDLE)
     arm = node("arm_node", files, {"rate": options.rate})
     return [arm, node("camera_node", files, {}, needed=False), *policy]
+
+
+def _parameter_file(name: str) -> Path:
+    try:
+        return find_config(name)
+    except ConfigNotFoundError as error:
+        raise ConfigNotFoundError(f"parameters_file:={error}") from error
 
 
 def _policy_nodes(options: BringupOptions, files: Sequence[Path], bundle: str) -> list[NodeDescription]:
@@ -161,8 +178,9 @@ def _check(options: BringupOptions) -> None:
             raise BringupError(f"variant:={options.variant} needs bundle:=, of which cell:={options.cell} has none")
         if not options.bundle and options.trials is not None:
             raise BringupError(f"trials need bundle:=, of which cell:={options.cell} has none")
-    elif options.teleop:
-        raise BringupError(f"teleop:=true needs an arm: cell:={' or '.join(ARM_CELLS)}")
+    elif options.teleop or not options.watchdog:
+        given = "teleop:=true" if options.teleop else "watchdog:=false"
+        raise BringupError(f"{given} needs an arm: cell:={' or '.join(ARM_CELLS)}")
 
 
 def _remappings(text: str) -> dict[str, str]:

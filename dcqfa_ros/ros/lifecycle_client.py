@@ -17,7 +17,7 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.ros.diagnostics import Level
 from dcqfa_ros.ros.node import ManagedNode
-from dcqfa_ros.ros.peers import ACTIVE, INACTIVE, Peer
+from dcqfa_ros.ros.peers import ACTIVE, FINALIZED, INACTIVE, Peer
 
 Steps = Generator[None, None, None]
 
@@ -185,11 +185,15 @@ class LifecycleClients:
             peer.wanted = False
             futures.append((peer, self._call(self._change_clients[peer.name], request)))
         end = time.monotonic() + timeout
-        while not all(f.done() for _, f in futures) and time.monotonic() < end:
+        while any(not f.done() and p.state != FINALIZED for p, f in futures) and time.monotonic() < end:
             yield
         for peer, future in futures:
             if future.done():
                 peer.state = INACTIVE if future.result().success else peer.state
+                if peer.state == ACTIVE:
+                    self._node.event(Level.ERROR, f"{peer.name} refused to deactivate", node=peer.name)
             else:
                 self._change_clients[peer.name].remove_pending_request(future)
+                if peer.state == FINALIZED:  # Ctrl-C in a terminal reaches every node: it has stopped by itself
+                    continue
                 self._node.event(Level.ERROR, f"{peer.name} did not deactivate within {timeout:g} s", node=peer.name)

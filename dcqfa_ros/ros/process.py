@@ -90,7 +90,12 @@ class StopRequest:
                 self._wake()
 
     def close(self) -> None:
-        """Leave the handlers in place (a second signal stays harmless) but stop waking."""
+        """Leave the handlers in place (a second signal stays harmless) but stop waking.
+
+        INT is ignored from now on: the interpreter's end restores the default action in place of a handler, and the
+        second INT that ``ros2 launch`` sends after the terminal's own would kill a node that has ended well.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.detach()
         signal.set_wakeup_fd(-1)
         with contextlib.suppress(OSError):

@@ -69,6 +69,19 @@ def test_nodes_come_up_in_order_go_down_in_reverse_on_request_and_all_at_once_on
     assert "Traceback" not in manager.output
 
 
+def test_a_signal_to_every_process_at_once_ends_all_of_them_well(graph: Graph) -> None:
+    nodes = toys(graph, "a", "b")
+    manager = manage(graph, "a", "b")
+    graph.wait_graph("active")
+    for process in (*nodes.values(), manager):  # as Ctrl-C in a terminal does
+        process.send(signal.SIGINT)
+    for process in (*nodes.values(), manager):
+        wait_until(lambda p=process: "stopped: " in p.output, "the node's end")
+        process.send(signal.SIGINT)  # and ros2 launch once more
+    assert [p.wait(5.0) for p in (*nodes.values(), manager)] == [0, 0, 0]
+    assert "did not deactivate" not in manager.output
+
+
 def test_without_autostart_an_operator_brings_the_graph_up_and_down(graph: Graph) -> None:
     toys(graph, "a")
     manage(graph, "a", autostart=False)

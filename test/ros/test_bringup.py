@@ -28,6 +28,7 @@ from dcqfa_ros.ros.bringup import (
     describe,
     options_from_text,
 )
+from dcqfa_ros.ros.parameter_files import ParameterFileError
 from dcqfa_ros.ros.supervisor import _command
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,7 @@ def test_options_that_cannot_be_read_are_refused(texts: list[str], message: str)
         ({"cell": "real", "bundle": "", "rate": "max"}, "rate:=max is for pusht; cell:=real runs in real time"),
         ({"cell": "emulated", "bundle": "", "variant": "fp32"}, "variant:=fp32 needs bundle:="),
         ({"teleop": "true"}, "teleop:=true needs an arm: cell:=emulated or real"),
+        ({"watchdog": "false"}, "watchdog:=false needs an arm: cell:=emulated or real"),
         ({"remap": "chunk"}, "remap:= expects FROM=TO with names of topics"),
         ({"remap": "a=b c"}, "remap:= expects FROM=TO"),
         ({"namespace": "a b"}, "namespace:= expects letters"),
@@ -130,7 +132,7 @@ def test_several_parameter_files_and_other_names_of_topics(bundle: str, tmp_path
 def test_an_unknown_bundle_and_parameter_file_are_refused(bundle: str) -> None:
     with pytest.raises(BundleError, match="nowhere"):
         describe(BringupOptions(bundle="nowhere"))
-    with pytest.raises(ConfigNotFoundError, match=r"nowhere\.yaml"):
+    with pytest.raises(ConfigNotFoundError, match=r"parameters_file:=nowhere\.yaml: no such"):
         describe(BringupOptions(bundle=bundle, parameters_file="nowhere.yaml"))
 
 
@@ -212,6 +214,18 @@ def test_the_real_cell_takes_addresses_from_its_files(tmp_path: Path) -> None:
     assert "inovo.host" not in nodes["arm_node"].parameters
 
 
+def test_addresses_come_from_the_sections_of_the_cells_own_namespace(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "/a/arm_node: {ros__parameters: {inovo.host: 10.0.0.5}}\n/b/arm_node: {ros__parameters: {driver: ros}}\n"
+    )
+    with pytest.raises(ParameterFileError, match="/b/arm_node: no node of this cell"):
+        describe(BringupOptions(cell="real", parameters_file=str(own), namespace="a"))
+    own.write_text("/a/arm_node: {ros__parameters: {inovo.host: 10.0.0.5}}\n")
+    nodes = {n.name: n for n in describe(BringupOptions(cell="real", parameters_file=str(own), namespace="/a"))}
+    assert "ws://10.0.0.5:9090" in nodes["watchdog"].command
+
+
 def test_the_watchdog_is_left_to_a_service_or_to_another_arms_means(tmp_path: Path) -> None:
     assert "watchdog" not in {n.name for n in describe(BringupOptions(cell="real", watchdog=False))}
     own = tmp_path / "own.yaml"
@@ -224,7 +238,10 @@ def test_bad_files_of_a_cell_with_an_arm_are_refused(tmp_path: Path) -> None:
     own, poses = tmp_path / "own.yaml", tmp_path / "poses.yaml"
     options = BringupOptions(cell="real", parameters_file=str(own))
     own.write_text("- a list\n")
-    with pytest.raises(BringupError, match="expected sections such as"):
+    with pytest.raises(ParameterFileError, match="expected sections such as"):
+        describe(options)
+    own.write_text("/**/arm_nod: {ros__parameters: {workspace.minimum: [0.0, 0.0, 0.0]}}\n")
+    with pytest.raises(ParameterFileError, match=r"own.yaml: /\*\*/arm_nod: .*did you mean /\*\*/arm_node"):
         describe(options)
     own.write_text("/**/arm_node: {ros__parameters: {inovo.port: many}}\n")
     with pytest.raises(BringupError, match=r"needs the parameters inovo.host and inovo.port"):
