@@ -13,8 +13,9 @@ from types import FrameType
 from typing import Any
 
 from dcqfa_ros.paths import find_config
-from dcqfa_ros.ros.bringup import BringupError, check_namespace
+from dcqfa_ros.ros.bringup import ARM_CELL_NODES, BringupError, check_namespace
 from dcqfa_ros.ros.isolation import child_environment
+from dcqfa_ros.ros.parameter_files import check_sections
 from dcqfa_ros.ros.process import PARENT_VARIABLE
 from dcqfa_ros.runtime.teleop import KEYBOARD_HELP
 from dcqfa_ros.runtime.terminal import kept_terminal
@@ -37,7 +38,7 @@ def register(subparsers: Any) -> None:
     add("--input", default="auto", choices=("auto", "keyboard", "joy"), help="auto: joy, and keyboard of a terminal")
     add("--scale", type=float, default=0.0, metavar="SHARE", help="share of full speed, 0.05 to 1 (default: file's)")
     add("--namespace", default="", help="namespace of the graph")
-    add("--parameters-file", default="inovo_cell", metavar="FILE", help="YAML parameters (default %(default)s)")
+    add("--parameters-file", default="", metavar="FILES", help="as for dcqfa up; replaces values of inovo_cell.yaml")
     parser.set_defaults(func=_teleop)
 
 
@@ -45,9 +46,12 @@ def _teleop(args: argparse.Namespace) -> int:
     if args.scale and not 0.05 <= args.scale <= 1.0:
         raise BringupError(f"--scale: expected 0.05 to 1, got {args.scale}")
     check_namespace(args.namespace)
+    files = [find_config("inovo_cell"), *(find_config(name) for name in args.parameters_file.split(",") if name)]
+    for file in files[1:]:
+        check_sections(file, args.namespace, ARM_CELL_NODES)
     command = [
         *(sys.executable, "-m", MODULE, "--ros-args", "-r", f"__ns:=/{args.namespace.strip('/')}"),
-        *("--params-file", str(find_config(args.parameters_file))),
+        *(word for file in files for word in ("--params-file", str(file))),
         *("-p", f"input:={args.input}", "-p", "autostart:=true"),
         *(("-p", f"scale:={args.scale:.4f}") if args.scale else ()),
     ]

@@ -16,7 +16,7 @@ from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import ActionSpace
 from dcqfa_ros.errors import ConfigNotFoundError
 from dcqfa_ros.paths import find_bundle, find_config
-from dcqfa_ros.ros.arm_cell import ARM_CELLS, arm_cell
+from dcqfa_ros.ros.arm_cell import ARM_CELLS, CAMERAS, arm_cell
 from dcqfa_ros.ros.description import (
     AUTO,
     BringupError,
@@ -33,9 +33,11 @@ _NAMESPACE = re.compile(r"/?([A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*)?"
 PUSHT_BUNDLE = "pusht_keypoints"
 _TOPIC = re.compile(r"[/~]?[A-Za-z_][A-Za-z0-9_/]*")
 _CELL_FILES = {"pusht": ["pusht_cell"], "real": ["inovo_cell"], "emulated": ["inovo_cell", "emulated_cell"]}
-_POLICY_NODES = ["selector_node", "policy_node", "trial_node"]
-_OTHER_NODES: dict[str, list[str]] = {"pusht": [], **{c: ["teleop_node", *_POLICY_NODES] for c in ARM_CELLS}}
-"""Nodes that a cell may have besides those of one bring-up; a parameter file may name them always."""
+ARM_CELL_NODES = (
+    *("wrench_node", *(f"{camera}_camera_node" for camera in CAMERAS), "arm_node", "teleop_node"),
+    *("selector_node", "policy_node", "trial_node", MANAGER),
+)
+"""Every node that a cell with an arm may have; its parameter files may name those that are not brought up, too."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def describe(options: BringupOptions) -> tuple[NodeDescription, ...]:
         parameter_files=tuple(files),
         stops_first=True,
     )
+    names = ARM_CELL_NODES if options.cell in ARM_CELLS else tuple(n.name for n in (*nodes, manager))
     for file in own:
-        names = dict.fromkeys([n.name for n in (*nodes, manager)] + _OTHER_NODES[options.cell])
-        check_sections(file, options.namespace, tuple(names))
+        check_sections(file, options.namespace, names)
     recorder = [_recorder(options.namespace)] if options.record else []
     graph = [replace(n, remappings=remappings) for n in (*nodes, manager)]
     return (*first, *graph[:-1], *recorder, graph[-1])
