@@ -6,11 +6,11 @@ import time
 
 from dcqfa_ros.drivers.protocols import CameraFrame, CameraIntrinsics, ColorOnly, DriverError
 from dcqfa_ros.sim.cell_state import CellStateReader
-from dcqfa_ros.sim.render import MAX_SIZE_PX, MIN_SIZE_PX, render
+from dcqfa_ros.sim.pictures import check_pictures
+from dcqfa_ros.sim.render import render
 from dcqfa_ros.sim.tee import METRES_PER_PIXEL, TABLE_SIZE_PX
 
 CAMERA_HEIGHT_M = 0.5  # above the table's centre, looking straight down
-MAX_FPS = 1000.0
 
 
 class SimulatedCamera(ColorOnly):
@@ -42,11 +42,7 @@ class SimulatedCamera(ColorOnly):
         Raises:
             ValueError: a size, the rate or the name is out of range.
         """
-        for field, size in (("width", width), ("height", height)):
-            if not MIN_SIZE_PX <= size <= MAX_SIZE_PX:
-                raise ValueError(f"{field}: expected {MIN_SIZE_PX} to {MAX_SIZE_PX} px, got {size}")
-        if not 0 < fps <= MAX_FPS:
-            raise ValueError(f"fps: expected above 0 and at most {MAX_FPS:g}, got {fps}")
+        check_pictures(width, height, fps)
         self._reader = CellStateReader(name, maximum_age_s) if reader is None else reader
         self._name = f"simulated camera of {name}"
         self._width, self._height, self._fps = width, height, float(fps)

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.drivers.protocols import CameraExtrinsics, CameraFrame, CameraIntrinsics, DriverError
+from dcqfa_ros.sim.pictures import check_pictures
 
 SCENE_ROWS = 240
 """The scene scrolls by one row per frame and repeats after this many frames."""
 NEAREST_MM, FARTHEST_MM = 300, 1500
 _FIELD_OF_VIEW_FOCAL = 0.96  # focal length over width, as a RealSense D435's color camera (615 px at 640 px)
 _TILE_PX = 40
-MIN_SIZE_PX, MAX_SIZE_PX, MAX_FPS = 16, 8192, 1000.0
 
 
 @lru_cache(maxsize=4)
@@ -62,11 +62,7 @@ class SyntheticCamera:
         Raises:
             ValueError: a size or the rate is out of range.
         """
-        for field, size in (("width", width), ("height", height)):
-            if not MIN_SIZE_PX <= size <= MAX_SIZE_PX:
-                raise ValueError(f"{field}: expected {MIN_SIZE_PX} to {MAX_SIZE_PX} px, got {size}")
-        if not 0 < fps <= MAX_FPS:
-            raise ValueError(f"fps: expected above 0 and at most {MAX_FPS:g}, got {fps}")
+        check_pictures(width, height, fps)
         self._name = f"synthetic camera {name}"
         self._width, self._height, self._fps = width, height, float(fps)
         self._period_ns = round(1e9 / fps)

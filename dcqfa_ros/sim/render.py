@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dcqfa_ros.sim.pictures import check_size
 from dcqfa_ros.sim.tee import (
     AGENT_RADIUS_PX,
     GOAL_POSE,
@@ -23,7 +24,6 @@ from dcqfa_ros.sim.tee import (
 Image = NDArray[np.uint8]
 Color = tuple[int, int, int]
 
-MIN_SIZE_PX, MAX_SIZE_PX = 16, 8192
 GRID_PX = 64.0  # one grid cell is 1/16 m
 
 # RGB; the hues of the published environment (green goal, slate block, blue agent, red target), toned for a report.
@@ -131,9 +131,7 @@ def render(state: ArrayLike, width: int, height: int, target: ArrayLike | None =
     Raises:
         ValueError: a size is out of range, or the state or the target is not made of finite numbers of that shape.
     """
-    for name, size in (("width", width), ("height", height)):
-        if not MIN_SIZE_PX <= size <= MAX_SIZE_PX:
-            raise ValueError(f"{name}: expected {MIN_SIZE_PX} to {MAX_SIZE_PX} px, got {size}")
+    check_size(width, height)
     values = check_state(state)
     canvas = _Canvas(_background(int(width), int(height)).copy())
     agent = _bounded(values[:2])
