@@ -176,4 +176,5 @@ def test_a_second_stack_on_the_same_names_is_refused_and_the_first_goes_on(graph
     time.sleep(1.0)
     assert one.process.poll() is None
     assert "safe stop" not in one.output
-    assert graph.state("first") == "active"
+    # On a busy computer the start of the second stack may have silenced a node so long that it is just brought back.
+    wait_until(lambda: graph.state("first") == "active", "an active node of the first stack")
