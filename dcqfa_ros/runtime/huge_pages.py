@@ -1,6 +1,6 @@
 """Weights in huge pages: an engine on the CPU reads megabytes per step, and small pages make it wait for translations.
 
-Measured on one thread of a server CPU, a denoising step of ONNX Runtime takes 8 to 12 % less (``docs/results.md``). On
+Measured on one thread of a server CPU, a chunk on ONNX Runtime takes about a tenth less (``docs/results.md``). On
 Linux only, best effort and silent: where the system forbids huge pages, memory simply stays as it is.
 """
 
