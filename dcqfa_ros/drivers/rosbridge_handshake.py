@@ -125,6 +125,15 @@ def _shake_hands(sock: socket.socket, protocol: Any, deadline: float, wanted: Li
             raise TimeoutError
 
 
+def require_websockets() -> None:
+    """Check that connections can be made and accepted at all.
+
+    Raises:
+        DriverError: the package is missing; it says what to install.
+    """
+    _module("websockets.server")
+
+
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)

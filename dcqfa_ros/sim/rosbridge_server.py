@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from dcqfa_ros.drivers.protocols import DriverError
 from dcqfa_ros.drivers.rosbridge import encode
-from dcqfa_ros.drivers.rosbridge_handshake import accept_link
+from dcqfa_ros.drivers.rosbridge_handshake import accept_link, require_websockets
 from dcqfa_ros.drivers.rosbridge_link import LinkError, WebSocketLink
 
 Message = dict[str, Any]
@@ -91,8 +91,9 @@ class RosbridgeServer:
         """Listen.
 
         Raises:
-            DriverError: the port is taken or not allowed.
+            DriverError: the port is taken or not allowed, or the package that answers clients is missing.
         """
+        require_websockets()
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -265,3 +266,9 @@ def test_it_comes_back_on_its_port_and_a_taken_port_is_named(graph: Graph) -> No
     with connect(f"ws://127.0.0.1:{port}", ping_interval=None) as client:
         settle(client)
     server.stop()
+
+
+def test_without_websockets_the_server_does_not_start_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "websockets.server", None)
+    with pytest.raises(DriverError, match=r"pip install -r requirements/cell\.txt"):
+        RosbridgeServer(Graph()).start()
