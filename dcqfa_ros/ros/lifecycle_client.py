@@ -140,7 +140,7 @@ class LifecycleClients:
                         futures[name] = self._call(self._state_clients[name], GetState.Request())
             yield
         for peer in self._peers:
-            peer.state = futures[peer.name].result().current_state.label
+            peer.arrive(futures[peer.name].result().current_state.label, time.monotonic())
 
     def change(self, peer: Peer, transition: int, timeout: float) -> Steps:
         """Ask ``peer`` for a transition and wait.

@@ -63,7 +63,7 @@ class Peer:
     arrived: float = float("-inf")
 
     def arrive(self, state: str, now: float) -> None:
-        """Note a transition that the node has answered; its own reports of earlier states may still be under way."""
+        """Note a state that the node has answered with; its own reports of earlier states may still be under way."""
         self.state, self.faulted, self.arrived = state, False, now
 
     def hear(self, values: Mapping[str, str], now: float, lost_after: float) -> None:
@@ -85,11 +85,15 @@ class Peer:
         self.finished = values.get("finished") == "true"
 
     def silent_for(self, now: float) -> float:
-        """Return the seconds since the last sign of life; infinite when there has been none."""
-        return float("inf") if self.process is None else now - self.process.heard
+        """Return the seconds since the last sign of life; infinite when there has been none.
+
+        An answered service call counts: right after the bring-up a node's reports may not have found their way yet.
+        """
+        return now - max(self.arrived, float("-inf") if self.process is None else self.process.heard)
 
     def excuse(self, seconds: float) -> None:
         """Push the last sign of life forward: the manager itself was not running for so long and could not listen."""
+        self.arrived += seconds
         if self.process is not None:
             self.process.heard += seconds
 

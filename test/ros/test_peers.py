@@ -51,6 +51,15 @@ def test_a_late_report_of_the_state_before_a_transition_is_no_deactivation() -> 
     assert peer.finding(2.0, LOST) is Finding.DEACTIVATED
 
 
+def test_an_answer_is_a_sign_of_life_of_a_node_whose_reports_have_not_been_heard_yet() -> None:
+    peer = Peer("arm", "/arm", wanted=True)
+    assert peer.silent_for(1.0) == float("inf")
+    peer.arrive("active", 1.0)
+    assert peer.finding(3.0, LOST) is None
+    assert peer.finding(4.0, LOST) is Finding.SILENT
+    assert peer.describe(Finding.SILENT, 4.0) == "arm is lost: no sign of life for 3.0 s"
+
+
 def test_a_node_in_a_transition_may_be_silent() -> None:
     peer = heard()
     peer.busy = True
