@@ -85,9 +85,9 @@ def test_a_refused_engine_is_followed_by_the_next_of_the_ranking(
     graph: Graph, policy_bundle: Callable[..., Path]
 ) -> None:
     node = graph.policy(bundle=str(policy_bundle()))
-    host = node._host
+    host = node._variants.host
     assert host is not None
-    node._on_choice(choice(node, "tensorrt/w8a8", "tensorrt/fp32", "onnxruntime/fp32", "onnxruntime/w8a8"))
+    node._variants.on_choice(choice(node, "tensorrt/w8a8", "tensorrt/fp32", "onnxruntime/fp32", "onnxruntime/w8a8"))
     assert graph.wait_for(lambda: host.engine == "onnxruntime/fp32" and not host.busy)
     assert graph.wait_for(lambda: any(level == 0 for level, _ in graph.events))
     told = [text for level, text in graph.events if level == 2]
@@ -104,10 +104,10 @@ def test_a_refused_engine_is_followed_by_the_next_of_the_ranking(
 
 def test_a_pinned_runtime_is_not_left(graph: Graph, policy_bundle: Callable[..., Path]) -> None:
     node = graph.policy(bundle=str(policy_bundle()), variant="w8a8", runtime="tensorrt")
-    host = node._host
+    host = node._variants.host
     assert host is not None
     assert graph.wait_for(lambda: bool(graph.events) and not host.busy)
-    node._on_choice(choice(node, "onnxruntime/w8a8"))
+    node._variants.on_choice(choice(node, "onnxruntime/w8a8"))
     assert graph.wait_for(lambda: len(graph.events) >= 2 and not host.busy)
     assert host.active == ""
     assert all("refused on tensorrt" in text for _, text in graph.events)
