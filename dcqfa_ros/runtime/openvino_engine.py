@@ -196,6 +196,10 @@ class OpenVinoEngine:
             bound = request.arrays[label]
             if given.shape != bound.shape:
                 raise EngineError(f"engine {self.name}: {label} has shape {given.shape}, expected {bound.shape}")
+            if given is bound:  # the encoder writes where the denoiser reads
+                continue
+            if label in request.shared:  # somebody else's keys and values: leave the encoder its result
+                bound = request.unshare(label)
             np.copyto(bound, given)
         try:
             return request.run()
@@ -209,7 +213,9 @@ class OpenVinoEngine:
         inputs = {name: (element, shape(axes)) for name, (element, axes) in INPUTS[role].items()}
         outputs = {name: (element, shape(axes)) for name, (element, axes) in OUTPUTS[role].items()}
         compiled = self._graphs[role].compile({name: list(size) for name, (_, size) in inputs.items()})
-        request = _Request(compiled, inputs, outputs)
+        encoder = self._requests["encoder"].get((sizes["B"],)) if role == "denoiser" else None
+        shared = {} if encoder is None else {"observation_kv": encoder.arrays["observation_kv"]}
+        request = _Request(compiled, inputs, outputs, shared)
         self._requests[role].put(key, request)
         return request
 
@@ -271,18 +277,28 @@ class _Request:
         compiled: Any,
         inputs: Mapping[str, tuple[int, tuple[int, ...]]],
         outputs: Mapping[str, tuple[int, tuple[int, ...]]],
+        shared: Mapping[str, NDArray[Any]],
     ) -> None:
         module = _openvino()
         self._request = compiled.create_infer_request()
         self.arrays: dict[str, NDArray[Any]] = {
             name: np.zeros(shape, DTYPES[element]) for name, (element, shape) in (*inputs.items(), *outputs.items())
         }
+        self.arrays.update(shared)
+        self.shared = set(shared)
         for name, array in self.arrays.items():
             self._request.set_tensor(name, module.Tensor(array, shared_memory=True))
         self._result = self.arrays[next(iter(outputs))]
 
+    def unshare(self, name: str) -> NDArray[Any]:
+        """Bind ``name`` to an array of its own."""
+        self.shared.discard(name)
+        array = self.arrays[name] = np.zeros_like(self.arrays[name])
+        self._request.set_tensor(name, _openvino().Tensor(array, shared_memory=True))
+        return array
+
     def run(self) -> Float32:
-        self._request.infer()
+        self._request.infer(share_outputs=True)  # they lie in the bound arrays: the wrapper need not copy them as well
         return self._result
 
 

@@ -156,6 +156,20 @@ def test_result_goes_to_out_and_inputs_stay() -> None:
     assert np.array_equal(out, engine.denoise(noisy, time_kv, kv))
 
 
+def test_the_denoiser_reads_where_the_encoder_wrote_and_other_keys_and_values_leave_that_alone() -> None:
+    engine = OpenVinoEngine(tiny_files(False))
+    time_kv = engine.timestep_kv(np.array([45]))
+    noisy = random(2, 1, 4, ACTED)
+    encoded = engine.observation_kv(random(1, 1, HISTORY, OBSERVED))
+    mine = encoded.copy()
+    first = engine.denoise(noisy, time_kv, encoded).copy()
+    other = engine.denoise(noisy, time_kv, mine + 1.0).copy()
+    np.testing.assert_array_equal(encoded, mine)
+    assert np.abs(other - first).max() > 1e-4
+    np.testing.assert_array_equal(engine.denoise(noisy, time_kv, encoded), first)
+    np.testing.assert_array_equal(engine.denoise(noisy, time_kv, mine), first)
+
+
 def test_more_shapes_than_are_kept_do_not_disturb_each_other() -> None:
     engine = OpenVinoEngine(tiny_files())
     first = [denoised(engine, batch, tokens) for batch in (1, 2, 3) for tokens in (1, 9)]
