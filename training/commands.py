@@ -134,6 +134,10 @@ def _trainer(config: TrainConfig, folder: Path, **options: Any) -> Trainer | Sup
         from training.supernet import SupernetTrainer
 
         return SupernetTrainer(config, folder, **options)
+    if config.consistency is not None:
+        from training.consistency import ConsistencyTrainer
+
+        return ConsistencyTrainer(config, folder, **options)
     from training.trainer import Trainer
 
     return Trainer(config, folder, **options)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dcqfa_ros.bundle.document import DocumentError, parse_document
-from dcqfa_ros.bundle.schema import Name, NormalizerKind, Positive, Rate, Text
+from dcqfa_ros.bundle.schema import Name, NormalizerKind, Positive, Rate, Text, consistency_levels
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
@@ -91,9 +91,28 @@ class DiffusionConfig(StrictModel):
     """Forward process and the sampler written to the bundle."""
 
     train_timesteps: Annotated[int, Field(ge=2)] = 100
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "consistency"] = "ddim"
     steps: Positive = 16
     clip_sample: Annotated[float, Field(gt=0.0)] = 1.0
+
+    @property
+    def levels(self) -> int:
+        """Number of noise levels, from the least, that are trained at."""
+        return consistency_levels(self.train_timesteps) if self.sampler == "consistency" else self.train_timesteps
+
+
+class ConsistencyConfig(StrictModel):
+    """Consistency distillation of the policy that ``warm_start`` names (Song et al. 2023, Luo et al. 2023).
+
+    Attributes:
+        skip: time steps that the teacher's one DDIM step goes down; the two levels must agree on the clean actions.
+        target_decay: of the moving average whose prediction at the lower level is the target.
+        huber: distance, per scalar, above which the pseudo-Huber loss grows linearly.
+    """
+
+    skip: Positive = 5
+    target_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    huber: Annotated[float, Field(gt=0.0)] = 0.00054
 
 
 class OptimizerConfig(StrictModel):
@@ -130,7 +149,12 @@ class RunConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """A whole training run."""
+    """A whole training run.
+
+    Attributes:
+        warm_start: run folder, checkpoint or bundle whose full-precision policy a single policy starts from; where it
+            knows no prefix and ``policy.prefix`` asks for one, the flag's weights start from zero.
+    """
 
     name: Name
     task: Text
@@ -142,7 +166,25 @@ class TrainConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     run: RunConfig
+    warm_start: Text | None = None
+    consistency: ConsistencyConfig | None = None
     supernet: SupernetConfig | None = None
+
+    @model_validator(mode="after")
+    def _kinds_of_runs(self) -> TrainConfig:
+        if self.supernet is not None:
+            for field, given in (
+                ("warm_start", self.warm_start is not None),
+                ("consistency", self.consistency is not None),
+                ("policy.prefix", self.policy.prefix > 0),
+            ):
+                if given:
+                    raise ValueError(f"{field} is for a single policy; leave it out of a run with a section supernet")
+        if (self.consistency is not None) != (self.diffusion.sampler == "consistency"):
+            raise ValueError("section consistency and diffusion.sampler consistency belong together; give both or none")
+        if self.consistency is not None and self.warm_start is None:
+            raise ValueError("consistency needs warm_start: the policy that is distilled")
+        return self
 
     @model_validator(mode="after")
     def _images_on_both_sides(self) -> TrainConfig:

@@ -29,9 +29,9 @@ class Objective:
         self.sigma = torch.tensor(np.sqrt(1.0 - abar), dtype=torch.float32, device=device)
 
     def noisy(self, batch: Batch) -> Tensor:
-        """Actions (B, H, Da) with noise of their time steps."""
+        """Actions with noise of their time steps, as the network reads them; see :meth:`conditioned`."""
         signal, sigma = self.signal[batch.timesteps], self.sigma[batch.timesteps]
-        return signal[:, None, None] * batch.action + sigma[:, None, None] * batch.noise
+        return conditioned(signal[:, None, None] * batch.action + sigma[:, None, None] * batch.noise, batch)
 
     def autocast(self) -> torch.autocast:
         """Context of the run's precision."""
@@ -43,6 +43,33 @@ class Objective:
             return network(noisy, batch.timesteps, batch.observation)
 
     def loss(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """Mean squared error () float32 of the noise that ``network`` predicts in ``batch``."""
-        predicted = self.predict(network, self.noisy(batch), batch)
-        return torch.nn.functional.mse_loss(predicted.float(), batch.noise)
+        """Mean squared error () float32 of the noise that ``network`` predicts in ``batch``.
+
+        Where leading tokens are known it is taken over the others, every sample counting alike.
+        """
+        predicted = self.predict(network, self.noisy(batch), batch).float()
+        if batch.prefix is None:
+            return torch.nn.functional.mse_loss(predicted, batch.noise)
+        open_tokens = ~known_tokens(batch)
+        error = torch.nn.functional.mse_loss(predicted, batch.noise, reduction="none").mean(-1)
+        return ((error * open_tokens).sum(1) / open_tokens.sum(1)).mean()
+
+
+def known_tokens(batch: Batch) -> Tensor:
+    """Which action tokens are known, (B, H) bool."""
+    tokens = torch.arange(batch.action.shape[1], device=batch.action.device)
+    if batch.prefix is None:
+        return torch.zeros_like(tokens, dtype=torch.bool).expand(len(batch.action), -1)
+    return tokens < batch.prefix[:, None]
+
+
+def conditioned(sample: Tensor, batch: Batch) -> Tensor:
+    """A sample of actions (B, H, Da) as the network reads it.
+
+    Where the policy takes known tokens they are replaced by the clean actions and a last channel flags them,
+    (B, H, Da + 1); otherwise it is read as it is.
+    """
+    if batch.prefix is None:
+        return sample
+    known = known_tokens(batch)[..., None]
+    return torch.cat([torch.where(known, batch.action, sample), known.to(sample.dtype)], dim=-1)

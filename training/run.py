@@ -327,6 +327,7 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
         del source["names"]
     document["data"]["observations"] = list(observations.items())  # their order matters too
     document["run"] = {key: document["run"][key] for key in ("steps", "batch", "seed", "precision")}
+    document["warm_start"] = document["warm_start"] is not None  # what it holds is compared instead
     if document["supernet"] is not None:
         for path in ("warm_start", "tables"):  # what they hold is compared instead
             del document["supernet"][path]

@@ -64,6 +64,7 @@ class PolicyMeaning:
                 "sampler": config.diffusion.sampler,
                 "timestep_spacing": "leading",
                 "steps": config.diffusion.steps,
+                "prefix": config.policy.prefix,
             },
             "training": {
                 "data": Path(data.path).name,

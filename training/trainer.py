@@ -1,9 +1,14 @@
-"""Training of the full-precision policy by denoising score matching."""
+"""Training of the full-precision policy by denoising score matching.
+
+It starts from random weights or from those of another policy; with ``policy.prefix`` it is trained for real-time
+chunking (Black et al. 2025, training-time action conditioning): leading action tokens stay clean, as many as are drawn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,12 +16,16 @@ import torch
 from torch import Tensor
 
 from training.config import TrainConfig
+from training.data.policy_data import Batch
 from training.held_out import held_out_loss
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.run import Record, TrainingError, TrainingRun
 from training.schedules import step_seed
+from training.warm_start import PolicyWeights, read_policy_weights, state_sha256
 
 __all__ = ["Trainer", "TrainingError"]
+
+HELD_OUT_PREFIXES = (0, 1, 3, 5, 8)  # lengths of known prefixes that held-out losses are told for
 
 
 class Trainer(TrainingRun):
@@ -25,7 +34,10 @@ class Trainer(TrainingRun):
     Attributes:
         model: the trained network.
         ema: its exponential moving average, which is what is exported.
+        start: the weights it started from, None for random ones.
     """
+
+    other_facts = MappingProxyType({"warm_start_sha256": "warm_start"})
 
     def __init__(
         self,
@@ -49,13 +61,22 @@ class Trainer(TrainingRun):
             DataError: the data set cannot be used or does not fit the policy.
             ConfigError: the configuration does not describe a policy that a bundle can hold, or its action normaliser
                 leaves the range that the sampler keeps.
-            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration or other data.
+            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration, other data or another
+                policy to start from.
+            BundleError: the bundle to start from is damaged.
+            WarmStartError: the policy to start from is another one than ``config`` describes.
             WorldError: the batch does not divide among the processes.
         """
         super().__init__(config, folder, config_file=config_file)
         self.world.check_batch("run.batch", config.run.batch)
+        self.start: PolicyWeights | None = None
+        if config.warm_start is not None:
+            self.start = read_policy_weights(Path(config.warm_start), config.policy)
+            self.start.check_normalizers(self.data.observation_norms, self.data.action_norm)
         torch.manual_seed(config.run.seed)
         self.model = DiffusionPolicyT(config.policy).to(self.device)
+        if self.start is not None:
+            self.model.load_state_dict(self.start.state)
         self.forward: Callable[..., Tensor] = torch.compile(self.model) if config.run.compile else self.model
         self.ema = DiffusionPolicyT(config.policy).to(self.device)
         self.ema.load_state_dict(self.model.state_dict())
@@ -72,8 +93,16 @@ class Trainer(TrainingRun):
             betas=opt.betas,
             fused=True,
         )
+        self._prepare()
         if resume:
             self.resume(change)
+
+    def _prepare(self) -> None:
+        """Make what another kind of single-policy run needs besides, before a checkpoint is read."""
+
+    def _facts(self) -> dict[str, Any]:
+        start = {} if self.start is None else {"warm_start_sha256": state_sha256(self.start.state)}
+        return super()._facts() | start
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -88,9 +117,13 @@ class Trainer(TrainingRun):
         self.optimizer.load_state_dict(payload["optimizer"])
 
     def loss(self, model: Callable[..., Tensor], windows: Any, seed: int, batch: int) -> Tensor:
-        """Mean squared error of the noise predicted in a draw of ``batch`` windows (this process's share of them)."""
+        """Loss in a draw of ``batch`` windows (this process's share of them)."""
         drawn = self.world.share(self.data.draw(windows, seed, batch)).to(self.device)
-        return self.objective.loss(model, drawn)
+        return self.batch_loss(model, drawn)
+
+    def batch_loss(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """Mean squared error () of the noise that ``model`` predicts in ``batch``."""
+        return self.objective.loss(model, batch)
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss.
@@ -125,8 +158,18 @@ class Trainer(TrainingRun):
         return {"loss": self.train_step(), "lr": float(self.optimizer.param_groups[0]["lr"])}
 
     def validate(self) -> float:
-        """Held-out denoising loss of the EMA network on fixed draws; NaN when no episode is held out."""
-        return held_out_loss(self.ema, self.objective, self.data, world=self.world)
+        """Held-out loss of the EMA network on fixed draws; NaN when no episode is held out."""
+        return held_out_loss(self.ema, self.objective, self.data, loss=self.batch_loss, world=self.world)
+
+    def validate_prefixes(self) -> dict[int, float]:
+        """The same by the number of known leading tokens; empty where the policy takes none."""
+        longest = self.config.policy.prefix
+        lengths = sorted({n for n in HELD_OUT_PREFIXES if n <= longest} | {longest}) if longest else []
+        return {
+            n: held_out_loss(self.ema, self.objective, self.data, prefix=n, loss=self.batch_loss, world=self.world)
+            for n in lengths
+        }
 
     def _validation(self) -> Record:
-        return {"validation_loss": self.validate()}
+        by_prefix = {f"held_out/prefix_{n}": loss for n, loss in self.validate_prefixes().items()}
+        return {"validation_loss": self.validate(), **by_prefix}

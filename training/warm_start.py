@@ -53,6 +53,7 @@ class PolicyWeights:
         steps: optimizer steps behind the weights.
         data_sha256: of the demonstrations they come from; None where that is not known.
         path: the checkpoint file or the bundle's folder.
+        prefix: of the policy itself; ``state`` is for the configuration that was asked for, which may add one.
     """
 
     state: dict[str, Tensor]
@@ -61,6 +62,7 @@ class PolicyWeights:
     steps: int
     data_sha256: str | None
     path: Path
+    prefix: int = 0
 
     def check_normalizers(self, observation_norms: Mapping[str, NormalizerSpec], action_norm: NormalizerSpec) -> None:
         """Refuse to continue in other units than the weights were trained in.
@@ -99,7 +101,8 @@ def read_policy_weights(path: Path, config: DiffusionPolicyTConfig) -> PolicyWei
 
     Args:
         path: a run folder or checkpoint file (its averaged weights are taken), or the folder or name of a bundle.
-        config: the network that they are for; ``attention_dropout`` may differ.
+        config: the network that they are for; ``attention_dropout`` may differ. With a ``prefix`` the policy's own may
+            be another, or none: the weights of the flag are then zero, so that at flag 0 it is the same policy.
 
     Raises:
         CheckpointError: the checkpoint is damaged or holds no complete policy.
@@ -126,8 +129,10 @@ def _from_checkpoint(path: Path, config: DiffusionPolicyTConfig) -> PolicyWeight
     have, want = (c.model_dump(exclude={"attention_dropout"}) for c in (trained.config.policy, config))
     _check_sizes(trained.path, have, want)
     meaning = trained.meaning
+    state = {name: tensor.detach().clone() for name, tensor in trained.network.state_dict().items()}
     return PolicyWeights(
-        state={name: tensor.detach().clone() for name, tensor in trained.network.state_dict().items()},
+        state=_with_flag(state, config),
+        prefix=trained.config.policy.prefix,
         observation_norms=dict(meaning.observation_norms),
         action_norm=meaning.action_norm,
         steps=meaning.step,
@@ -137,6 +142,9 @@ def _from_checkpoint(path: Path, config: DiffusionPolicyTConfig) -> PolicyWeight
 
 
 def _check_sizes(path: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    have = dict(have)
+    if want["prefix"]:
+        have["prefix"] = want["prefix"]  # a flag's weights can be added, and it says nothing of the most it flags
     different = [f"{name} {have[name]} (this run: {want[name]})" for name in have if have[name] != want[name]]
     if different:
         raise WarmStartError(
@@ -153,6 +161,13 @@ def _same_normalizer(one: NormalizerSpec, other: NormalizerSpec) -> bool:
         if a.shape != b.shape or not np.allclose(a, b, rtol=NORMALIZER_TOLERANCE, atol=NORMALIZER_TOLERANCE):
             return False
     return True
+
+
+def _with_flag(state: dict[str, Tensor], config: DiffusionPolicyTConfig) -> dict[str, Tensor]:
+    """``state`` with a column of zeros for the flag of known tokens where ``config`` has one and it has not."""
+    weight = state["action_embedding.weight"]
+    missing = config.noisy_dim - weight.shape[1]
+    return state | {"action_embedding.weight": torch.nn.functional.pad(weight, (0, missing))} if missing else state
 
 
 class _Constants:
@@ -204,6 +219,7 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
         "heads": architecture.heads,
         "dim": architecture.dim,
         "ffn_dim": architecture.ffn_dim,
+        "prefix": spec.diffusion.prefix,
         "image": None,  # bundles hold no image encoder yet
     }
     want = config.model_dump(exclude={"attention_dropout", "ffn_ratio"}) | {"ffn_dim": config.ffn_ratio * config.dim}
@@ -215,9 +231,10 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
             f"{field}: variants: none is of precision fp32, there is {names}; export one, or start from the checkpoint"
         )
     encoder, timestep, denoiser = (_Constants(bundle, variant, role) for role in ("encoder", "timestep", "denoiser"))
-    state = _encoder_state(encoder, config) | _denoiser_state(denoiser, config)
-    table = timestep.take("table", spec.diffusion.train_timesteps, *_table_shape(config))
-    state = _with_time_position(state, table, config, timestep.path)
+    theirs = config.model_copy(update={"prefix": spec.diffusion.prefix})
+    state = _encoder_state(encoder, theirs) | _denoiser_state(denoiser, theirs)
+    table = timestep.take("table", spec.diffusion.train_timesteps, *_table_shape(theirs))
+    state = _with_flag(_with_time_position(state, table, theirs, timestep.path), config)
     return PolicyWeights(
         state=state,
         observation_norms={key: source.normalizer for key, source in spec.observations.items()},
@@ -225,6 +242,7 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
         steps=spec.training.steps,
         data_sha256=spec.training.data_sha256,
         path=bundle.folder,
+        prefix=spec.diffusion.prefix,
     )
 
 
@@ -262,7 +280,7 @@ def _denoiser_state(constants: _Constants, config: DiffusionPolicyTConfig) -> di
     d, hidden = config.dim, config.ffn_ratio * config.dim
     scale = np.float32(1.0 / math.sqrt(d // config.heads)).item()
     state = {
-        "action_embedding.weight": constants.take("action_embedding.weight", config.action_dim, d).t().contiguous(),
+        "action_embedding.weight": constants.take("action_embedding.weight", config.noisy_dim, d).t().contiguous(),
         "action_embedding.bias": torch.zeros(d),
         "action_position": constants.take("action_position", config.horizon, d)[None],
         "head.weight": constants.take("head.weight", d, config.action_dim).t().contiguous(),

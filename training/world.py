@@ -61,7 +61,7 @@ class World:
         """This process's samples of a batch that all have drawn."""
         if self.size == 1:
             return batch
-        return Batch(*(getattr(batch, name)[self.rank :: self.size] for name in Batch.__slots__))
+        return batch.map(lambda values: values[self.rank :: self.size])
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace gradients by their mean over the processes; those without one have none anywhere."""

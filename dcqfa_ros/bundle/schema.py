@@ -202,21 +202,46 @@ class ArchitectureSpec(StrictModel):
         return self
 
 
+def consistency_levels(train_timesteps: int) -> int:
+    """Number of noise levels, from the least, that a consistency sampler may visit: nine tenths of all.
+
+    Above them next to nothing is left of the actions, and predicted noise says little about them: its error counts
+    some hundred times in the clean actions.
+    """
+    return max(1, train_timesteps * 9 // 10)
+
+
 class DiffusionSpec(StrictModel):
-    """Noise schedule and sampler of a variance-preserving diffusion policy (``dcqfa_ros.runtime.schedule``)."""
+    """Noise schedule and sampler of a variance-preserving diffusion policy (``dcqfa_ros.runtime.schedule``).
+
+    Attributes:
+        sampler: ``consistency`` for a network that maps every noise level to clean actions in one step.
+        steps: denoising steps per chunk where no other number is asked for.
+        prefix: largest number of leading action tokens that the network takes as already known (clean), counted from
+            token 0, the ``first_executed`` past ones included; 0 for none. A network that takes any has one more input
+            channel per action token: 1.0 for known tokens, 0.0 for noisy ones.
+    """
 
     train_timesteps: Annotated[int, Field(ge=1, le=10_000)]
     beta_schedule: Literal["squared_cosine"]
     prediction: Literal["epsilon"]
     clip_sample: Annotated[float, Field(gt=0.0)]
-    sampler: Literal["ddim", "ddpm"]
+    sampler: Literal["ddim", "ddpm", "consistency"]
     timestep_spacing: Literal["leading"] = "leading"
     steps: Positive
+    prefix: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def most_steps(self) -> int:
+        """Largest number of denoising steps that the sampler can be asked for."""
+        return consistency_levels(self.train_timesteps) if self.sampler == "consistency" else self.train_timesteps
 
     @model_validator(mode="after")
     def _steps(self) -> DiffusionSpec:
         if self.steps > self.train_timesteps:
             raise ValueError(f"steps {self.steps} exceeds train_timesteps {self.train_timesteps}")
+        if self.steps > self.most_steps:
+            raise ValueError(f"steps {self.steps} exceeds the {self.most_steps} noise levels of sampler consistency")
         return self
 
 
@@ -350,6 +375,11 @@ class BundleSpec(StrictModel):
                 size = self.architecture
                 if block.index >= size.depth or block.heads > size.heads or block.ffn_dim > size.ffn_dim:
                     raise ValueError(f"variant {variant.name!r}: block {block.index} does not fit the architecture")
+        if self.diffusion.prefix >= self.action.horizon:
+            raise ValueError(
+                f"diffusion.prefix {self.diffusion.prefix} leaves nothing to predict of action.horizon "
+                f"{self.action.horizon}; expected less"
+            )
         if self.architecture.horizon != self.action.horizon:
             raise ValueError(
                 f"architecture.horizon {self.architecture.horizon} differs from action.horizon {self.action.horizon}"

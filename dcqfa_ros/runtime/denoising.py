@@ -1,8 +1,9 @@
-"""The denoising loop: DDIM (eta 0) and DDPM samplers of a variance-preserving diffusion policy.
+"""The denoising loop: DDIM (eta 0), DDPM and consistency samplers of a variance-preserving diffusion policy.
 
 Sources: Ho et al. 2020, equation 7 (DDPM posterior, "fixed small" variance); Song et al. 2021, equation 12 with eta 0
 (DDIM). Both clip the predicted clean sample and agree with ``diffusers``' schedulers (leading spacing,
-``set_alpha_to_one``) within 1e-5. One step is written as ::
+``set_alpha_to_one``) within 1e-5. A consistency model (Song et al. 2023, algorithm 1) predicts the clean sample at every
+level, to which fresh noise of the next one is added. One step is written as ::
 
     x0 = clip(from_sample * x + from_noise * eps)
     x  = to_clean * x0 + to_direction * (eps for DDIM, x for DDPM) + sigma * z
@@ -20,7 +21,13 @@ from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.schema import DiffusionSpec
 from dcqfa_ros.runtime.engine import Engine, Float32, Int64
-from dcqfa_ros.runtime.schedule import alphas_cumprod, leading_timesteps, squared_cosine_betas
+from dcqfa_ros.runtime.schedule import (
+    alphas_cumprod,
+    consistency_boundary,
+    consistency_timesteps,
+    leading_timesteps,
+    squared_cosine_betas,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +46,12 @@ class SamplerCoefficients:
         """Compute the coefficients of ``steps`` denoising steps.
 
         Raises:
-            ValueError: ``steps`` is outside 1..train_timesteps.
+            ValueError: ``steps`` is outside 1..``spec.most_steps``.
         """
-        timesteps = leading_timesteps(spec.train_timesteps, steps)
         alpha_bar = alphas_cumprod(squared_cosine_betas(spec.train_timesteps))
+        if spec.sampler == "consistency":
+            return cls._consistency(alpha_bar, consistency_timesteps(spec.most_steps, steps))
+        timesteps = leading_timesteps(spec.train_timesteps, steps)
         now = alpha_bar[timesteps]
         previous_steps = timesteps - spec.train_timesteps // steps
         previous = np.where(previous_steps >= 0, alpha_bar[np.maximum(previous_steps, 0)], 1.0)
@@ -56,6 +65,15 @@ class SamplerCoefficients:
             variance = np.maximum((1.0 - previous) / (1.0 - now) * (1.0 - alpha), 1e-20)
             sigma = np.where(timesteps > 0, np.sqrt(variance), 0.0)
         columns = (1.0 / np.sqrt(now), -np.sqrt(1.0 - now) / np.sqrt(now), to_clean, to_direction, sigma)
+        return cls(timesteps, *(_float32(c) for c in columns))
+
+    @classmethod
+    def _consistency(cls, alpha_bar: NDArray[np.float64], timesteps: Int64) -> SamplerCoefficients:
+        """Coefficients of a consistency sampler that visits ``timesteps``."""
+        skip, out = consistency_boundary(timesteps)
+        now, following = alpha_bar[timesteps], np.append(alpha_bar[timesteps[1:]], 1.0)
+        from_sample, from_noise = skip + out / np.sqrt(now), -out * np.sqrt(1.0 - now) / np.sqrt(now)
+        columns = (from_sample, from_noise, np.sqrt(following), np.zeros_like(now), np.sqrt(1.0 - following))
         return cls(timesteps, *(_float32(c) for c in columns))
 
 
@@ -88,7 +106,8 @@ class DenoisingLoop:
         self.coefficients = SamplerCoefficients.of(spec, spec.steps if steps is None else steps)
         self.timesteps = self.coefficients.timesteps
         self.batch, self.tokens = batch, tokens
-        self._ancestral = spec.sampler == "ddpm"
+        self._sampler = spec.sampler
+        self._ancestral, self._stochastic = spec.sampler == "ddpm", spec.sampler != "ddim"
         self._clip = np.float32(spec.clip_sample)
         shape = (batch, tokens, action_dim)
         self.sample, self.prediction = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -104,7 +123,7 @@ class DenoisingLoop:
 
         Args:
             index: denoising step, from 0.
-            noise: DDPM's standard normal z, shape of the sample; ignored where sigma is 0.
+            noise: standard normal z, shape of the sample; ignored where sigma is 0.
         """
         c, x, eps, clean, scratch = self.coefficients, self.sample, self.prediction, self._clean, self._scratch
         np.multiply(x, c.from_sample[index], out=clean)
@@ -135,20 +154,21 @@ class DenoisingLoop:
             initial_noise: standard normal, (batch, tokens, action_dim).
             timestep_kv: ``engine.timestep_kv(self.timesteps)``, (steps, R, 1, D).
             observation_kv: ``engine.observation_kv(...)``, (batch, R, To, D).
-            step_noise: index of a denoising step -> z (batch, tokens, action_dim); DDPM needs it, DDIM ignores it.
+            step_noise: index of a denoising step -> z (batch, tokens, action_dim); DDIM ignores it,
+                the others need it.
 
         Returns:
             Normalised actions (batch, tokens, action_dim): this loop's buffer, valid until the next call.
 
         Raises:
-            ValueError: DDPM without ``step_noise``.
+            ValueError: a sampler other than DDIM without ``step_noise``.
         """
-        if self._ancestral and step_noise is None:
-            raise ValueError("sampler ddpm needs step_noise")
+        if self._stochastic and step_noise is None:
+            raise ValueError(f"sampler {self._sampler} needs step_noise")
         np.copyto(self.sample, initial_noise)
         for index in range(len(self.timesteps)):
             engine.denoise(self.sample, timestep_kv[index : index + 1], observation_kv, self.prediction)
-            if self._ancestral and step_noise is not None and self.coefficients.sigma[index] > 0.0:
+            if self._stochastic and step_noise is not None and self.coefficients.sigma[index] > 0.0:
                 self.step(index, step_noise(index))
             else:
                 self.step(index)

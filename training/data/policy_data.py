@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +20,30 @@ from training.data.sequences import WindowSet, episode_rows, fit_observation_nor
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One draw: observations (B, To, Do), actions (B, H, Da), time steps (B,), noise (B, H, Da), windows (B,)."""
+    """One draw: observations (B, To, Do), actions (B, H, Da), time steps (B,), noise (B, H, Da), windows (B,).
+
+    ``prefix`` (B,) is the number of leading action tokens that are already known; None where the policy takes none.
+    """
 
     observation: Tensor
     action: Tensor
     timesteps: Tensor
     noise: Tensor
     index: Tensor
+    prefix: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with every tensor changed."""
+        values = (getattr(self, name) for name in Batch.__slots__)
+        return Batch(*(None if value is None else change(value) for value in values))
 
     def first(self, count: int) -> Batch:
         """The first ``count`` samples, as views."""
-        return Batch(*(getattr(self, name)[:count] for name in Batch.__slots__))
+        return self.map(lambda values: values[:count])
 
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``."""
-        return Batch(*(getattr(self, name).to(device) for name in Batch.__slots__))
+        return self.map(lambda values: values.to(device))
 
 
 class PolicyData:
@@ -96,14 +106,19 @@ class PolicyData:
         }
 
     def draw(self, windows: WindowSet, seed: int, batch: int) -> Batch:
-        """Draw windows, time steps, noise and crops of images, all from ``seed``, on the CPU."""
+        """Draw windows, time steps, noise, crops of images and lengths of known prefixes, all from ``seed``, on the CPU.
+
+        Lengths are uniform over 0 to ``policy.prefix``. They come last, so policies with and without see equal windows.
+        """
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(len(windows), (batch,), generator=generator)
-        timesteps = torch.randint(self.config.diffusion.train_timesteps, (batch,), generator=generator)
+        timesteps = torch.randint(self.config.diffusion.levels, (batch,), generator=generator)
         action = windows.action[index]
         noise = torch.randn(action.shape, generator=generator)
-        observation = windows.observations(index, generator)  # last: random crops change no other draw
-        return Batch(observation, action, timesteps, noise, index)
+        observation = windows.observations(index, generator)  # after these: random crops change no other draw
+        longest = self.config.policy.prefix
+        prefix = torch.randint(longest + 1, (batch,), generator=generator) if longest else None
+        return Batch(observation, action, timesteps, noise, index, prefix)
 
 
 def _check_action_range(normalised: NDArray[np.float32], config: TrainConfig) -> None:

@@ -23,6 +23,8 @@ class DiffusionPolicyTConfig(StrictModel):
 
     Attributes:
         observation_dim: low-dimensional scalars of one time step; an image comes on top.
+        prefix: largest number of leading action tokens that it takes as already known; with any, a channel that flags
+            them comes on top of the actions (delay conditioning; Black et al. 2025, training-time action conditioning).
         image: the images that it reads besides; None for none.
     """
 
@@ -35,6 +37,7 @@ class DiffusionPolicyTConfig(StrictModel):
     dim: int = Field(default=256, ge=8)
     ffn_ratio: int = Field(default=4, ge=1)
     attention_dropout: float = Field(default=0.01, ge=0.0, lt=1.0)
+    prefix: int = Field(default=0, ge=0)
     image: ImageConfig | None = None
 
     @model_validator(mode="after")
@@ -42,6 +45,17 @@ class DiffusionPolicyTConfig(StrictModel):
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
         return self
+
+    @model_validator(mode="after")
+    def _something_to_predict(self) -> DiffusionPolicyTConfig:
+        if self.prefix >= self.horizon:
+            raise ValueError(f"prefix {self.prefix} leaves nothing to predict of horizon {self.horizon}; expected less")
+        return self
+
+    @property
+    def noisy_dim(self) -> int:
+        """Channels of one noisy action token as the network reads it: the action, and the flag where there is one."""
+        return self.action_dim + (1 if self.prefix else 0)
 
     @property
     def input_dim(self) -> int:
@@ -75,7 +89,7 @@ class DiffusionPolicyT(nn.Module):
         super().__init__()
         self.config = config
         d = config.dim
-        self.action_embedding = nn.Linear(config.action_dim, d)
+        self.action_embedding = nn.Linear(config.noisy_dim, d)
         self.action_position = nn.Parameter(torch.zeros(1, config.horizon, d))
         self.observation_embedding = nn.Linear(config.condition_dim, d)
         self.memory_position = nn.Parameter(torch.zeros(1, 1 + config.observation_horizon, d))
@@ -162,7 +176,7 @@ class DiffusionPolicyT(nn.Module):
         """Predict the noise in the first T tokens of a chunk.
 
         Args:
-            noisy: (B, T, action_dim), T at most the horizon. Attention is causal, so fewer tokens cost less and change
+            noisy: (B, T, noisy_dim), T at most the horizon. Attention is causal, so fewer tokens cost less and change
                 nothing in those computed.
             timestep_kv: (1 or B, R, 1, D).
             observation_kv: (B, R, To, D).
@@ -182,7 +196,10 @@ class DiffusionPolicyT(nn.Module):
         return self.head(self.norm(x))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, observation: Tensor) -> Tensor:
-        """Predict the noise (B, T, Da) in ``noisy`` at ``timesteps`` (B,) given observations (B, To, input_dim)."""
+        """Predict the noise (B, T, Da) in ``noisy`` (B, T, noisy_dim) at ``timesteps`` (B,) given observations.
+
+        Observations are (B, To, input_dim).
+        """
         memory = torch.cat([self.time_tokens(timesteps), self.observation_tokens(observation)], dim=1)
         tokens = noisy.shape[1]
         x = self.action_embedding(noisy) + self.action_position[:, :tokens]

@@ -48,7 +48,7 @@ def diffusion_policy_t_shape(config: DiffusionPolicyTConfig, tokens: int | None 
         )
         for index in range(config.depth)
     )
-    embeddings = (config.action_dim + 1) * d + (config.condition_dim + 1) * d
+    embeddings = (config.noisy_dim + 1) * d + (config.condition_dim + 1) * d
     positions = (config.horizon + 1 + observations) * d
     memory_mlp = d * 4 * d + 4 * d + 4 * d * d + d
     final = 2 * d + (d + 1) * config.action_dim
@@ -58,7 +58,7 @@ def diffusion_policy_t_shape(config: DiffusionPolicyTConfig, tokens: int | None 
         blocks=blocks,
         fixed_parameters=embeddings + positions + memory_mlp + final + vision[0],
         fixed_flops_chunk=observations * (2 * (config.condition_dim * d + 2 * d * 4 * d) + vision[1]),
-        fixed_flops_step=2 * run * 2 * config.action_dim * d,  # action embedding and final layer
+        fixed_flops_step=2 * run * (config.noisy_dim + config.action_dim) * d,  # action embedding and final layer
     )
 
 
