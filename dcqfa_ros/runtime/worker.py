@@ -86,23 +86,25 @@ class EngineWorker:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | Bundle,
         variant: str,
         *,
         threads: int = 1,
         steps: int | None = None,
         runtime: str = ONNXRUNTIME,
         python: str = sys.executable,
+        memory_limit: int = 0,
     ) -> None:
         """Read the bundle's description; nothing is started yet.
 
         Args:
-            folder: the bundle's folder.
+            folder: the bundle's folder, or the bundle itself where it was read before.
             variant: name of a variant of it.
             threads: threads of the engine.
             steps: denoising steps used when none are given to :meth:`predict`; default: the bundle's.
             runtime: what executes the variant, one of ``dcqfa_ros.runtime.engines.RUNTIMES``.
             python: interpreter of the worker.
+            memory_limit: bytes of memory that the worker may take, 0 for any; see ``worker_main.limit_memory``.
 
         Raises:
             BundleError: the bundle cannot be read or has no such variant.
@@ -110,13 +112,14 @@ class EngineWorker:
             EngineError: there is no such runtime.
         """
         self.runtime = runtime_facts(runtime).name
-        self.bundle: Bundle = load_bundle(Path(folder).resolve(), verify=False)
+        read = folder if isinstance(folder, Bundle) else load_bundle(Path(folder), verify=False)
+        self.bundle = Bundle(read.spec, read.folder.resolve())
         self.bundle.file(variant, "denoiser")  # refuses an unknown variant before a process is started
         self.spec = self.bundle.spec
         self.variant = variant
         self.threads = threads
         self.steps = self.spec.diffusion.steps if steps is None else steps
-        self._python = python
+        self._python, self._memory_limit = python, memory_limit
         self._layout = ObservationLayout(self.spec)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -193,6 +196,8 @@ class EngineWorker:
                 "runtime": self.runtime,
                 "threads": self.threads,
                 "steps": self.steps,
+                "weights": self.spec.variant(self.variant).weights,
+                "memory_limit": self._memory_limit,
             }
             try:
                 ready = self._ask(request, timeout)["ready"]

@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -51,10 +52,21 @@ def resident_bytes(pid: int | str = "self") -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def limit_memory(limit: int) -> None:
+    """Let this process take at most ``limit`` bytes: what goes beyond is refused to it, as where memory is short.
+
+    Private writable memory is what counts (``RLIMIT_DATA``). Address space would not do: engines reserve much of it
+    that they never touch.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def _serve(control: socket.socket, memory_fd: int) -> None:
     request = json.loads(control.recv(MAX_MESSAGE))
     begin = time.perf_counter()
     keep_heap_together()
+    if request["memory_limit"]:
+        limit_memory(request["memory_limit"])
     # Imported here, so that a missing or broken package is reported to the parent like any other failure.
     from dcqfa_ros.bundle.load import load_bundle
     from dcqfa_ros.runtime.engine import ROLES
@@ -65,6 +77,8 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
 
     bundle = load_bundle(Path(request["folder"]), verify=False)
     variant = request["variant"]
+    if request["weights"] not in [v.weights for v in bundle.spec.variants if v.name == variant]:
+        raise PolicyError(f"{bundle.folder}: variant {variant!r} has changed since the bundle was opened")
     files = {role: bundle.read(variant, role) for role in ROLES}
     memory = ChunkMemory(bundle.spec, memory_fd)
     engine = open_engine(request["runtime"], files, threads=request["threads"], name=variant)
