@@ -71,7 +71,8 @@ class PolicyRuntime:
         and not on ``tokens``, because attention is causal and noise is always drawn for the whole horizon.
 
         Args:
-            observation: key -> (B, history, *shape), float32, raw units; oldest time step first.
+            observation: key -> (B, history, *shape), raw units, the key's dtype; pictures at the network's size;
+                oldest time step first.
             seeds: noise seed of each row, B entries.
             chunks: number of the chunk within its episode, B entries.
             steps: denoising steps; default: the bundle's.
@@ -125,7 +126,7 @@ class PolicyRuntime:
             PolicyError: as :meth:`predict`.
         """
         keys = self.observations.keys
-        zeros = {key.name: np.zeros((batch, self.observations.history, *key.shape), np.float32) for key in keys}
+        zeros = {key.name: np.zeros((batch, self.observations.history, *key.shape), key.dtype) for key in keys}
         for _ in range(runs):
             self.predict(zeros, [0] * batch, [0] * batch, steps)
 

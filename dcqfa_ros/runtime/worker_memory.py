@@ -9,23 +9,25 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.runtime.engine import Float32
 from dcqfa_ros.runtime.errors import PolicyError
-from dcqfa_ros.runtime.observations import ObservationLayout
+from dcqfa_ros.runtime.observations import ObservationLayout, RawObservation
 
-_ITEM = np.dtype(np.float32).itemsize
+_ALIGNMENT = 64  # bytes: every array begins on a cache line of its own
+_FLOAT32 = np.dtype(np.float32)
 
 
 class ChunkMemory:
     """Arrays over shared memory, laid out by the bundle's description, which both processes read.
 
     Attributes:
-        observation: key -> (1, history, *shape), float32, raw units.
+        observation: key -> (1, history, *shape), raw units, dtype of the key; pictures at the network's size.
         actions: (1, executed, action_dim), float32, raw units.
         fd: file descriptor of the memory, for the other process.
     """
@@ -37,10 +39,17 @@ class ChunkMemory:
             PolicyError: the bundle has observations that this runtime cannot carry, or ``fd`` belongs to another
                 layout.
         """
-        layout = ObservationLayout(spec)
-        shapes = {key.name: (1, layout.history, *key.shape) for key in layout.keys}
+        self._layout = ObservationLayout(spec)
+        history = self._layout.history
+        arrays = {key.name: ((1, history, *key.shape), key.dtype) for key in self._layout.keys}
         action_shape = (1, spec.action.executed, spec.action.dim)
-        size = _ITEM * (sum(int(np.prod(s)) for s in shapes.values()) + int(np.prod(action_shape)))
+        first = dict.fromkeys(arrays, 0)
+        size = 0
+        for name, (shape, dtype) in arrays.items():
+            first[name] = size
+            size += _padded(shape, dtype)
+        first_action = size
+        size += _padded(action_shape, _FLOAT32)
         if fd is None:
             fd = os.memfd_create("dcqfa_chunk")
             os.ftruncate(fd, size)
@@ -50,17 +59,14 @@ class ChunkMemory:
             )
         self.fd = fd
         self._map = mmap.mmap(fd, size)
-        self.observation: dict[str, Float32] = {}
-        first = 0
-        for name, shape in shapes.items():
-            self.observation[name] = self._view(first, shape)
-            first += int(np.prod(shape))
-        self.actions = self._view(first, action_shape)
+        self.observation: dict[str, NDArray[Any]] = {
+            name: self._view(first[name], shape, dtype) for name, (shape, dtype) in arrays.items()
+        }
+        self.actions: Float32 = self._view(first_action, action_shape, _FLOAT32)
 
-    def put(self, observation: Mapping[str, Float32]) -> None:
-        """Copy a checked observation, key -> (1, history, *shape), into the memory."""
-        for name, array in self.observation.items():
-            np.copyto(array, observation[name])
+    def put(self, observation: RawObservation) -> None:
+        """Copy a checked observation of batch 1 into the memory; pictures are resized and cropped on the way."""
+        self._layout.put(observation, self.observation)
 
     def close(self) -> None:
         """Unmap the memory and close its descriptor; arrays taken from it keep their pages until they go."""
@@ -73,6 +79,10 @@ class ChunkMemory:
         os.close(self.fd)
         self.fd = -1
 
-    def _view(self, first: int, shape: tuple[int, ...]) -> Float32:
-        count = int(np.prod(shape))
-        return np.frombuffer(self._map, np.float32, count, first * _ITEM).reshape(shape)
+    def _view(self, first: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        return np.frombuffer(self._map, dtype, int(np.prod(shape)), first).reshape(shape)
+
+
+def _padded(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Bytes of an array, rounded up to the alignment."""
+    return -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -173,12 +173,12 @@ def test_wrong_request_is_refused_by_argument(arguments: dict[str, Any], text: s
 
 
 def test_observation_type_without_an_encoder_is_refused_when_the_policy_is_built() -> None:
-    image = {
-        "type": "image", "shape": [96, 96, 3], "dtype": "uint8", "units": "rgb8", "frame": "camera", "rate_hz": 10.0,
-        "max_age_ms": 300.0, "normalizer": {"kind": "identity"},
+    language = {
+        "type": "language", "shape": [64], "dtype": "float32", "units": "-", "frame": "-", "rate_hz": 10.0,
+        "max_age_ms": 300.0, "normalizer": {"kind": "identity"}, "model": "t5",
     }  # fmt: skip
-    with pytest.raises(PolicyError, match="observation 'image' is image/uint8"):
-        make_policy(observations={"image": image})
+    with pytest.raises(PolicyError, match="observation 'instruction' is language/float32"):
+        make_policy(observations={"instruction": language})
 
 
 def test_warm_up_prepares_tables_and_close_drops_them() -> None:
