@@ -18,12 +18,12 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from dcqfa_ros.bundle.load import Bundle, load_bundle
-from dcqfa_ros.bundle.schema import ActionSpace
 from dcqfa_ros.paths import find_bundle
-from dcqfa_ros.ros.conversions import MessageError, from_time, planar_chunk_message, status_values
+from dcqfa_ros.ros.conversions import MessageError, from_time, status_values
 from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.node import ManagedNode, run_node
 from dcqfa_ros.ros.policy_inputs import PolicyInputs
+from dcqfa_ros.ros.policy_outputs import PolicyOutputs
 from dcqfa_ros.ros.policy_variants import VariantControl
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
@@ -42,6 +42,7 @@ class PolicyNode(ManagedNode):
         add("bundle", "pusht_keypoints", "bundle: a name or a folder", read_only=True)
         self._variants = VariantControl(self, self._publish_active)
         self._inputs = PolicyInputs(self, self._refuse)
+        self._outputs = PolicyOutputs(self)
         add("denoising_steps", 0, "denoising steps per chunk; 0: the bundle's own", minimum=0)
         add(
             "control_rate",
@@ -68,22 +69,13 @@ class PolicyNode(ManagedNode):
         limit = self._bundle.spec.diffusion.train_timesteps if self._bundle else 10_000
         return None if 0 <= value <= limit else f"expected 0 (the bundle's own) to {limit}"
 
-    @property
-    def _spec(self) -> Any:
-        if self._bundle is None:
-            raise PolicyError("policy_node is not configured")
-        return self._bundle.spec
-
     # lifecycle
 
     def setup(self) -> None:
         """Load and verify the bundle, bind its observation keys to topics, create publishers."""
         bundle = load_bundle(find_bundle(str(self.parameter("bundle"))))
         action = bundle.spec.action
-        if action.space is not ActionSpace.PLANAR_POSITION:
-            raise PolicyError(
-                f"bundle {bundle.spec.name!r}: action space {action.space.value} has no arm in this version"
-            )
+        self._outputs.check(bundle)
         self._variants.check(bundle)
         rate = float(self.parameter("control_rate")) or action.rate_hz
         if abs(rate - action.rate_hz) > 1e-6:
@@ -104,7 +96,7 @@ class PolicyNode(ManagedNode):
         )
         observations = self._inputs.open(bundle, self._units)
         self._session = PolicySession(bundle.spec, self._variants.open(bundle), observations, self._period_ns, hooks)
-        self._chunk_publisher = self.create_interface_publisher("chunk")
+        self._outputs.open(bundle, self._units, self._period_ns)
         self._active_publisher = self.create_interface_publisher("active_variant")
         self._publish_active()
         self._inputs.subscribe()
@@ -175,8 +167,8 @@ class PolicyNode(ManagedNode):
     # what the session asks for, on the inference thread
 
     def _publish_chunk(self, stamp_ns: int, actions: NDArray[np.float32]) -> None:
-        frame = self._spec.action.frame
-        self._chunk_publisher.publish(planar_chunk_message(stamp_ns, frame, actions, self._period_ns, self._units))
+        assert self._session is not None
+        self._outputs.publish(stamp_ns, actions, self._session.inference_ms)
 
     def _tell_problem(self, reason: str) -> None:
         self.event(2, f"no further commands in this episode: {reason}", reason=reason)
@@ -200,6 +192,8 @@ class PolicyNode(ManagedNode):
             "variant": host.active,
             "requested": str(self.parameter("variant")),
             **session.figures(),
+            **self._outputs.figures(),
+            **self._inputs.figures(),
             "swaps": str(host.swaps),
             "dropped_observations": str(session.observations.dropped),
             **{f"age_ms.{key}": "" if age is None else f"{age:.1f}" for key, age in ages.items()},

@@ -6,13 +6,18 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from geometry_msgs.msg import PoseStamped, TwistStamped, WrenchStamped
+from geometry_msgs.msg import PoseStamped, Twist, TwistStamped, WrenchStamped
 from numpy.typing import NDArray
 from sensor_msgs.msg import JointState
-from trajectory_msgs.msg import JointTrajectory, MultiDOFJointTrajectory
+from trajectory_msgs.msg import (
+    JointTrajectory,
+    JointTrajectoryPoint,
+    MultiDOFJointTrajectory,
+    MultiDOFJointTrajectoryPoint,
+)
 
 from dcqfa_ros.drivers.arm_protocol import ArmState
-from dcqfa_ros.ros.conversions import NS, TCP, MessageError, to_time
+from dcqfa_ros.ros.conversions import NS, TCP, MessageError, to_duration, to_time
 
 Floats = NDArray[np.float64]
 
@@ -50,6 +55,31 @@ def gripper_chunk(message: JointTrajectory) -> Floats:
         raise MessageError(f"gripper chunk needs 1 to {MAXIMUM_POINTS} points, each with exactly one position")
     _period(message)
     return np.array([p.positions[0] for p in points], dtype=np.float64)
+
+
+def twist_chunk_message(stamp_ns: int, twists: NDArray[np.floating], period_ns: int) -> MultiDOFJointTrajectory:
+    """Return a chunk of twists (n, 6) in ``world``; the stamp is that of the observation it was computed from."""
+    message = MultiDOFJointTrajectory()
+    message.header.stamp, message.header.frame_id = to_time(stamp_ns), WORLD
+    message.joint_names = [TCP]
+    for index, row in enumerate(twists.tolist()):
+        twist = Twist()
+        v, w = twist.linear, twist.angular
+        v.x, v.y, v.z, w.x, w.y, w.z = row
+        point = MultiDOFJointTrajectoryPoint(velocities=[twist], time_from_start=to_duration(index * period_ns))
+        message.points.append(point)
+    return message
+
+
+def gripper_chunk_message(stamp_ns: int, openings: NDArray[np.floating], period_ns: int) -> JointTrajectory:
+    """Return the gripper's part (n,) of a chunk, 0 closed .. 1 open."""
+    message = JointTrajectory()
+    message.header.stamp = to_time(stamp_ns)
+    message.joint_names = [GRIPPER]
+    for index, opening in enumerate(openings.tolist()):
+        point = JointTrajectoryPoint(positions=[opening], time_from_start=to_duration(index * period_ns))
+        message.points.append(point)
+    return message
 
 
 def _period(message: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from geometry_msgs.msg import Pose, PoseArray, PoseStamped, Transform
+from geometry_msgs.msg import Pose, PoseArray, PoseStamped, Transform, TwistStamped, WrenchStamped
 from numpy.typing import ArrayLike, NDArray
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
@@ -78,26 +78,36 @@ def observation_array(message: Any, shape: tuple[int, ...], units_per_metre: flo
     """Value of a low-dimensional observation message in bundle units.
 
     Args:
-        message: ``PoseStamped`` for shape (2,) or (3,) positions, ``PoseArray`` for (N, 2) or (N, 3) points,
-            ``JointState`` for (N,) joint positions.
+        message: ``PoseStamped`` for shape (2,) or (3,) positions, or (7,) position and quaternion x y z w;
+            ``PoseArray`` for (N, 2) or (N, 3) points, ``JointState`` for (N,) joint positions, ``WrenchStamped`` for
+            (6,) force and torque, ``TwistStamped`` for (6,) linear and angular velocity.
         shape: the bundle's shape of the key.
-        units_per_metre: scale from metres (1.0 for radians).
+        units_per_metre: scale from the message's units, metres for one (1.0 where the bundle has the same).
 
     Raises:
         MessageError: the message has another number of values than ``shape``, or a type that is not supported.
     """
     if isinstance(message, PoseStamped):
-        p = message.pose.position
-        values = np.array([p.x, p.y, p.z][: shape[-1]])
+        p, q = message.pose.position, message.pose.orientation
+        values = np.array([p.x, p.y, p.z, q.x, q.y, q.z, q.w] if shape == (7,) else [p.x, p.y, p.z][: shape[-1]])
     elif isinstance(message, PoseArray):
         values = np.array([[q.position.x, q.position.y, q.position.z][: shape[-1]] for q in message.poses])
     elif isinstance(message, JointState):
         values = np.array(message.position, dtype=np.float64)
+    elif isinstance(message, WrenchStamped | TwistStamped):
+        first, second = _vectors(message)
+        values = np.array([first.x, first.y, first.z, second.x, second.y, second.z])
     else:
         raise MessageError(f"{type(message).__name__} cannot be read as a low-dimensional observation")
     if values.shape != shape:
         raise MessageError(f"{type(message).__name__} holds values of shape {values.shape}, the bundle expects {shape}")
     return values * units_per_metre
+
+
+def _vectors(message: Any) -> tuple[Any, Any]:
+    if isinstance(message, WrenchStamped):
+        return message.wrench.force, message.wrench.torque
+    return message.twist.linear, message.twist.angular
 
 
 def planar_chunk_message(

@@ -68,6 +68,7 @@ class PolicySession:
         self.spec, self.host, self.observations = spec, host, observations
         self.problem = ""  # why nothing is sent in this episode
         self.chunks = 0
+        self.inference_ms = 0.0  # of the chunk that is published now: what the engine's worker took
         self._hooks = hooks
         self._stride_ns = spec.action.executed * period_ns - period_ns // 2  # half a period for jitter of the stamps
         self._lock = threading.Lock()
@@ -140,11 +141,15 @@ class PolicySession:
                 held = "has not come yet" if age is None else f"is {age:.0f} ms old"
                 self.refuse(f"observation {key!r} {held}, its limit is {spec.max_age_ms:.0f} ms")
                 return False
-        return True
+        stalled = "" if frames else self.observations.stalled(time.monotonic_ns())
+        if stalled:
+            self.refuse(stalled)
+        return not stalled
 
     def _infer(self, episode: Episode, frames: list[Frame], chunk: int, halt: threading.Event) -> bool:
         begin = time.monotonic()
         observation = stack_history(frames, self.observations.specs)
+        asked = time.monotonic()
         try:
             actions, _ = self.host.predict(observation, episode.seed, chunk, self._hooks.steps())
         except WorkerDiedError as error:
@@ -155,9 +160,11 @@ class PolicySession:
         except PolicyError as error:
             self.refuse(str(error))
             return False
+        answered = time.monotonic()
         with self._lock:
             if self._episode is not episode or halt.is_set():
                 return False  # the arm was disarmed meanwhile: no command after a stop
+            self.inference_ms = (answered - asked) * 1e3
             self._latencies.append((time.monotonic() - begin) * 1e3)
             self._hooks.publish(frames[-1].stamp_ns, actions)
             self.chunks += 1

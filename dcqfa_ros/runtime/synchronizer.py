@@ -1,15 +1,28 @@
 """Synchronisation of observation keys into the history a policy reads, without ROS.
 
-A *frame* holds one value per key, all with the same stamp (within a tolerance). The policy reads the newest
-``history`` frames; at the start of an episode the first frame is repeated, as in training.
+A *frame* holds one value per key. One key is the clock: its stamps are those of the frames (the first picture of the
+bundle, or its first key where it has none). To each of its stamps S every other key contributes
+
+- a window (a wrench): the last samples stamped S or earlier, without a gap, the newest of them within the key's
+  tolerance of S;
+- anything else: the sample whose stamp is nearest to S, within the tolerance, of those that have come. Nothing is
+  interpolated: what the policy gets was measured.
+
+A frame is complete once all keys have contributed. The default tolerance is 0.9 of the key's period (1.5 periods for
+windows): a sample of the same tick, on its way, is waited for; one between two ticks of a free-running sensor is not.
+The newest complete frame is always the one that is used; there is no queue. The policy reads it together with the
+frames before it, one step of the policy apart; at the start of an episode the first frame is repeated, as in training.
+
+Times: ``stamp`` is of the clock that stamps messages, ``arrival`` and ``now`` are ``time.monotonic_ns``.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,8 +30,12 @@ from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.schema import ObservationSpec
 from dcqfa_ros.runtime.errors import PolicyError
+from dcqfa_ros.runtime.pictures import PictureHistory
 
-KEPT = 64  # frames, and partly filled frames, kept while keys arrive in any order
+KEPT = 64  # frames, and samples per key, kept at most
+PENDING = 8  # newest stamps of the clock for which a frame may still become complete
+TOLERANCE_PERIODS, WINDOW_TOLERANCE_PERIODS = 0.9, 1.5
+PICTURES = ("image", "depth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +46,125 @@ class Frame:
     values: Mapping[str, NDArray[Any]]
 
 
-class ObservationSynchronizer:
-    """Collects values per key and yields the history of complete frames, in order of their stamps. Thread-safe."""
+@dataclass(slots=True)
+class _Sample:
+    stamp_ns: int
+    value: NDArray[Any]
 
-    def __init__(self, specs: Mapping[str, ObservationSpec], tolerance_ns: int = 0) -> None:
-        """Set the keys (from the bundle) and how far stamps of one frame may lie apart."""
+
+@dataclass
+class _Key:
+    """What has come of one key."""
+
+    name: str
+    spec: ObservationSpec
+    tolerance_ns: int
+    samples: deque[_Sample] = field(default_factory=deque)
+    arrival_ns: int | None = None
+    stamp_ns: int = 0
+
+    @property
+    def is_window(self) -> bool:
+        return self.spec.type == "wrench"
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.spec.shape[1:] if self.is_window else self.spec.shape
+
+    def prepared(self, value: NDArray[Any]) -> NDArray[Any]:
+        """Check one sample and give it the key's dtype; pictures stay views of their messages."""
+        name, spec = self.name, self.spec
+        if tuple(value.shape) != self.sample_shape:
+            raise PolicyError(f"observation {name!r} has shape {tuple(value.shape)}, expected {self.sample_shape}")
+        if spec.type in PICTURES:
+            if value.dtype != spec.dtype:
+                raise PolicyError(f"observation {name!r} is of {value.dtype}, expected {spec.dtype}")
+            return value
+        if not np.isfinite(value).all():
+            index = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+            raise PolicyError(f"observation {name!r} holds {value[index]} at index {index}")
+        if spec.type == "wrench":
+            value = np.clip(value, np.negative(spec.clip), spec.clip)
+        return value.astype(spec.dtype, copy=False)
+
+    def nearest(self, stamp_ns: int) -> _Sample | None:
+        return min(self.samples, key=lambda s: abs(s.stamp_ns - stamp_ns), default=None)
+
+    def at(self, stamp_ns: int) -> tuple[NDArray[Any] | None, str]:
+        """Value for a frame at ``stamp_ns``; or None, and what is missing."""
+        limit = self.tolerance_ns
+        if self.is_window:
+            return self._window(stamp_ns)
+        found = self.nearest(stamp_ns)
+        if found is None:
+            return None, "has not come yet"
+        apart = abs(found.stamp_ns - stamp_ns)
+        if apart <= limit:
+            return found.value, ""
+        return None, f"is {apart / 1e6:.1f} ms from it at the nearest, its tolerance is {limit / 1e6:g} ms"
+
+    def _window(self, stamp_ns: int) -> tuple[NDArray[Any] | None, str]:
+        count, period_ns = self.spec.shape[0], 1e9 / self.spec.rate_hz
+        chosen = [s for s in self.samples if s.stamp_ns <= stamp_ns][-count:]
+        if len(chosen) < count:
+            return None, f"has {len(chosen)} of {count} samples before it"
+        behind, span = stamp_ns - chosen[-1].stamp_ns, chosen[-1].stamp_ns - chosen[0].stamp_ns
+        limit = self.tolerance_ns
+        if behind > limit:
+            return None, f"ends {behind / 1e6:.1f} ms before it, its tolerance is {limit / 1e6:g} ms"
+        if span > (count - 1) * period_ns + limit:
+            return None, f"has a gap: {count} samples span {span / 1e6:.1f} ms at {self.spec.rate_hz:g} Hz"
+        return np.stack([s.value for s in chosen]), ""
+
+
+class ObservationSynchronizer:
+    """Collects samples per key and yields the history that ends at the newest complete frame. Thread-safe.
+
+    Attributes:
+        specs: the keys, from the bundle.
+        history: frames that the policy reads.
+        reference: the key whose stamps are those of the frames.
+        dropped: stamps of the reference for which no frame became complete.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, ObservationSpec],
+        tolerances_ns: Mapping[str, int] | None = None,
+        step_ns: int = 0,
+    ) -> None:
+        """Set the keys.
+
+        Args:
+            specs: the keys, from the bundle.
+            tolerances_ns: by key; where one is missing, it follows from the key's rate.
+            step_ns: time between the frames of the history; 0: those that came one after the other.
+
+        Raises:
+            PolicyError: a tolerance is for a key that there is not.
+        """
         self.specs = dict(specs)
-        self.tolerance_ns = tolerance_ns
+        given = dict(tolerances_ns or {})
+        unknown = sorted(given.keys() - self.specs.keys())
+        if unknown:
+            raise PolicyError(f"tolerance for {', '.join(unknown)}: the observations are {', '.join(self.specs)}")
         self.history = max(spec.history for spec in self.specs.values())
+        self.reference = reference_of(self.specs)
+        self.step_ns = step_ns
         self.dropped = 0
+        self._keys = {
+            name: _Key(name, spec, given.get(name, default_tolerance_ns(spec))) for name, spec in self.specs.items()
+        }
         self._condition = threading.Condition()
-        self._pending: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
-        self._frames: deque[Frame] = deque(maxlen=KEPT)
+        self._pending: list[_Sample] = []  # of the reference, rising stamps
+        self._frames: list[Frame] = []  # rising stamps
         self._start_ns: int | None = None
-        self._arrivals: dict[str, int] = {}
-        self._stamps: dict[str, int] = {}
+        self._waiting_ns: int | None = None  # since when (arrival) the reference has come without a frame
+
+    @property
+    def tolerances_ns(self) -> dict[str, int]:
+        """Tolerance per key; that of the reference has no meaning."""
+        return {name: key.tolerance_ns for name, key in self._keys.items()}
 
     def begin(self, start_ns: int) -> None:
         """Begin an episode: frames stamped before ``start_ns`` are never used again."""
@@ -58,45 +179,77 @@ class ObservationSynchronizer:
             self._condition.notify_all()
 
     def add(self, key: str, stamp_ns: int, value: NDArray[Any], arrival_ns: int) -> None:
-        """Add one value, in the bundle's units.
+        """Add one sample, in the bundle's units: of a window one row, of a picture a view of its message.
 
         Raises:
-            PolicyError: unknown key, wrong shape, or NaN or infinity; nothing is stored.
+            PolicyError: unknown key, wrong shape or dtype, or NaN or infinity; nothing is stored.
         """
-        spec = self.specs.get(key)
-        if spec is None:
+        entry = self._keys.get(key)
+        if entry is None:
             raise PolicyError(f"observation {key!r} is not one of {', '.join(self.specs)}")
-        if tuple(value.shape) != spec.shape:
-            raise PolicyError(f"observation {key!r} has shape {tuple(value.shape)}, expected {spec.shape}")
-        if not np.isfinite(value).all():
-            index = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-            raise PolicyError(f"observation {key!r} holds {value[index]} at index {index}")
+        sample = _Sample(stamp_ns, entry.prepared(value))
         with self._condition:
-            self._arrivals[key], self._stamps[key] = arrival_ns, stamp_ns
-            newest = self._frames[-1].stamp_ns if self._frames else None
-            if newest == stamp_ns:
-                return  # the same time step, measured again
-            slot = self._slot(stamp_ns)
-            parts = self._pending.setdefault(slot, {})
-            parts[key] = value.astype(spec.dtype, copy=False)
-            if len(parts) == len(self.specs):
-                del self._pending[slot]
-                self._complete(Frame(slot, parts))
-            while len(self._pending) > KEPT:
-                self._pending.popitem(last=False)
-                self.dropped += 1
+            entry.arrival_ns = arrival_ns
+            began_anew = bool(entry.stamp_ns) and stamp_ns < entry.stamp_ns
+            entry.stamp_ns = stamp_ns
+            if key == self.reference:
+                self._add_reference(sample, arrival_ns, began_anew)
+            else:
+                self._add_sample(entry, sample, began_anew)
+            self._complete()
 
-    def _slot(self, stamp_ns: int) -> int:
-        if stamp_ns in self._pending or not self.tolerance_ns:
-            return stamp_ns
-        near = [s for s in self._pending if abs(s - stamp_ns) <= self.tolerance_ns]
-        return min(near, key=lambda s: abs(s - stamp_ns)) if near else stamp_ns
+    def _add_reference(self, sample: _Sample, arrival_ns: int, began_anew: bool) -> None:
+        if began_anew:  # the source's clock began anew: nothing of before belongs to what follows
+            self._pending.clear()
+            self._frames.clear()
+        if self._frames and self._frames[-1].stamp_ns == sample.stamp_ns:
+            self._waiting_ns = None
+            return  # the same time step, measured again
+        if self._pending and self._pending[-1].stamp_ns == sample.stamp_ns:
+            self._pending.pop()
+        self._pending.append(sample)
+        if self._waiting_ns is None:
+            self._waiting_ns = arrival_ns
+        while len(self._pending) > PENDING:
+            self._pending.pop(0)
+            self.dropped += 1
 
-    def _complete(self, frame: Frame) -> None:
-        if self._frames and frame.stamp_ns < self._frames[-1].stamp_ns:
-            self._frames.clear()  # the source's clock began anew
-        self._frames.append(frame)
-        self._condition.notify_all()
+    def _add_sample(self, entry: _Key, sample: _Sample, began_anew: bool) -> None:
+        samples = entry.samples
+        if began_anew:
+            samples.clear()
+        if samples and samples[-1].stamp_ns == sample.stamp_ns:
+            samples.pop()
+        samples.append(sample)
+        most = entry.spec.shape[0] + KEPT if entry.is_window else PENDING if entry.spec.type in PICTURES else KEPT
+        while len(samples) > most:
+            samples.popleft()
+
+    def _complete(self) -> None:
+        """Make frames of the stamps for which every key has come; older stamps than the newest frame's may follow."""
+        waiting: list[_Sample] = []
+        news = False
+        for reference in self._pending:
+            values = {name: key.at(reference.stamp_ns)[0] for name, key in self._keys.items() if name != self.reference}
+            if any(value is None for value in values.values()):
+                waiting.append(reference)
+                continue
+            values[self.reference] = reference.value
+            whole = {name: values[name] for name in self.specs}
+            insort(self._frames, Frame(reference.stamp_ns, whole), key=lambda frame: frame.stamp_ns)  # type: ignore[arg-type]
+            self._waiting_ns, news = None, True
+        self._pending = waiting
+        if news:
+            del self._frames[: self._expired()]
+            self._condition.notify_all()
+
+    def _expired(self) -> int:
+        """Return how many frames no history reaches back to any more."""
+        spare = max(0, len(self._frames) - KEPT)
+        if not self.step_ns:
+            return max(spare, len(self._frames) - (self.history + PENDING))
+        oldest = self._frames[-1].stamp_ns - self.history * self.step_ns
+        return max(spare, bisect_right(self._frames, oldest, key=lambda frame: frame.stamp_ns) - 1)
 
     def wait_for(self, due_ns: int, timeout_s: float) -> list[Frame] | None:
         """The history that ends at the newest frame, once one of this episode is stamped ``due_ns`` or later.
@@ -109,12 +262,48 @@ class ObservationSynchronizer:
             if not self._condition.wait_for(lambda: self._ready(due_ns), timeout_s):
                 return None
             frames = [f for f in self._frames if f.stamp_ns >= (self._start_ns or 0)]
+        return self._history(frames)
+
+    def _history(self, frames: list[Frame]) -> list[Frame]:
+        """Choose the newest frame and those one step apart before it; ``frames`` rise and are not empty."""
+        if not self.step_ns:
             window = frames[-self.history :]
             return [window[0]] * (self.history - len(window)) + window
+        chosen = [frames[-1]]
+        for back in range(1, self.history):
+            wanted = frames[-1].stamp_ns - back * self.step_ns
+            before = [f for f in frames if f.stamp_ns <= chosen[0].stamp_ns - self.step_ns // 2]
+            nearest = min(before, key=lambda f: abs(f.stamp_ns - wanted), default=frames[0])
+            chosen.insert(0, nearest)
+        return chosen
 
     def _ready(self, due_ns: int) -> bool:
         start = self._start_ns
         return bool(self._frames) and start is not None and self._frames[-1].stamp_ns >= max(due_ns, start)
+
+    def missing(self) -> str:
+        """Which keys keep the newest stamp of the reference from becoming a frame, and why; empty where none does."""
+        with self._condition:
+            if not self._pending:
+                return ""
+            stamp_ns = self._pending[-1].stamp_ns
+            told = [
+                f"{name!r} {key.at(stamp_ns)[1]}"
+                for name, key in self._keys.items()
+                if name != self.reference and key.at(stamp_ns)[0] is None
+            ]
+            return f"observation {' and '.join(told)} (to {self.reference!r})" if told else ""
+
+    def stalled(self, now_ns: int) -> str:
+        """Why no frame has become complete for longer than the reference may be old; empty where one has.
+
+        Every key may come on time and yet none within the tolerance: of another clock, or at another rate.
+        """
+        with self._condition:
+            since = self._waiting_ns
+            if since is None or now_ns - since <= self.specs[self.reference].max_age_ms * 1e6:
+                return ""
+        return self.missing()
 
     def ages_ms(self, now_ns: int, used_ns: int | None = None) -> dict[str, float | None]:
         """Age per key in milliseconds; None where nothing has come.
@@ -125,15 +314,36 @@ class ObservationSynchronizer:
                 how much its stamp lies behind the newest stamp of any key; without it, only the former is told.
         """
         with self._condition:
-            behind = max(0, max(self._stamps.values(), default=0) - used_ns) if used_ns is not None else 0
-            return {
-                key: (now_ns - self._arrivals[key] + behind) / 1e6 if key in self._arrivals else None
-                for key in self.specs
-            }
+            seen = {name: key for name, key in self._keys.items() if key.arrival_ns is not None}
+            newest = max((key.stamp_ns for key in seen.values()), default=0)
+            behind = max(0, newest - used_ns) if used_ns is not None else 0
+            ages = {name: (now_ns - (key.arrival_ns or 0) + behind) / 1e6 for name, key in seen.items()}
+            return {name: ages.get(name) for name in self.specs}
 
 
-def stack_history(frames: list[Frame], specs: Mapping[str, ObservationSpec]) -> dict[str, NDArray[Any]]:
-    """Batch-1 observation per key, shape (1, history, *shape), from frames oldest first."""
-    return {
-        key: np.stack([frame.values[key] for frame in frames[-spec.history :]])[None] for key, spec in specs.items()
-    }
+def reference_of(specs: Mapping[str, ObservationSpec]) -> str:
+    """Return the key that is the clock: the first image, else the first depth picture, else the first key."""
+    for kind in PICTURES:
+        for name, spec in specs.items():
+            if spec.type == kind:
+                return name
+    return next((name for name, spec in specs.items() if spec.type != "wrench"), next(iter(specs)))
+
+
+def default_tolerance_ns(spec: ObservationSpec) -> int:
+    """Return the tolerance that follows from a key's rate."""
+    periods = WINDOW_TOLERANCE_PERIODS if spec.type == "wrench" else TOLERANCE_PERIODS
+    return round(periods * 1e9 / spec.rate_hz)
+
+
+def stack_history(frames: list[Frame], specs: Mapping[str, ObservationSpec]) -> dict[str, Any]:
+    """Batch-1 observation per key from frames, oldest first.
+
+    Returns:
+        Arrays (1, history, *shape); for pictures a :class:`~dcqfa_ros.runtime.pictures.PictureHistory`, not copied.
+    """
+    stacked: dict[str, Any] = {}
+    for key, spec in specs.items():
+        values = [frame.values[key] for frame in frames[-spec.history :]]
+        stacked[key] = PictureHistory(values) if spec.type in PICTURES else np.stack(values)[None]
+    return stacked

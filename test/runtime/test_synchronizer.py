@@ -77,7 +77,7 @@ def test_what_must_not_reach_the_policy_is_refused_by_key(key, value, text):
 
 
 def test_stamps_within_the_tolerance_form_one_frame():
-    sync = ObservationSynchronizer(SPECS, tolerance_ns=3)
+    sync = ObservationSynchronizer(SPECS, {"b": 3})
     sync.begin(0)
     sync.add("a", 10, np.zeros(2), 0)
     sync.add("b", 12, np.zeros((3, 2)), 0)
@@ -86,7 +86,7 @@ def test_stamps_within_the_tolerance_form_one_frame():
 
 @given(st.permutations([(key, stamp) for key in SPECS for stamp in range(1, 6)]))
 def test_any_order_of_arrival_leaves_only_whole_frames_in_rising_order(order):
-    sync = ObservationSynchronizer(SPECS)
+    sync = ObservationSynchronizer(SPECS, dict.fromkeys(SPECS, 0))
     sync.begin(0)
     for key, stamp in order:
         sync.add(key, stamp, np.full(SPECS[key].shape, stamp), 0)

@@ -1,0 +1,122 @@
+"""A policy's actions on their way to the arm: the chunk message of each action space, and how long they took."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.bundle.load import Bundle
+from dcqfa_ros.bundle.schema import ActionSpace, ActionSpec
+from dcqfa_ros.ros.arm_messages import WORLD, gripper_chunk_message, twist_chunk_message
+from dcqfa_ros.ros.conversions import planar_chunk_message
+from dcqfa_ros.ros.node import ManagedNode
+from dcqfa_ros.runtime.errors import PolicyError
+
+_TWIST = 6
+_OVERHEADS_KEPT = 1000
+_OPEN_FROM = 0.5  # of a binary gripper's output
+
+
+class PolicyOutputs:
+    """Publishes chunks of one bundle's action space, stamped with the observation they were computed from."""
+
+    def __init__(self, node: ManagedNode) -> None:
+        """Bind the node; :meth:`open` creates the publishers."""
+        self._node = node
+        self._action: ActionSpec | None = None
+        self._chunks: Any = None
+        self._grippers: Any = None
+        self._lock = threading.Lock()
+        self._overheads: deque[float] = deque(maxlen=_OVERHEADS_KEPT)
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse a bundle whose actions no arm of this version executes.
+
+        Raises:
+            PolicyError: names the field, what it is and what was expected.
+        """
+        action, name = bundle.spec.action, f"bundle {bundle.spec.name!r}: action"
+        if action.space is ActionSpace.PLANAR_POSITION:
+            return
+        if action.space is not ActionSpace.TCP_TWIST_GRIPPER:
+            raise PolicyError(f"{name} space {action.space.value} has no arm in this version")
+        wanted = _TWIST + (action.gripper != "none")
+        if action.dim != wanted:
+            raise PolicyError(
+                f"{name} names has {action.dim} entries, expected {wanted}: vx, vy, vz, wx, wy, wz"
+                + (", gripper" if action.gripper != "none" else "")
+            )
+        if action.frame != WORLD:
+            raise PolicyError(f"{name} frame is {action.frame!r}, the arm takes twists in {WORLD!r}")
+        if action.units[:_TWIST] != ("m/s",) * 3 + ("rad/s",) * 3:
+            raise PolicyError(f"{name} units are {', '.join(action.units[:_TWIST])}, the arm takes m/s and rad/s")
+        if action.mode != "absolute":
+            raise PolicyError(f"{name} mode is {action.mode}; a twist is absolute")
+        if action.gripper != "none" and (action.minimum[-1], action.maximum[-1]) != (0.0, 1.0):
+            raise PolicyError(
+                f"{name} {action.names[-1]} ranges from {action.minimum[-1]:g} to {action.maximum[-1]:g}, the gripper "
+                "takes 0 (closed) to 1 (open)"
+            )
+
+    def open(self, bundle: Bundle, units_per_metre: float, period_ns: int) -> None:
+        """Create the publishers of a checked bundle.
+
+        Args:
+            bundle: whose actions follow.
+            units_per_metre: of a planar bundle's units (px).
+            period_ns: one action lasts so long.
+        """
+        self._action = action = bundle.spec.action
+        self._units, self._period_ns = units_per_metre, period_ns
+        with self._lock:
+            self._overheads.clear()
+        self._chunks = self._node.create_interface_publisher("chunk")
+        self._grippers = None
+        if action.space is ActionSpace.TCP_TWIST_GRIPPER and action.gripper != "none":
+            self._grippers = self._node.create_interface_publisher("gripper_chunk")
+
+    def publish(self, stamp_ns: int, actions: NDArray[np.float32], inference_ms: float | None = None) -> None:
+        """Publish actions (n, Da) in the bundle's units.
+
+        Args:
+            stamp_ns: of the observation they were computed from.
+            actions: row 0 belongs to the observation's time.
+            inference_ms: how long the engine took; what else passed since the stamp is the overhead.
+
+        Raises:
+            PolicyError: no bundle is open.
+        """
+        action, period_ns = self._action, self._period_ns
+        if action is None:
+            raise PolicyError("policy outputs are not open")
+        if action.space is ActionSpace.PLANAR_POSITION:
+            self._chunks.publish(planar_chunk_message(stamp_ns, action.frame, actions, period_ns, self._units))
+        else:
+            if self._grippers is not None:
+                openings = actions[:, _TWIST]
+                if action.gripper == "binary":
+                    openings = (openings >= _OPEN_FROM).astype(np.float32)
+                # First, so that the arm has the opening when it begins the action.
+                self._grippers.publish(gripper_chunk_message(stamp_ns, np.clip(openings, 0.0, 1.0), period_ns))
+            self._chunks.publish(twist_chunk_message(stamp_ns, actions[:, :_TWIST], period_ns))
+        if inference_ms is not None:
+            passed_ms = (self._node.get_clock().now().nanoseconds - stamp_ns) / 1e6
+            with self._lock:
+                self._overheads.append(passed_ms - inference_ms)
+
+    def figures(self) -> dict[str, str]:
+        """From an observation's stamp to its chunk's publication, less inference: of the last 1,000 chunks, ms."""
+        with self._lock:
+            values = list(self._overheads)
+        if not values:
+            return {}
+        p50, p99, most = np.percentile(values, [50, 99, 100])
+        return {
+            "overhead_p50_ms": f"{p50:.3f}",
+            "overhead_p99_ms": f"{p99:.3f}",
+            "overhead_max_ms": f"{most:.3f}",
+        }
