@@ -44,6 +44,7 @@ class TorchEager:
         shape = (1, config.observation_horizon, config.observation_dim)
         self._observation = torch.rand(shape, generator=generator) * 2 - 1
         self._noise = torch.randn((1, config.horizon, config.action_dim), generator=generator)
+        self._flag = torch.zeros((1, config.horizon, config.noisy_dim - config.action_dim))  # nothing is known
 
     @torch.inference_mode()
     def run(self) -> NDArray[np.float32]:
@@ -51,7 +52,7 @@ class TorchEager:
         self._scheduler.set_timesteps(self._steps)
         chunk = self._noise
         for timestep in self._scheduler.timesteps:
-            noise = self._network(chunk, timestep[None], self._observation)
+            noise = self._network(torch.cat([chunk, self._flag], dim=-1), timestep[None], self._observation)
             chunk = self._scheduler.step(noise, timestep, chunk, eta=0.0).prev_sample
         return chunk.numpy()
 
@@ -74,6 +75,7 @@ def network_config(spec: BundleSpec) -> DiffusionPolicyTConfig:
             heads=size.heads,
             dim=size.dim,
             ffn_ratio=size.ffn_dim // size.dim,
+            prefix=spec.diffusion.prefix,
         )
     except ValueError as error:
         raise UnknownNetworkError(f"bundle {spec.name!r}: architecture is no DiffusionPolicy-T ({error})") from error

@@ -143,4 +143,5 @@ def random_batch(config: TrainConfig, size: int, device: torch.device, seed: int
         torch.randint(config.diffusion.train_timesteps, (size,), generator=generator),
         torch.randn(action, generator=generator),
         torch.arange(size),
+        torch.randint(policy.prefix + 1, (size,), generator=generator) if policy.prefix else None,
     ).to(device)

@@ -2,9 +2,9 @@
 
 Sources: Song et al. 2023 (consistency models, algorithm 2), Luo et al. 2023 (latent consistency models: discrete
 variance-preserving schedule, one DDIM step of the teacher over several time steps, boundary condition), Prasad et al.
-2024 (the same for visuomotor policies), Song and Dhariwal 2023 (pseudo-Huber loss). The student goes on predicting noise,
-so that network, graphs and engines stay those of the policy that is distilled; what makes a consistency function of
-it is in :func:`dcqfa_ros.runtime.schedule.consistency_boundary`, which the robot's sampler uses too.
+2024 (the same for visuomotor policies), Song and Dhariwal 2023 (pseudo-Huber loss). The student goes on predicting
+noise, so that network, graphs and engines stay those of the policy that is distilled; what makes a consistency function
+of it is in :func:`dcqfa_ros.runtime.schedule.consistency_boundary`, which the robot's sampler uses too.
 """
 
 from __future__ import annotations
@@ -106,6 +106,6 @@ class ConsistencyTrainer(Trainer):
         """One optimizer step; returns the loss; see :meth:`Trainer.train_step`."""
         value = super().train_step()
         with torch.no_grad():
-            moving = list(self.target.parameters())
+            moving: list[Tensor] = list(self.target.parameters())
             torch._foreach_lerp_(moving, self.weights, 1.0 - self.options.target_decay)
         return value

@@ -286,7 +286,7 @@ def _rival(contender: Contender, target: str, against: str, threads: int | None,
 
 def _check_steps(steps: int | None, contenders: Sequence[Contender]) -> None:
     for contender in contenders:
-        most = contender.spec.diffusion.train_timesteps
+        most = contender.spec.diffusion.most_steps
         if steps is not None and not 1 <= steps <= most:
             raise EvaluationError(f"--steps {steps}: policy {contender.spec.name!r} takes 1 to {most} denoising steps")
 

@@ -87,10 +87,10 @@ class DiffusionPolicyTGraphs:
         self._blocks: dict[BlockSize, BlockWeights] = {}
 
     def step(self, blocks: Sequence[BlockSize]) -> tuple[bytes, Feeds]:
-        """``noisy`` (1, T, Da), ``timestep_kv`` (1, R, 1, D), ``observation_kv`` (1, R, To, D) -> ``noise``."""
+        """``noisy`` (1, T, Dn), ``timestep_kv`` (1, R, 1, D), ``observation_kv`` (1, R, To, D) -> ``noise``."""
         rows = 2 * sum(block.heads for block in blocks)
         feeds = {
-            "noisy": self._draw(1, self._tokens, self._config.action_dim),
+            "noisy": self._draw(1, self._tokens, self._config.noisy_dim),
             "timestep_kv": self._draw(1, rows, 1, self._head_dim),
             "observation_kv": self._draw(1, rows, self._config.observation_horizon, self._head_dim),
         }

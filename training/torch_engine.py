@@ -35,7 +35,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def denoise(self, noisy: Float, timestep_kv: Float, observation_kv: Float, out: Float | None = None) -> Float:
-        """Predicted noise (B, T, Da) of ``noisy`` (B, T, Da), written to ``out`` where given."""
+        """Predicted noise (B, T, Da) of ``noisy`` (B, T, Dn), written to ``out`` where given."""
         inputs = (torch.from_numpy(array) for array in (noisy, timestep_kv, observation_kv))
         noise = self._network.denoise(*inputs).numpy()
         if out is None:

@@ -61,8 +61,8 @@ class Trainer(TrainingRun):
             DataError: the data set cannot be used or does not fit the policy.
             ConfigError: the configuration does not describe a policy that a bundle can hold, or its action normaliser
                 leaves the range that the sampler keeps.
-            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration, other data or another
-                policy to start from.
+            CheckpointError: the folder's checkpoint is damaged or belongs to another configuration, other data or
+                another policy to start from.
             BundleError: the bundle to start from is damaged.
             WarmStartError: the policy to start from is another one than ``config`` describes.
             WorldError: the batch does not divide among the processes.

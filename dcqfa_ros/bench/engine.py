@@ -129,8 +129,8 @@ def compare_engines(
         raise BenchError(f"rounds: expected at least 2, got {rounds}")
     spec = bundle.spec
     count = spec.diffusion.steps if steps is None else steps
-    if not 1 <= count <= spec.diffusion.train_timesteps:
-        raise BenchError(f"steps: expected 1 to {spec.diffusion.train_timesteps}, got {count}")
+    if not 1 <= count <= spec.diffusion.most_steps:
+        raise BenchError(f"steps: expected 1 to {spec.diffusion.most_steps}, got {count}")
     known = [variant.name for variant in spec.variants]
     for name in variants:
         if name not in known:

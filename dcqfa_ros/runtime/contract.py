@@ -25,7 +25,7 @@ INPUTS: Mapping[str, Mapping[str, tuple[int, Axes]]] = {
     "encoder": {"observation": (FLOAT, ("B", "To", "Do"))},
     "timestep": {"timesteps": (INT64, ("S",))},
     "denoiser": {
-        "noisy": (FLOAT, ("B", "T", "Da")),
+        "noisy": (FLOAT, ("B", "T", "Dn")),
         "timestep_kv": (FLOAT, (1, "R", 1, "D")),
         "observation_kv": (FLOAT, ("B", "R", "To", "D")),
     },

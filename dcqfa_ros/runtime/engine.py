@@ -2,8 +2,9 @@
 
 The parts run at different rates: the observation encoder once per chunk, the time-step encoder once per step count (its
 result is tabulated), the denoiser at every denoising step. Arrays are C-contiguous NumPy arrays; ``B`` is the batch,
-``To`` the observation history, ``Do`` and ``Da`` the widths of observation and action vectors, ``T`` the number of
-action tokens computed (attention is causal, so the first T tokens of a chunk do not depend on the later ones), ``S``
+``To`` the observation history, ``Do`` and ``Da`` the widths of observation and action vectors, ``Dn`` that of a noisy
+action token (``Da``, and one more where the network takes known tokens, which a last channel flags), ``T`` the number
+of action tokens computed (attention is causal, so the first T tokens of a chunk do not depend on the later ones), ``S``
 the number of noise levels, ``D`` the width of a head and ``R`` the rows of cross-attention keys and values: for every
 block in order the keys of its heads, then the values (blocks of a searched variant keep different numbers of heads).
 """
@@ -47,7 +48,7 @@ class Engine(Protocol):
         """Predict the noise in the first T tokens of normalised action chunks.
 
         Args:
-            noisy: (B, T, Da), T at most the horizon.
+            noisy: (B, T, Dn), T at most the horizon.
             timestep_kv: (1, R, 1, D), one row of :meth:`timestep_kv`.
             observation_kv: (B, R, To, D).
             out: where to write the result, (B, T, Da); must not overlap ``noisy``.

@@ -34,8 +34,14 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same with every tensor changed."""
-        values = (getattr(self, name) for name in Batch.__slots__)
-        return Batch(*(None if value is None else change(value) for value in values))
+        return Batch(
+            change(self.observation),
+            change(self.action),
+            change(self.timesteps),
+            change(self.noise),
+            change(self.index),
+            None if self.prefix is None else change(self.prefix),
+        )
 
     def first(self, count: int) -> Batch:
         """The first ``count`` samples, as views."""
@@ -106,7 +112,7 @@ class PolicyData:
         }
 
     def draw(self, windows: WindowSet, seed: int, batch: int) -> Batch:
-        """Draw windows, time steps, noise, crops of images and lengths of known prefixes, all from ``seed``, on the CPU.
+        """Draw windows, time steps, noise, crops of images and lengths of known prefixes from ``seed``, on the CPU.
 
         Lengths are uniform over 0 to ``policy.prefix``. They come last, so policies with and without see equal windows.
         """

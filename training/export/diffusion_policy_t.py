@@ -121,14 +121,14 @@ def table_graph(table: NDArray[np.float32], rest: Rest) -> bytes:
 
 
 def denoiser_graph(network: DiffusionPolicyT, blocks: Sequence[BlockWeights]) -> bytes:
-    """``noisy`` (B, T, Da), ``timestep_kv`` (1, R, 1, D), ``observation_kv`` (B, R, To, D) -> ``noise`` (B, T, Da).
+    """``noisy`` (B, T, Dn), ``timestep_kv`` (1, R, 1, D), ``observation_kv`` (B, R, To, D) -> ``noise`` (B, T, Da).
 
     T is 1 to the horizon; masks and positions are cut to it.
     """
     config = network.config
     rows, head_dim = sum(2 * block.cross.heads for block in blocks), config.dim // config.heads
     g = GraphBuilder("denoiser")
-    noisy = g.input("noisy", ("B", "T", config.action_dim))
+    noisy = g.input("noisy", ("B", "T", config.noisy_dim))
     timestep = g.input("timestep_kv", (1, rows, 1, head_dim))
     observed = g.input("observation_kv", ("B", rows, config.observation_horizon, head_dim))
 
