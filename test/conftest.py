@@ -85,9 +85,11 @@ def make_spec(files: dict[str, bytes], **changes: Any) -> BundleSpec:
                     "command": "dcqfa bench engine",
                 }
             ],
-            "parity": {"samples": 4, "max_abs": 1e-5, "rms": 1e-6, "tolerance_rms": 1e-4} | export_parity,
+            "parity": (reduced if bits == 8 else whole) | export_parity,
         }
 
+    whole = {"samples": 4, "max_abs": 1e-5, "rms": 1e-6, "tolerance_rms": 1e-4}
+    reduced = {"samples": 4, "max_abs": 2.0, "rms": 0.5, "tolerance_rms": 1.0}  # a tiny network suffers much
     export_parity = {"export_rms": 1e-6, "tolerance_export_rms": 1e-4}
     scale = {"kind": "min_max", "scale": [1 / 256, 1 / 256], "offset": [-1.0, -1.0]}
     observation = {

@@ -42,6 +42,8 @@ class ParityRecord(StrictModel):
     smaller network; ``export_rms`` is against the training-side network with the variant's own quantizers, so it holds
     that of the export alone. ``block_rms`` is the largest root mean square error of a block's output that was computed
     from the training-side network's own inputs, relative to that output: errors do not add up from block to block.
+    ``fixed_chunks`` holds what the exported network computes for the observations of ``dcqfa_ros.runtime.parity``:
+    normalised actions, flattened (samples, executed, action dimensions). A robot compares newly loaded engines with it.
     """
 
     samples: Positive
@@ -52,6 +54,7 @@ class ParityRecord(StrictModel):
     tolerance_export_rms: Annotated[float, Field(gt=0.0)]
     block_rms: Annotated[float, Field(ge=0.0)] | None = None
     tolerance_block_rms: Annotated[float, Field(gt=0.0)] | None = None
+    fixed_chunks: tuple[float, ...] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _holds(self) -> ParityRecord:

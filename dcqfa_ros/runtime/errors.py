@@ -9,6 +9,10 @@ class PolicyError(UserError):
     """A policy cannot give actions: bad observation, bad request, or output that must not be executed."""
 
 
+class NoVariantError(PolicyError):
+    """No variant is loaded, for the time being or for good: there is nothing to compute with."""
+
+
 class EngineError(PolicyError):
     """An engine cannot load or run its files; the message names the file and what was expected."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.schema import BundleSpec
-from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
+from dcqfa_ros.runtime.errors import NoVariantError, PolicyError, WorkerDiedError
 from dcqfa_ros.runtime.synchronizer import Frame, ObservationSynchronizer, stack_history
 from dcqfa_ros.runtime.variant_host import VariantHost
 
@@ -121,7 +121,7 @@ class PolicySession:
         while not halt.is_set():
             episode = self._episode
             if episode is None or not self.host.active:
-                running = None
+                running = running if episode is running else None  # an exchange of variants begins no new episode
                 halt.wait(IDLE_S)
                 continue
             if episode is not running:
@@ -156,6 +156,8 @@ class PolicySession:
             if not halt.is_set():  # else it was killed to let its owner go
                 self.refuse(str(error))
                 self._hooks.lost(str(error))
+            return False
+        except NoVariantError:  # it went while this observation was prepared: the next one is used
             return False
         except PolicyError as error:
             self.refuse(str(error))

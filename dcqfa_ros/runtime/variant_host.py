@@ -1,72 +1,97 @@
 """The running variant of a policy, and the exchange for another one at a chunk boundary.
 
-Each variant runs in its own worker process. A new variant is started, loaded and warmed in the background while the old
-one goes on; the next ``predict`` after that uses it. A failed exchange leaves the old variant as it was.
+Each variant runs in its own worker process. A new variant is started, loaded, warmed and compared with a known one
+(:mod:`dcqfa_ros.runtime.parity`) in the background while the old one goes on; the next ``predict`` after that uses it.
+A failed exchange leaves the old variant as it was. Where both do not fit in memory together, the exchange is refused,
+or the old variant goes first (``HostOptions.shortage``) and comes back if the new one cannot be loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.load import Bundle
+from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
-from dcqfa_ros.runtime.errors import EngineError
-from dcqfa_ros.runtime.policy import PolicyError
-from dcqfa_ros.runtime.worker import EngineWorker, WorkerDiedError
+from dcqfa_ros.runtime.errors import NoVariantError, PolicyError, WorkerDiedError
+from dcqfa_ros.runtime.parity import Parity, ParityLog
+from dcqfa_ros.runtime.swaps import ComputedBy, HostOptions, Outcome, Shortage, SwapResult
+from dcqfa_ros.runtime.variant_targets import Target, Targets
+from dcqfa_ros.runtime.worker import EngineWorker
+from dcqfa_ros.runtime.worker_main import peak_bytes
 
 CLOSE_TIMEOUT_S = 5.0
+MIB = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class SwapResult:
-    """Outcome of one exchange.
-
-    Attributes:
-        swap_id: number of the exchange, from 1.
-        requested: variant that was asked for.
-        active: variant that runs afterwards ("" when none does).
-        ok: whether the requested one runs.
-        reason: why not.
-        load_ms: time the exchange took, milliseconds.
-        runtime: runtime that was asked for.
-        engine: ``<runtime>/<variant>`` that runs afterwards ("" when none does).
-    """
-
+class _Job(NamedTuple):
     swap_id: int
-    requested: str
-    active: str
-    ok: bool
-    reason: str
-    load_ms: float
-    runtime: str = ONNXRUNTIME
-    engine: str = ""
+    target: Target
+
+
+class _Loaded(NamedTuple):
+    """A worker that is ready and was compared, and what to tell of it."""
+
+    worker: EngineWorker
+    target: Target
+    engine: str
+    parity: Parity
+    accept: Callable[[], None]
 
 
 class VariantHost:
     """Owns the worker of the active variant and replaces it on request."""
 
-    def __init__(self, bundle: Bundle, threads: int, on_swap: Callable[[SwapResult], None]) -> None:
-        """Hold no worker yet; ``on_swap`` is called from a background thread after each exchange."""
-        self.bundle, self.threads, self._on_swap = bundle, threads, on_swap
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int,
+        on_swap: Callable[[SwapResult], None],
+        on_active: Callable[[str], None] = lambda _: None,
+        on_hold: Callable[[str], None] = lambda _: None,
+        options: Callable[[], HostOptions] = HostOptions,
+    ) -> None:
+        """Hold no worker yet.
+
+        Args:
+            bundle: the policy, whose contract any other bundle must share.
+            threads: threads of the engines.
+            on_swap: told the outcome of every exchange, from a background thread.
+            on_active: told the name of the variant that computes the next chunk ("" for none) before any chunk of it is
+                begun; called from a background thread or from that of ``predict``, must be quick.
+            on_hold: told why nothing is computed while an exchange goes on, from a background thread.
+            options: how variants are loaded; asked for at every exchange.
+        """
+        self.targets, self.threads = Targets(bundle), threads
+        self.computed_by = ComputedBy()
         self.swaps = 0
+        self._on_swap, self._on_active, self._on_hold, self._options = on_swap, on_active, on_hold, options
         self._lock = threading.Lock()  # guards the fields below, never held while a worker computes
+        self._turn = threading.Lock()  # who comes first to the next one: an exchange waits for one chunk at most
         self._use = threading.Lock()  # held while a worker computes or is exchanged
         self._worker: EngineWorker | None = None
         self._starting: EngineWorker | None = None
+        self._target: Target | None = None  # what runs, or what last ran while an exchange holds
         self._active = self._engine = ""
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._queued: tuple[str, str] | None = None  # variant and runtime
+        self._queued: _Job | None = None
+        self._superseded: deque[_Job] = deque()
+        self._parity = ParityLog()
+        self._peaks: dict[tuple[str, str], int] = {}  # bytes by weights and runtime, as measured here
 
     @property
     def active(self) -> str:
-        """Name of the variant that computes the next chunk, or "" while there is none."""
+        """Variant that computes the next chunk (``BUNDLE:VARIANT`` for another bundle's), or "" while there is none."""
         return self._active
 
     @property
@@ -80,77 +105,210 @@ class VariantHost:
         thread = self._thread
         return thread is not None and thread.is_alive()
 
+    # what is asked for
+
     def validate(self, variant: str, runtime: str = ONNXRUNTIME) -> str | None:
         """Cheap check of requested names; returns why they are refused, or None."""
         try:
-            self.bundle.spec.variant(variant)
-            runtime_facts(runtime)
-        except KeyError as error:
-            return str(error.args[0])
-        except EngineError as error:
+            self.targets.resolve(variant, runtime)
+        except UserError as error:
             return str(error)
         return None
 
-    def request(self, variant: str, runtime: str = ONNXRUNTIME) -> None:
-        """Begin to exchange the active variant for ``variant`` on ``runtime``; a newer request replaces one that waits.
+    def request(self, variant: str, runtime: str = ONNXRUNTIME) -> int:
+        """Begin to exchange the active variant for ``variant`` on ``runtime`` and return the exchange's number.
+
+        A newer request ends an exchange that is not done yet; that one is reported as superseded.
 
         Raises:
-            PolicyError: the bundle has no such variant, there is no such runtime, or the host is closed.
+            PolicyError, BundleError: as :meth:`Targets.resolve`, or the host is closed.
         """
-        reason = self.validate(variant, runtime)
-        if reason:
-            raise PolicyError(reason)
+        target = self.targets.resolve(variant, runtime)
         with self._lock:
             if self._closed:
                 raise PolicyError("the policy is shutting down")
-            self._queued = variant, runtime
+            self.swaps += 1
+            if self._queued is not None:
+                self._superseded.append(self._queued)
+            self._queued = _Job(self.swaps, target)
+            if self._starting is not None:
+                self._starting.abort()
             if not self.busy:
                 self._thread = threading.Thread(target=self._work, name="variant-swap", daemon=True)
                 self._thread.start()
+            return self.swaps
+
+    # the exchange, on the background thread
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                queued, self._queued = self._queued, None
-                if queued is None or self._closed:
+                skipped, self._superseded = self._superseded, deque()
+                job, self._queued = self._queued, None
+                if job is None or self._closed:
                     self._thread = None
                     return
-                self.swaps += 1
-                swap_id = self.swaps
-            self._on_swap(self._exchange(swap_id, *queued))
+            for old in skipped:
+                self._on_swap(self._result(old, self._engine, time.monotonic(), "a newer request", superseded=True))
+            self._on_swap(self._exchange(job))
 
-    def _exchange(self, swap_id: int, variant: str, runtime: str) -> SwapResult:
-        begin = time.monotonic()
-        worker: EngineWorker | None = None
+    def _exchange(self, job: _Job) -> SwapResult:
+        begin, previous, options = time.monotonic(), self._engine, self._options()
+        held_ns: int | None = None
+        running = self._target if self._active else None
+        if running is not None and (running.engine, running.weights) == (job.target.engine, job.target.weights):
+            return self._result(job, previous, begin)
         try:
-            worker = EngineWorker(self.bundle.folder, variant, threads=self.threads, runtime=runtime)
+            shortage = self._shortage(job.target, options)
+            if shortage and self._worker is not None:
+                if options.shortage is Shortage.REFUSE:
+                    raise PolicyError(f"{shortage}; parameter swap_when_memory_is_short is {options.shortage.value}")
+                held_ns = self._hold(f"{shortage}: {previous} is closed before {job.target.engine} is loaded")
+            loaded = self._load(job.target, options)
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises while loading is a refused exchange
+            reason = str(error) or type(error).__name__
+            if options.memory_limit:
+                reason += f" (engine_memory_limit_mb is {options.memory_limit // MIB})"
+            newer = self._overtaken()
+            gap_ms = 0.0
+            if held_ns is not None and not newer:
+                reason += self._bring_back(options)
+                gap_ms = (time.monotonic_ns() - held_ns) / 1e6
+            reason = f"a newer request ({reason})" if newer else reason
+            return self._result(job, previous, begin, reason, superseded=newer, gap_ms=gap_ms, held=held_ns is not None)
+        gap_ms, reason = self._switch(loaded, held_ns)
+        return self._result(
+            job, previous, begin, reason, gap_ms=gap_ms, held=held_ns is not None, parity=loaded.parity,
+            peak=self._peaks.get((job.target.weights, job.target.runtime), 0),
+        )  # fmt: skip
+
+    def _overtaken(self) -> bool:
+        with self._lock:
+            return self._queued is not None and not self._closed
+
+    def _shortage(self, target: Target, options: HostOptions) -> str:
+        """Say that a worker does not fit beside the one that runs; empty where it does, or where that is unknown."""
+        needed = self._peaks.get((target.weights, target.runtime)) or options.needed_memory(target)
+        free = options.free_memory()
+        if not free or needed + options.reserve <= free:
+            return ""
+        kept = f" and {options.reserve // MIB} MiB are to stay free" if options.reserve else ""
+        return f"{target.engine} needs about {needed // MIB} MiB, {free // MIB} MiB are free{kept}"
+
+    def _load(self, target: Target, options: HostOptions) -> _Loaded:
+        worker = EngineWorker(
+            target.bundle,
+            target.variant,
+            threads=self.threads,
+            runtime=target.runtime,
+            python=options.python or sys.executable,
+            memory_limit=options.memory_limit,
+        )
+        try:
             with self._lock:
                 self._starting = worker
-                if self._closed:
+                if self._closed or self._queued is not None:
                     worker.abort()
-            engine = worker.start(runtime_facts(runtime).start_timeout_s).engine
-        except Exception as error:  # noqa: BLE001 - whatever a runtime raises while loading is a refused exchange
-            if worker is not None:
-                worker.close()
-            return self._result(swap_id, variant, runtime, str(error), begin)
+            opened = worker.start(options.start_timeout_s or runtime_facts(target.runtime).start_timeout_s)
+            engine = f"{opened.engine.partition('/')[0]}/{target.label}"
+            parity, accept = self._parity.check(
+                target.bundle,
+                target.variant,
+                engine,
+                lambda seen, seed, chunk: worker.predict(seen, seed=seed, chunk=chunk),
+            )
+            self._peaks[target.weights, target.runtime] = peak_bytes(opened.pid)
+        except BaseException:
+            worker.close()
+            raise
         finally:
-            self._starting = None
-        with self._use, self._lock:  # the chunk boundary: no prediction is under way
-            old: EngineWorker | None = worker
-            reason = "the policy is shutting down"
-            if not self._closed:
-                old, self._worker, reason = self._worker, worker, ""
-                self._active, self._engine = variant, engine
+            with self._lock:
+                self._starting = None
+        return _Loaded(worker, target, engine, parity, accept)
+
+    @contextlib.contextmanager
+    def _boundary(self) -> Iterator[None]:
+        """Between two chunks: no prediction is under way, and none begins."""
+        with self._turn, self._use:
+            yield
+
+    def _hold(self, reason: str) -> int:
+        """Let the running variant go; returns the monotonic time from which on nothing is computed, nanoseconds."""
+        with self._boundary():
+            begin, old = time.monotonic_ns(), self._worker
+            self._forget()
+        self._on_hold(reason)
         if old is not None:
             old.close()
-        return self._result(swap_id, variant, runtime, reason, begin)
+        return begin
 
-    def _result(self, swap_id: int, variant: str, runtime: str, reason: str, begin: float) -> SwapResult:
-        load_ms = (time.monotonic() - begin) * 1e3
-        return SwapResult(swap_id, variant, self._active, not reason, reason, load_ms, runtime, self._engine)
+    def _bring_back(self, options: HostOptions) -> str:
+        """Load the variant again that had to go; returns what to add to the reason."""
+        target = self._target
+        if target is None or self._closed:
+            return ""
+        try:
+            _, problem = self._switch(self._load(target, options), None)
+        except Exception as error:  # noqa: BLE001 - as above
+            problem = str(error)
+        return f"; {target.engine} could not be brought back: {problem}" if problem else f"; {target.engine} is back"
+
+    def _switch(self, loaded: _Loaded, held_ns: int | None) -> tuple[float, str]:
+        """Put a worker in the place of the running one; returns the gap in milliseconds, and why it was not done."""
+        old: EngineWorker | None = loaded.worker
+        reason = "the policy is shutting down"
+        with self._boundary():
+            begin = time.monotonic_ns() if held_ns is None else held_ns
+            with self._lock:
+                if not self._closed:
+                    old, self._worker, reason = self._worker, loaded.worker, ""
+                    self._target, self._active, self._engine = loaded.target, loaded.target.label, loaded.engine
+            if not reason:
+                loaded.accept()
+                self._on_active(self._active)
+            gap_ms = (time.monotonic_ns() - begin) / 1e6
+        if old is not None:
+            old.close()
+        return gap_ms, reason
+
+    def _result(
+        self,
+        job: _Job,
+        previous: str,
+        begin: float,
+        reason: str = "",
+        *,
+        superseded: bool = False,
+        gap_ms: float = 0.0,
+        held: bool = False,
+        parity: Parity | None = None,
+        peak: int = 0,
+    ) -> SwapResult:
+        return SwapResult(
+            job.swap_id,
+            job.target.label,
+            self._active,
+            not reason,
+            reason,
+            (time.monotonic() - begin) * 1e3,
+            job.target.runtime,
+            self._engine,
+            previous,
+            Outcome.SUPERSEDED if superseded else Outcome.FAILED if reason else Outcome.SWITCHED,
+            gap_ms,
+            held,
+            parity=parity or Parity(),
+            peak_bytes=peak,
+        )
+
+    # computing
 
     def _forget(self) -> None:
+        """Have no worker; the boundary is held."""
+        told = bool(self._active)
         self._worker, self._active, self._engine = None, "", ""
+        if told:
+            self._on_active("")
 
     def lost(self) -> str | None:
         """Look whether the active worker still runs; where it died on its own, forget it and return what happened."""
@@ -168,40 +326,70 @@ class VariantHost:
             self._use.release()
 
     def predict(
-        self, observation: Mapping[str, NDArray], seed: int, chunk: int, steps: int | None
+        self, observation: Mapping[str, NDArray], seed: int, chunk: int, steps: int | None, **more: Any
     ) -> tuple[NDArray[np.float32], str]:
-        """One chunk (executed, Da), raw units, and the variant that computed it.
+        """One chunk (n, Da), raw units, and the variant that computed it; ``more`` goes to ``EngineWorker.predict``.
 
         Raises:
-            PolicyError: no variant is loaded, the input is refused, or the worker died (``WorkerDiedError``).
+            NoVariantError: none is loaded, for the time being or for good.
+            PolicyError: the input is refused, or the worker died (``WorkerDiedError``).
         """
-        with self._use:
-            worker, variant = self._worker, self._active
+        with self._turn:  # given back at once: an exchange that waits for this chunk comes before the next one
+            self._use.acquire()
+        try:
+            worker, variant, engine = self._worker, self._active, self._engine
             if worker is None:
-                raise PolicyError("no variant is loaded yet")
+                raise NoVariantError("no variant is loaded yet")
             try:
-                return worker.predict(observation, seed=seed, chunk=chunk, steps=steps), variant
+                actions = worker.predict(observation, seed=seed, chunk=chunk, steps=steps, **more)
             except WorkerDiedError:
                 self._forget()
                 worker.close()
                 raise
+            self.computed_by.note(chunk, engine)
+            return actions, variant
+        finally:
+            self._use.release()
+
+    # ending
 
     def abort(self) -> None:
-        """Kill the workers, so that whoever waits for one goes on; the host is closed for further requests."""
+        """Kill the workers, so that whoever waits for one goes on; no request is taken until :meth:`reopen`."""
         with self._lock:
             self._closed = True
             workers = [worker for worker in (self._starting, self._worker) if worker is not None]
         for worker in workers:
             worker.abort()
 
+    def reopen(self) -> None:
+        """Take requests again after :meth:`abort`, once the exchange that it ended is over.
+
+        Raises:
+            PolicyError: that exchange is still under way.
+        """
+        if not self._closed:
+            return
+        self._join()
+        if self.busy:
+            raise PolicyError("the exchange of variants that was ended is still under way; try again")
+        self._drop()
+        with self._lock:
+            self._closed, self._queued = False, None
+
     def close(self) -> None:
         """End the workers at once, also one that still loads. May be called twice."""
         self.abort()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(CLOSE_TIMEOUT_S)
-        with self._use:
+        self._join()
+        self._drop()
+
+    def _drop(self) -> None:
+        with self._boundary():
             worker = self._worker
             self._forget()
         if worker is not None:
             worker.close()
+
+    def _join(self) -> None:
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(CLOSE_TIMEOUT_S)
