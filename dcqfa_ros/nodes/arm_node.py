@@ -28,6 +28,7 @@ from dcqfa_ros.ros.conversions import (
 )
 from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
+from dcqfa_ros.ros.realtime_parameters import RealtimeParameters
 from dcqfa_ros.runtime.arm_executor import (
     ArmExecutor,
     ArmMode,
@@ -76,6 +77,7 @@ class ArmNode(ManagedNode):
         add("units_per_metre", 1024.0, "bundle units (px) per metre", minimum=1e-6, read_only=True)
         add("limits.minimum", [0.0, 0.0], "smallest target x, y, bundle units", read_only=True)
         add("limits.maximum", [512.0, 512.0], "largest target x, y, bundle units", read_only=True)
+        self._realtime = RealtimeParameters(self)
         self.on_parameter("rate", self._validate_rate)
         self.on_parameter("command_source", self._validate_source, self._apply_source)
         self.executor_core: ArmExecutor | None = None
@@ -105,6 +107,7 @@ class ArmNode(ManagedNode):
     def setup(self) -> None:
         """Connect the simulated arm and create the interfaces."""
         rate = float(self.parameter("control_rate"))
+        self._realtime.settings()  # refuses before anything is connected
         self._units, self._frame = float(self.parameter("units_per_metre")), str(self.parameter("frame"))
         settings = ArmSettings(
             period_ns=round(1e9 / rate),
@@ -164,6 +167,8 @@ class ArmNode(ManagedNode):
     # control thread
 
     def _run(self, halt: threading.Event) -> None:
+        self._realtime.enter()
+        self._ticker_restart()
         while not halt.is_set():
             if self.parameter("rate") == "max" and self._core.armed:
                 self._lockstep(halt)
@@ -304,7 +309,7 @@ class ArmNode(ManagedNode):
             raise Refused(rivals)
         if self._ticker is not None:
             self._ticker.restart()
-            self._ticker.missed = 0
+            self._ticker.count_anew()
         stamp = self.get_clock().now().nanoseconds
         try:
             tick = self._core.arm(stamp, time.monotonic_ns(), lockstep=self.parameter("rate") == "max")
@@ -345,6 +350,7 @@ class ArmNode(ManagedNode):
             "clamped_actions": str(core.limits.clamped),
             **{f"refused.{k}": str(v) for k, v in core.refused.items()},
             **(ticker.report() if ticker else {}),
+            **self._realtime.figures(),
         }
         healthy = core.armed or core.stop.code.normal
         text = "armed" if core.armed else f"disarmed: {core.stop.text}"

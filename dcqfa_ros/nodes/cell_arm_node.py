@@ -29,6 +29,7 @@ from dcqfa_ros.ros.conversions import MessageError, from_time, status_message
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.generic_arm import TopicArm
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
+from dcqfa_ros.ros.realtime_parameters import RealtimeParameters
 from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
 from dcqfa_ros.runtime.arm_executor import ArmRefusedError
 from dcqfa_ros.runtime.arm_gate import Listeners
@@ -50,6 +51,7 @@ class CellArmNode(ManagedNode):
     def declare(self) -> None:
         """Declare the parameters (``dcqfa_ros.ros.arm_parameters``)."""
         par.declare(self)
+        self._realtime = RealtimeParameters(self)
         self.on_parameter("command_source", self._validate_source, self._apply_source)
         self._driver: InovoArm | TopicArm | None = None
         self._stream: ArmStream | None = None
@@ -78,6 +80,7 @@ class CellArmNode(ManagedNode):
         Raises:
             UserError: a limit is absent or beyond its hard maximum, or the arm cannot be reached.
         """
+        self._realtime.settings()  # refuses before anything is connected
         settings, mount = par.make_settings(self), par.make_mount(self)
         kinematics = par.make_kinematics(self)
         stage = par.make_stage(self, kinematics, self._latch)
@@ -135,7 +138,7 @@ class CellArmNode(ManagedNode):
                 self.event(Level.ERROR, f"the arm was not brought up: {error}")
         self._halt = threading.Event()
         stream.start()
-        run = self.guard(functools.partial(stream.run, self._halt, self._after_tick))
+        run = self.guard(functools.partial(self._run, stream, self._halt))
         self._control = threading.Thread(target=run, name="control", daemon=True)
         self._control.start()
         self.create_guarded_timer(RIVALS_PERIOD_S, self._check_rivals)
@@ -166,6 +169,10 @@ class CellArmNode(ManagedNode):
         return self._stream, self._driver
 
     # Control thread
+
+    def _run(self, stream: ArmStream, halt: threading.Event) -> None:
+        self._realtime.enter()
+        stream.run(halt, self._after_tick)
 
     def _after_tick(self, state: ArmState, now_ns: int) -> None:
         self._ticks += 1
@@ -337,7 +344,7 @@ class CellArmNode(ManagedNode):
         rivals = self._rivals()
         if rivals:
             raise Refused(rivals)
-        stream.ticker.missed = 0
+        stream.ticker.count_anew()
         self._refusing(stream.arm)
         self._publish_arm_state()
         response.success, response.message = True, f"armed, episode {stream.episode}"
@@ -381,7 +388,7 @@ class CellArmNode(ManagedNode):
         stream, driver = self._stream, self._driver
         if stream is None or driver is None:
             return [Status(Level.WARN, "arm", "not configured", {})]
-        return arm_status(stream, driver, self._watchdog)
+        return arm_status(stream, driver, self._watchdog, self._realtime.figures())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dcqfa_ros.drivers.arm_protocol import ArmReadiness
 from dcqfa_ros.drivers.inovo import InovoArm
 from dcqfa_ros.ros.diagnostics import Level, Status
@@ -10,8 +12,10 @@ from dcqfa_ros.runtime.arm_stream import ArmStream
 from dcqfa_ros.watchdog.client import WatchdogClient
 
 
-def arm_status(stream: ArmStream, driver: InovoArm | TopicArm, watchdog: WatchdogClient | None) -> list[Status]:
-    """Return the diagnostics of an arm: ``arm`` for the control, ``driver`` for the device."""
+def arm_status(
+    stream: ArmStream, driver: InovoArm | TopicArm, watchdog: WatchdogClient | None, more: Mapping[str, str]
+) -> list[Status]:
+    """Return the diagnostics of an arm: ``arm`` for the control, with ``more``, and ``driver`` for the device."""
     now, stage = stream.snapshot(), stream.stage
     problem = watchdog.problem() if watchdog is not None else None
     values = {
@@ -24,7 +28,7 @@ def arm_status(stream: ArmStream, driver: InovoArm | TopicArm, watchdog: Watchdo
         "slowed_by_contact": str(stage.guard.slowed if stage.guard else 0),
         **{f"refused.{k}": str(v) for k, v in stream.refused.items()},
         **{f"stops.{k}": str(v) for k, v in stage.latch.counts.items()},
-        **stream.ticker.report(),
+        **stream.ticker.report(), **more,
     }  # fmt: skip
     text = now.activity.value if stream.armed else f"disarmed: {now.stop.text}"
     level = Level.ERROR if now.latched else Level.WARN if problem else Level.OK

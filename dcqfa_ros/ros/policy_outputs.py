@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from dcqfa_ros.ros.arm_messages import WORLD, gripper_chunk_message, twist_chunk
 from dcqfa_ros.ros.conversions import planar_chunk_message
 from dcqfa_ros.ros.node import ManagedNode
 from dcqfa_ros.runtime.errors import PolicyError
+from dcqfa_ros.runtime.histogram import Histogram
 
 _TWIST = 6
-_OVERHEADS_KEPT = 1000
 _OPEN_FROM = 0.5  # of a binary gripper's output
 
 
@@ -31,7 +30,7 @@ class PolicyOutputs:
         self._chunks: Any = None
         self._grippers: Any = None
         self._lock = threading.Lock()
-        self._overheads: deque[float] = deque(maxlen=_OVERHEADS_KEPT)
+        self._overhead = Histogram()
 
     def check(self, bundle: Bundle) -> None:
         """Refuse a bundle whose actions no arm of this version executes.
@@ -73,7 +72,7 @@ class PolicyOutputs:
         self._action = action = bundle.spec.action
         self._units, self._period_ns = units_per_metre, period_ns
         with self._lock:
-            self._overheads.clear()
+            self._overhead.clear()
         self._chunks = self._node.create_interface_publisher("chunk")
         self._grippers = None
         if action.space is ActionSpace.TCP_TWIST_GRIPPER and action.gripper != "none":
@@ -104,19 +103,11 @@ class PolicyOutputs:
                 self._grippers.publish(gripper_chunk_message(stamp_ns, np.clip(openings, 0.0, 1.0), period_ns))
             self._chunks.publish(twist_chunk_message(stamp_ns, actions[:, :_TWIST], period_ns))
         if inference_ms is not None:
-            passed_ms = (self._node.get_clock().now().nanoseconds - stamp_ns) / 1e6
+            passed_ns = self._node.get_clock().now().nanoseconds - stamp_ns
             with self._lock:
-                self._overheads.append(passed_ms - inference_ms)
+                self._overhead.add(passed_ns - round(inference_ms * 1e6))
 
     def figures(self) -> dict[str, str]:
-        """From an observation's stamp to its chunk's publication, less inference: of the last 1,000 chunks, ms."""
+        """From an observation's stamp to its chunk's publication, less inference, since the node was configured, ms."""
         with self._lock:
-            values = list(self._overheads)
-        if not values:
-            return {}
-        p50, p99, most = np.percentile(values, [50, 99, 100])
-        return {
-            "overhead_p50_ms": f"{p50:.3f}",
-            "overhead_p99_ms": f"{p99:.3f}",
-            "overhead_max_ms": f"{most:.3f}",
-        }
+            return self._overhead.figures("overhead")

@@ -6,14 +6,26 @@ import os
 import threading
 import time
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 
+from dcqfa_ros.runtime.histogram import Histogram
+from dcqfa_ros.runtime.realtime import scheduling
+
 JITTER_WINDOW = 1000
+_STAT = Path("/proc/stat")
 
 
 class Ticker:
-    """Periodic deadlines on ``time.monotonic_ns``; a tick is *missed* when it begins over a full period late."""
+    """Periodic deadlines on ``time.monotonic_ns``; a tick is *missed* when it begins over a full period late.
+
+    Attributes:
+        period_ns: between two deadlines.
+        missed: ticks missed since :meth:`count_anew`.
+        ticks: done since it was made.
+        jitter: lateness of every tick since :meth:`count_anew`.
+    """
 
     def __init__(self, period_ns: int) -> None:
         """Set the period in nanoseconds; the first deadline is one period from now."""
@@ -22,9 +34,12 @@ class Ticker:
         self.period_ns = period_ns
         self.missed = 0
         self.ticks = 0
+        self.jitter = Histogram()
         self._late: deque[int] = deque(maxlen=JITTER_WINDOW)
         self._busy: deque[int] = deque(maxlen=JITTER_WINDOW)
         self._begin = 0
+        self._thread: int | None = None  # native id of the thread that ticks
+        self._processor = _processor_ticks()
         self._lock = threading.Lock()
         self.restart()
 
@@ -33,8 +48,16 @@ class Ticker:
         with self._lock:
             self._deadline = time.monotonic_ns() + (self.period_ns if after_ns is None else after_ns)
 
+    def count_anew(self) -> None:
+        """Forget misses and jitter: an episode begins."""
+        with self._lock:
+            self.missed = 0
+            self.jitter.clear()
+            self._processor = _processor_ticks()
+
     def wait(self, halt: threading.Event) -> None:
         """Sleep to the next deadline (or until ``halt`` is set) and account for lateness."""
+        self._thread = threading.get_native_id()
         while True:
             with self._lock:
                 deadline = self._deadline
@@ -51,6 +74,7 @@ class Ticker:
             periods = late // self.period_ns
             self.missed += periods
             self._deadline = deadline + (periods + 1) * self.period_ns
+            self.jitter.add(late)
         self.ticks += 1
         self._late.append(late)
         self._begin = now
@@ -60,42 +84,41 @@ class Ticker:
         self._busy.append(time.monotonic_ns() - self._begin)
 
     def report(self) -> dict[str, str]:
-        """Figures for diagnostics: counts, lateness and work percentiles in milliseconds, load, scheduler."""
-        late, busy = _percentiles(self._late), _percentiles(self._busy)
+        """Figures for diagnostics.
+
+        Counts; lateness and work of the last 1,000 ticks (``late_...``, ``work_...``) and of all since
+        :meth:`count_anew` (``jitter_...``), ms; load; the share of processor time that the hypervisor took since then
+        (``steal_share``, 0 to 1); scheduler, priority and processors of the thread that ticks, as the system says.
+        """
+        processor = _processor_ticks()
+        total, stolen = (now - then for now, then in zip(processor, self._processor, strict=True))
+        # Before the first tick nothing is known about its thread.
+        thread = scheduling(self._thread) if self._thread is not None else None
         return {
             "ticks": str(self.ticks),
             "missed_ticks": str(self.missed),
-            "late_p50_ms": late[0],
-            "late_p99_ms": late[1],
-            "work_p50_ms": busy[0],
-            "work_p99_ms": busy[1],
+            **_percentiles("late", self._late),
+            **_percentiles("work", self._busy),
+            **self.jitter.figures("jitter"),
             "load_1min": f"{os.getloadavg()[0]:.2f}",
-            "steal_ticks": str(_steal()),
-            "scheduler": _scheduler(),
+            "steal_ticks": str(processor[1]),
+            "steal_share": f"{stolen / total:.4f}" if total else "",
+            "scheduler": thread.text if thread else "",
+            "cpus": ",".join(map(str, thread.cpus)) if thread else "",
         }
 
 
-def _percentiles(values: deque[int]) -> tuple[str, str]:
+def _percentiles(name: str, values: deque[int]) -> dict[str, str]:
     data = np.array(values, dtype=np.float64)
-    if not len(data):
-        return "", ""
-    p50, p99 = np.percentile(data, [50, 99]) / 1e6
-    return f"{p50:.3f}", f"{p99:.3f}"
+    found = np.percentile(data, [50, 99, 100]) / 1e6 if len(data) else ()
+    texts = [f"{value:.3f}" for value in found] or ["", "", ""]
+    return {f"{name}_{which}_ms": text for which, text in zip(("p50", "p99", "max"), texts, strict=True)}
 
 
-def _steal() -> int:
-    """Clock ticks stolen by the hypervisor since boot, summed over processors (Linux; 0 elsewhere)."""
+def _processor_ticks() -> tuple[int, int]:
+    """Clock ticks since boot, summed over processors: all, and those that the hypervisor stole (Linux; 0 elsewhere)."""
     try:
-        with open("/proc/stat", encoding="ascii") as file:
-            return int(file.readline().split()[8])
+        fields = [int(field) for field in _STAT.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+        return sum(fields), fields[7]
     except (OSError, IndexError, ValueError):
-        return 0
-
-
-def _scheduler() -> str:
-    names = {
-        getattr(os, n): n
-        for n in ("SCHED_OTHER", "SCHED_FIFO", "SCHED_RR", "SCHED_BATCH", "SCHED_IDLE")
-        if hasattr(os, n)
-    }
-    return names.get(os.sched_getscheduler(0), "unknown") if hasattr(os, "sched_getscheduler") else "unknown"
+        return 0, 0

@@ -1,0 +1,51 @@
+"""Parameters of a control thread's real-time scheduling: asked for by the operator, granted or refused by Linux."""
+
+from __future__ import annotations
+
+from dcqfa_ros.ros.diagnostics import Level
+from dcqfa_ros.ros.node import ManagedNode
+from dcqfa_ros.runtime.realtime import RealtimeSettings, apply, scheduling
+
+
+class RealtimeParameters:
+    """Declares ``realtime_priority``, ``cpu_affinity`` and ``lock_memory`` on a node, and applies them to one thread.
+
+    What the system refuses is an event and a value in the diagnostics; the node goes on without it.
+    """
+
+    def __init__(self, node: ManagedNode) -> None:
+        """Declare the parameters."""
+        self._node = node
+        self._refusals: list[str] = []
+        add = node.add_parameter
+        add("realtime_priority", 0, "SCHED_FIFO priority of the control thread alone, 1 to 99; 0: none", minimum=0,
+            maximum=99, read_only=True)  # fmt: skip
+        add("cpu_affinity", "", "processors the control thread may run on, such as 1 or 2,3; empty: any",
+            read_only=True)  # fmt: skip
+        add("lock_memory", False, "keep the process in memory (mlockall), so that no tick waits for a page",
+            read_only=True)  # fmt: skip
+
+    def settings(self) -> RealtimeSettings:
+        """Read the parameters.
+
+        Raises:
+            RealtimeError: a parameter has a value that no system could grant.
+        """
+        value = self._node.parameter
+        return RealtimeSettings.of(value("realtime_priority"), value("cpu_affinity"), value("lock_memory"))
+
+    def enter(self) -> None:
+        """Apply the parameters to the calling thread, the control thread, and say what was refused."""
+        settings = self.settings()
+        self._refusals = apply(settings)
+        for refusal in self._refusals:
+            self._node.event(Level.WARN, f"{refusal}; the control loop goes on without it")
+        if settings != RealtimeSettings():
+            self._node.event(Level.OK, f"control thread: {scheduling().text}", scheduler=scheduling().text)
+
+    def figures(self) -> dict[str, str]:
+        """What was asked for and what was refused, for diagnostics; what is in effect is in the ticker's report."""
+        return {
+            "realtime_priority": str(self._node.parameter("realtime_priority")),
+            "realtime_refused": "; ".join(self._refusals),
+        }

@@ -1,0 +1,142 @@
+"""Real-time scheduling of one thread (Linux): what is asked for, what the system grants, what is in effect.
+
+Only the thread that calls :func:`apply` changes. A process of which every thread were real-time would starve the rest
+of the computer, and Python's other threads would still hold the interpreter lock while they work: what a priority buys
+is that *other processes* do not keep the control thread waiting. Memory can be locked for a whole process only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from dcqfa_ros.errors import UserError
+
+_MCL_CURRENT, _MCL_FUTURE = 1, 2
+_HINT = "see docs/realtime.md for limits.conf"
+
+
+class RealtimeError(UserError, ValueError):
+    """A setting that no system could grant; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RealtimeSettings:
+    """What a control thread asks for.
+
+    Attributes:
+        priority: of SCHED_FIFO, 1 to 99; 0 leaves the scheduler as it is.
+        cpus: processors the thread may run on; empty leaves them as they are.
+        lock_memory: keep the whole process in memory.
+    """
+
+    priority: int = 0
+    cpus: tuple[int, ...] = ()
+    lock_memory: bool = False
+
+    @classmethod
+    def of(cls, priority: int, cpus: str, lock_memory: bool) -> RealtimeSettings:
+        """Read the settings as parameters give them; ``cpus`` is like ``1`` or ``2,3``.
+
+        Raises:
+            RealtimeError: names the parameter, what it is and what was expected.
+        """
+        if not 0 <= priority <= 99:
+            raise RealtimeError(f"realtime_priority: expected 0 (none) to 99, got {priority}")
+        words = [word.strip() for word in cpus.split(",") if word.strip()]
+        if not all(word.isascii() and word.isdigit() for word in words):
+            raise RealtimeError(f"cpu_affinity: expected numbers of processors such as 1 or 2,3, got {cpus!r}")
+        return cls(priority, tuple(sorted({int(word) for word in words})), lock_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    """What is in effect for one thread.
+
+    Attributes:
+        scheduler: ``SCHED_OTHER``, ``SCHED_FIFO``, ...; ``unknown`` where the system does not say.
+        priority: real-time priority, 0 under SCHED_OTHER.
+        cpus: processors it may run on.
+    """
+
+    scheduler: str
+    priority: int
+    cpus: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """Scheduler with its priority, for reports."""
+        return f"{self.scheduler} {self.priority}" if self.priority else self.scheduler
+
+
+def scheduling(thread: int = 0) -> Scheduling:
+    """Return what is in effect for a thread, given by its native id (0: the caller)."""
+    if not hasattr(os, "sched_getscheduler"):
+        return Scheduling("unknown", 0, ())
+    try:
+        number = os.sched_getscheduler(thread) & ~getattr(os, "SCHED_RESET_ON_FORK", 0)
+        priority = os.sched_getparam(thread).sched_priority
+        cpus = tuple(sorted(os.sched_getaffinity(thread)))
+    except OSError:  # it has ended
+        return Scheduling("unknown", 0, ())
+    names = ("SCHED_OTHER", "SCHED_FIFO", "SCHED_RR", "SCHED_BATCH", "SCHED_IDLE")
+    found = {getattr(os, name): name for name in names if hasattr(os, name)}
+    return Scheduling(found.get(number, "unknown"), priority, cpus)
+
+
+def apply(settings: RealtimeSettings) -> list[str]:
+    """Apply ``settings`` to the calling thread; what the system refuses stays as it was.
+
+    Returns:
+        One sentence per refusal, with what to do; empty where everything was granted.
+    """
+    refusals = [_set_cpus(settings.cpus), _set_priority(settings.priority)]
+    if settings.lock_memory:
+        refusals.append(_lock_memory())
+    return [text for text in refusals if text]
+
+
+def _set_cpus(cpus: Collection[int]) -> str:
+    if not cpus:
+        return ""
+    if not hasattr(os, "sched_setaffinity"):
+        return "cpu_affinity: this system has no affinity of threads"
+    missing = sorted(set(cpus) - set(range(os.cpu_count() or 1)))
+    if missing:
+        return f"cpu_affinity: there is no processor {missing[0]}, they are 0 to {(os.cpu_count() or 1) - 1}"
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        return f"cpu_affinity {sorted(cpus)} refused: {error.strerror}; is the processor in this container's set?"
+    return ""
+
+
+def _set_priority(priority: int) -> str:
+    if not priority:
+        return ""
+    if not hasattr(os, "sched_setscheduler"):
+        return "realtime_priority: this system has no real-time scheduler"
+    policy = os.SCHED_FIFO | getattr(os, "SCHED_RESET_ON_FORK", 0)  # processes it starts do not inherit it
+    try:
+        os.sched_setscheduler(0, policy, os.sched_param(priority))
+    except OSError as error:
+        limit = resource.getrlimit(resource.RLIMIT_RTPRIO)[0] if hasattr(resource, "RLIMIT_RTPRIO") else 0
+        return f"realtime_priority {priority} refused: {error.strerror}, the limit (rtprio) is {limit}; {_HINT}"
+    return ""
+
+
+def _lock_memory() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if sys.platform != "linux":
+        return "lock_memory: only on Linux"
+    if limit != resource.RLIM_INFINITY and os.geteuid() != 0:
+        # With a limit the call may succeed now and every later allocation beyond it fail.
+        return f"lock_memory refused: the limit (memlock) is {limit} bytes, expected unlimited; {_HINT}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE):
+        return f"lock_memory refused: {os.strerror(ctypes.get_errno())}; {_HINT}"
+    return ""
