@@ -40,6 +40,7 @@ class PolicyNode(ManagedNode):
         """Declare the parameters (see ``config/pusht_cell.yaml``)."""
         add = self.add_parameter
         add("bundle", "pusht_keypoints", "bundle: a name or a folder", read_only=True)
+        self._telling = threading.Lock()
         self._variants = VariantControl(self, self._publish_active)
         self._inputs = PolicyInputs(self, self._refuse)
         self._outputs = PolicyOutputs(self)
@@ -134,8 +135,9 @@ class PolicyNode(ManagedNode):
         self._bundle, self._session = None, None
 
     def _publish_active(self) -> None:
-        host = self._variants.host
-        self._active_publisher.publish(String(data=host.active if host else ""))
+        with self._telling:  # exchanges end on a thread of their own: the last word must be the latest
+            host = self._variants.host
+            self._active_publisher.publish(String(data=host.active if host else ""))
 
     def _refuse(self, reason: str) -> None:
         if self._session is not None:
@@ -157,7 +159,13 @@ class PolicyNode(ManagedNode):
             own = int(self.parameter("noise_seed"))
             session.begin(Episode(number, from_time(message.header.stamp), own if own >= 0 else cell_seed))
         elif session.end(number):
-            self.event(0, f"episode {number} ended: {values.get('reason', '')}", episode=number, **session.figures())
+            self.event(
+                0,
+                f"episode {number} ended: {values.get('reason', '')}",
+                episode=number,
+                **session.figures(),
+                **self._variants.figures(),
+            )
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self._refuse("reset by ~/reset")
@@ -194,7 +202,7 @@ class PolicyNode(ManagedNode):
             **session.figures(),
             **self._outputs.figures(),
             **self._inputs.figures(),
-            "swaps": str(host.swaps),
+            **self._variants.status_values(),
             "dropped_observations": str(session.observations.dropped),
             **{f"age_ms.{key}": "" if age is None else f"{age:.1f}" for key, age in ages.items()},
         }

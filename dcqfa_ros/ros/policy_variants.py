@@ -3,36 +3,69 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from dcqfa_ros.bundle.load import Bundle
+from dcqfa_ros.devices import modelled
+from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.errors import UserError
 from dcqfa_ros.ros.bringup import AUTO
 from dcqfa_ros.ros.conversions import MessageError, status_values
 from dcqfa_ros.ros.node import ManagedNode
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.ranked_engines import RankedEngines
-from dcqfa_ros.runtime.variant_host import SwapResult, VariantHost
+from dcqfa_ros.runtime.swaps import HostOptions, Outcome, Shortage, SwapResult
+from dcqfa_ros.runtime.variant_host import VariantHost
+from dcqfa_ros.runtime.variant_targets import Target, Targets
+
+KEPT_SWAPS = 200
+_MIB = 2**20
 
 
 class VariantControl:
     """Parameters ``variant`` and ``runtime`` of a node, and the host of the variant they ask for.
 
+    ``variant`` is the wish: a name of the node's bundle, ``BUNDLE:VARIANT`` of another one of the same contract, or
+    ``auto``. It is checked cheaply and taken at once; where the exchange fails later, it is set back to the last wish
+    that was fulfilled, and the reason is published. What runs is told by the host.
+
     Attributes:
         host: owns the running variant; None while the node is not configured.
+        history: outcomes of the last exchanges, oldest first.
     """
 
-    def __init__(self, node: ManagedNode, changed: Callable[[], None]) -> None:
-        """Declare the parameters on ``node``; ``changed`` is called when another variant may be active."""
+    def __init__(
+        self, node: ManagedNode, changed: Callable[[], None], suits: Callable[[Target], str | None] = lambda _: None
+    ) -> None:
+        """Declare the parameters on ``node``.
+
+        Args:
+            node: the node.
+            changed: called when another variant, or none, computes the next chunk; from any thread, before that chunk.
+            suits: returns why the node cannot run a variant as its other parameters are, or None.
+        """
         self.host: VariantHost | None = None
-        self._node, self._changed = node, changed
+        self.history: deque[SwapResult] = deque(maxlen=KEPT_SWAPS)
+        self._node, self._changed, self._suits = node, changed, suits
         self._bundle: Bundle | None = None
+        self._failures = 0
         add = node.add_parameter
-        add("variant", AUTO, "variant to run, or auto: the selector's choice")
+        add("variant", AUTO, "variant to run, BUNDLE:VARIANT of the same contract, or auto: the selector's choice")
         add("runtime", AUTO, f"runtime: {', '.join(RUNTIMES)}, or {AUTO}: the selector's choice", read_only=True)
         add("engine_threads", 1, "threads of the engine", minimum=1, maximum=64, read_only=True)
         add("selector_timeout_s", 5.0, "auto: wait this long for the selector, seconds", minimum=0.1)
+        add("engine_memory_limit_mb", 0, "memory that an engine's process may take, MiB; 0: any", minimum=0)
+        add("engine_start_timeout_s", 0.0, "time an engine may take to load, seconds; 0: the runtime's", minimum=0.0)
+        add(
+            "swap_when_memory_is_short",
+            Shortage.REFUSE.value,
+            "where two variants do not fit together: refuse, or stop publishing, close the old one, load the new one",
+            choices=[choice.value for choice in Shortage],
+        )
+        add("memory_reserve_mb", 64, "memory that an exchange leaves free, MiB", minimum=0)
         node.on_parameter("variant", self._validate, self._apply)
         self._forget()
 
@@ -41,6 +74,8 @@ class VariantControl:
         self._nothing_fits = False  # the selector's verdict: then a default would break a budget
         self._ranking = RankedEngines()  # the selector's
         self._wanted = ""  # <runtime>/<variant> that was asked for last
+        self._wish = ""  # the parameter's value that it was asked for by
+        self._fulfilled = ""  # the last such value whose variant came to run
 
     @property
     def refused(self) -> str:
@@ -53,11 +88,13 @@ class VariantControl:
         """Refuse parameters that ask for what ``bundle`` does not have.
 
         Raises:
-            PolicyError, EngineError: which parameter, and what there is.
+            PolicyError, BundleError, EngineError: which parameter, and what there is.
         """
         wanted = str(self._node.parameter("variant"))
         names = [v.name for v in bundle.spec.variants]
-        if wanted not in (AUTO, *names):
+        if ":" in wanted:
+            Targets(bundle).resolve(wanted)
+        elif wanted not in (AUTO, *names):
             raise PolicyError(f"parameter variant is {wanted!r}; the bundle has {', '.join(names)}, and {AUTO}")
         if self._node.parameter("runtime") != AUTO:
             runtime_facts(str(self._node.parameter("runtime")))
@@ -65,8 +102,22 @@ class VariantControl:
     def open(self, bundle: Bundle) -> VariantHost:
         """Make the host of ``bundle``'s variants."""
         self._bundle = bundle
-        self.host = VariantHost(bundle, int(self._node.parameter("engine_threads")), self._on_swap)
+        threads = int(self._node.parameter("engine_threads"))
+        self.host = VariantHost(
+            bundle, threads, self._on_swap, lambda _: self._changed(), self._on_hold, self._host_options
+        )
         return self.host
+
+    def _host_options(self) -> HostOptions:
+        parameter = self._node.parameter
+        return HostOptions(
+            memory_limit=int(parameter("engine_memory_limit_mb")) * _MIB,
+            start_timeout_s=float(parameter("engine_start_timeout_s")),
+            shortage=Shortage(parameter("swap_when_memory_is_short")),
+            reserve=int(parameter("memory_reserve_mb")) * _MIB,
+            free_memory=lambda: detect().memory_available_bytes,
+            needed_memory=_needed_memory,
+        )
 
     def load_pinned(self) -> None:
         """Ask for the variant that the parameter names, where it names one."""
@@ -75,7 +126,10 @@ class VariantControl:
 
     def start(self) -> None:
         """Ask for a variant; in ``auto`` the selector's choice is awaited for a while, then the default is used."""
-        if self.host is None or self.host.active:
+        if self.host is None:
+            return
+        self.host.reopen()
+        if self.host.active:
             return
         if self._node.parameter("variant") != AUTO:
             self.load_pinned()
@@ -106,11 +160,19 @@ class VariantControl:
     # what is asked for
 
     def _validate(self, value: str) -> str | None:
-        return None if value == AUTO or self.host is None else self.host.validate(value)
+        return None if value == AUTO or self.host is None else self._problem(value, ONNXRUNTIME)
+
+    def _problem(self, variant: str, runtime: str) -> str | None:
+        """Why a variant cannot be asked for, None where it can; no weights are read."""
+        assert self.host is not None
+        try:
+            return self._suits(self.host.targets.resolve(variant, runtime))
+        except UserError as error:
+            return str(error)
 
     def _apply(self, value: str) -> None:
         if self.host is not None:
-            self._want((self._choice or self._default) if value == AUTO else value)
+            self._want((self._choice or self._default) if value == AUTO else value, value)
 
     @property
     def _default(self) -> str:
@@ -123,15 +185,21 @@ class VariantControl:
             self._node.event(1, f"no choice from the selector: using the default variant {self._default!r}")
             self._want(self._default)
 
-    def _want(self, variant: str) -> None:
+    def _want(self, variant: str, wish: str | None = None) -> None:
+        """Ask for ``variant`` because the parameter is, or is about to be, ``wish``."""
+        if self.host is None:
+            return
         runtime = str(self._node.parameter("runtime"))
         if runtime == AUTO:
             runtime = self._runtime_of(variant)
-        engine = f"{runtime}/{variant}"
-        if self.host is None or engine == self._wanted:
+        self._wish = str(self._node.parameter("variant")) if wish is None else wish
+        engine = self.host.targets.resolve(variant, runtime).engine
+        if engine == self._wanted:
+            if engine == self.host.engine:
+                self._fulfilled = self._wish
             return
-        self._wanted = engine
         self.host.request(variant, runtime)
+        self._wanted = engine
 
     def _runtime_of(self, variant: str) -> str:
         best = self._ranking.best(variant)
@@ -152,25 +220,50 @@ class VariantControl:
 
     # what became of it
 
+    def figures(self) -> dict[str, str]:
+        """What computed the present episode: ``computed_by``, JSON, ``[[first chunk, "<runtime>/<variant>"], ...]``."""
+        return {} if self.host is None else {"computed_by": self.host.computed_by.text()}
+
+    def status_values(self) -> dict[str, str]:
+        """Exchanges so far, for diagnostics: ``swaps``, ``swap_failures``, ``last_swap``."""
+        last = self.history[-1] if self.history else None
+        told = "" if last is None else f"{last.swap_id}: {last.requested} on {last.runtime} {last.outcome.value}"
+        if last is not None and last.reason:
+            told += f" ({last.reason})"
+        swaps = 0 if self.host is None else self.host.swaps
+        return {"swaps": str(swaps), "swap_failures": str(self._failures), "last_swap": told}
+
+    def _on_hold(self, reason: str) -> None:
+        self._node.event(1, f"the policy holds until the exchange of variants is done: {reason}")
+
     def _on_swap(self, result: SwapResult) -> None:
         self._node.post(functools.partial(self._settle_swap, result))
 
     def _settle_swap(self, result: SwapResult) -> None:
-        values = {"swap_id": result.swap_id, "requested": result.requested, "active": result.active}
-        values |= {"runtime": result.runtime, "engine": result.engine}
+        self.history.append(result)
+        engine = f"{result.runtime}/{result.requested}"
         if result.ok:
             text = f"variant {result.active!r} is active on {result.runtime}"
-            self._node.event(0, text, **values, load_ms=round(result.load_ms, 1))
+            self._node.event(0, text, **result.values())
+            if engine == self._wanted:
+                self._fulfilled = self._wish
+        elif result.outcome is Outcome.SUPERSEDED:
+            text = f"variant {result.requested!r} on {result.runtime} was not waited for: {result.reason}"
+            self._node.event(1, text, **result.values())
         else:
+            self._failures += 1
             text = f"variant {result.requested!r} refused on {result.runtime}: {result.reason}"
-            self._node.event(2, text, **values, reason=result.reason)
-            engine, goes_on = f"{result.runtime}/{result.requested}", False
-            if self._wanted == engine:  # else a newer request's outcome counts
+            self._node.event(2, text, **result.values())
+            if engine == self._wanted:  # else a newer request's outcome counts
                 self._wanted = result.engine
-                goes_on = self._try_next(engine)
-            if not goes_on and result.active and self._node.parameter("variant") == result.requested:
-                self._node.restore_parameter("variant", result.active)
-        self._changed()
+                if not self._try_next(engine):
+                    self._take_back()
+
+    def _take_back(self) -> None:
+        """Set the parameter back to the last wish that was fulfilled, unless it was set anew meanwhile."""
+        if self._fulfilled and self._fulfilled != self._wish and self._node.parameter("variant") == self._wish:
+            self._node.restore_parameter("variant", self._fulfilled)
+            self._wish = self._fulfilled
 
     def on_choice(self, message: Any) -> None:
         """Take the selector's choice (interface ``choice``)."""
@@ -190,10 +283,18 @@ class VariantControl:
             return
         pinned = str(self._node.parameter("variant"))
         target = choice if pinned == AUTO else pinned  # a pinned variant may have a better runtime
-        reasons = [self.host.validate(name, self._runtime_of(name)) for name in (choice, target)]
+        reasons = [self._problem(name, self._runtime_of(name)) for name in (choice, target)]
         reason = next(filter(None, reasons), None)
         if reason:
             self._node.event(2, f"choice of the selector refused: {reason}")
             return
         self._choice = choice
         self._want(target)
+
+
+def _needed_memory(target: Target) -> int:
+    """Return the modelled peak of a worker that was never loaded here, bytes, with what it takes of a shared GPU."""
+    size = target.bundle.spec.variant(target.variant).size.disk_bytes
+    device = detect()
+    shared = device.gpu is None or device.gpu.memory_bytes is None
+    return modelled.host_bytes(target.runtime, size) + (modelled.gpu_bytes(target.runtime, size) if shared else 0)
