@@ -87,10 +87,7 @@ def detect(root: Path = Path("/"), gpus: GpuProbe | None = None) -> Device:
     processor = processor_of(_read(root, "proc/cpuinfo"))
     if not processor.cores:
         notes.append("the processor is unknown: /proc/cpuinfo could not be read")
-    memory, available = _memory(_read(root, "proc/meminfo"))
-    granted = _control_group_memory(root)
-    if granted is not None:
-        available = min(available, granted) if available else granted
+    memory, available = memory_of(root)
     if not memory:
         notes.append("the memory size is unknown: /proc/meminfo could not be read")
     model = _read(root, "proc/device-tree/model").strip("\0 \n")
@@ -192,9 +189,17 @@ def _read(root: Path, name: str) -> str:
         return ""
 
 
-def _memory(meminfo: str) -> tuple[int, int]:
+def memory_of(root: Path = Path("/")) -> tuple[int, int]:
+    """Return the system's memory and what programs can still take of it within the limits of their control group.
+
+    Bytes; 0 where unknown.
+    """
+    meminfo = _read(root, "proc/meminfo")
     values = {k: int(v) * _KIB for k, v in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, re.MULTILINE)}
-    return values.get("MemTotal", 0), values.get("MemAvailable", 0)
+    available, granted = values.get("MemAvailable", 0), _control_group_memory(root)
+    if granted is not None:
+        available = min(available, granted) if available else granted
+    return values.get("MemTotal", 0), available
 
 
 def _control_group_memory(root: Path) -> int | None:

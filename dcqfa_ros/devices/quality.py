@@ -7,6 +7,7 @@ is not, whatever that one's latency. A variant without a comparable score ranks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dcqfa_ros.bundle.schema import BundleSpec, QualityRecord
@@ -16,6 +17,8 @@ MARGIN = 0.03
 """By how much a recorded score may be lower than the bundle's best one, in units of the score."""
 
 EQUAL, UNKNOWN, LOWER = 0, 1, 2
+
+_Conditions = tuple[str, int, int, int]  # metric, first seed, seeds, steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,40 @@ def judge(spec: BundleSpec, steps: int, margin: float = MARGIN) -> dict[str, Qua
     """
     if not 0.0 <= margin < float("inf"):
         raise BudgetError(f"quality_margin: expected 0 or more, got {margin}")
-    scores: dict[tuple[str, int, int, int], dict[str, float]] = {}
-    for variant in spec.variants:
-        for record in variant.quality:
-            scores.setdefault(_conditions(record), {}).setdefault(variant.name, record.mean)
+    scores = _scores(spec)
     if not scores:
         return {variant.name: Quality(None, EQUAL) for variant in spec.variants}
-    conditions = max(scores, key=lambda c: (c[3] == steps, len(scores[c]), c[2]))
+    conditions = _that_count(scores, steps)
     counted = scores[conditions]
     best = max(counted, key=lambda name: counted[name])
     against = f"that of {best} ({counted[best]:.3f}, {conditions[2]} seeds, {conditions[3]} steps)"
     return {v.name: _quality(counted.get(v.name), counted[best], margin, against) for v in spec.variants}
+
+
+def scores_by_steps(spec: BundleSpec, steps: int) -> dict[tuple[str, int], float]:
+    """Return (variant, steps) -> score of everything scored under the metric and seeds that count at ``steps``."""
+    scores = _scores(spec)
+    if not scores:
+        return {}
+    metric, first_seed, seeds, _ = _that_count(scores, steps)
+    return {
+        (name, with_steps): score
+        for (*conditions, with_steps), found in scores.items()
+        if conditions == [metric, first_seed, seeds]
+        for name, score in found.items()
+    }
+
+
+def _scores(spec: BundleSpec) -> dict[_Conditions, dict[str, float]]:
+    scores: dict[_Conditions, dict[str, float]] = {}
+    for variant in spec.variants:
+        for record in variant.quality:
+            scores.setdefault(_conditions(record), {}).setdefault(variant.name, record.mean)
+    return scores
+
+
+def _that_count(scores: Mapping[_Conditions, Mapping[str, float]], steps: int) -> _Conditions:
+    return max(scores, key=lambda c: (c[3] == steps, len(scores[c]), c[2]))
 
 
 def _quality(score: float | None, best: float, margin: float, against: str) -> Quality:
@@ -74,5 +100,5 @@ def _quality(score: float | None, best: float, margin: float, against: str) -> Q
     return Quality(score, EQUAL)
 
 
-def _conditions(record: QualityRecord) -> tuple[str, int, int, int]:
+def _conditions(record: QualityRecord) -> _Conditions:
     return record.metric, record.first_seed, record.seeds, record.steps
