@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -158,11 +158,20 @@ class TrialNode(ManagedNode):
         for report in from_message(message):
             status = report.status
             with self._trial_lock:
-                if report.node == "policy_node" and status.name == EVENT and "inference_p50_ms" in status.values:
-                    if self._current is not None:
-                        self._current.policy_report(status.values)
+                told = status.values if report.node == "policy_node" and status.name == EVENT else {}
+                if "inference_p50_ms" in told or ("swap_id" in told and self._current is not None):
+                    self._policy_report(told)
                 elif status.level >= 2 and report.node != self.get_name() and status.name == EVENT:
                     self._problems[report.node] = status.message
+
+    def _policy_report(self, values: Mapping[str, str]) -> None:
+        if self._current is None:
+            return
+        take = self._current.swap if "swap_id" in values else self._current.policy_report
+        try:
+            take(values)
+        except (KeyError, ValueError) as error:
+            self.event(1, f"malformed report of the policy ignored: {error!r}")
 
     def _on_start(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         plan, _problem = _plan(self.parameter("trials"))

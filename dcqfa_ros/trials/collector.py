@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dcqfa_ros.trials.records import TrialMode, TrialRecord
+from dcqfa_ros.runtime.swaps import ComputedBy
+from dcqfa_ros.trials.records import TrialMode, TrialPart, TrialRecord, TrialSwap
 
 NORMAL_STOPS = ("success", "step_limit")
 
@@ -59,6 +61,8 @@ class TrialCollector:
     chunks: int = 0
     inference_ms: tuple[float, float] | None = None
     policy_reported: bool = False
+    parts: tuple[TrialPart, ...] = ()
+    swaps: list[TrialSwap] = field(default_factory=list)
 
     def judgement(self, values: Mapping[str, str]) -> None:
         """Take one judgement of the cell; those of other episodes are ignored, lost ones counted."""
@@ -90,13 +94,21 @@ class TrialCollector:
             self.variants.append(name)
 
     def policy_report(self, values: Mapping[str, str]) -> None:
-        """Take the policy's figures of the episode: chunks and inference latency."""
+        """Take the policy's figures of the episode: chunks, inference latency, which engine computed what."""
         if int(values["episode"]) != self.episode:
             return
         self.policy_reported = True
         self.chunks = int(values["chunks"])
         if self.chunks:
             self.inference_ms = float(values["inference_p50_ms"]), float(values["inference_p99_ms"])
+            parts = ComputedBy.parse(values.get("computed_by", "[]"))
+            self.parts = tuple(TrialPart(first_chunk=n, engine=e) for n, e in parts if n < self.chunks)
+
+    def swap(self, values: Mapping[str, str]) -> None:
+        """Take the outcome of an exchange of variants (:meth:`dcqfa_ros.runtime.swaps.SwapResult.values`)."""
+        told: dict[str, Any] = {name: values[name] for name in TrialSwap.model_fields if name not in ("step", "reason")}
+        numbers = {"swap_id": int(told["swap_id"]), "load_ms": float(told["load_ms"]), "gap_ms": float(told["gap_ms"])}
+        self.swaps.append(TrialSwap(**told | numbers, step=len(self.curve), reason=values["reason"][:2000]))
 
     @property
     def stopped(self) -> bool:
@@ -127,4 +139,6 @@ class TrialCollector:
             started=self.started,
             mode=self.planned.mode,
             cell=cell,
+            parts=self.parts,
+            swaps=tuple(self.swaps),
         )

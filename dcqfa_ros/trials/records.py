@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -28,6 +28,9 @@ Text = Annotated[str, Field(min_length=1, max_length=2000)]
 Milliseconds = Annotated[float, Field(ge=0.0)]
 
 
+_LISTS = {"curve", "parts", "swaps"}
+
+
 class RecordError(UserError, ValueError):
     """A record file cannot be read; the message names file, line and field."""
 
@@ -37,6 +40,43 @@ class TrialMode(str, Enum):
 
     REALTIME = "realtime"  # control ticks at wall-clock deadlines
     LOCKSTEP = "lockstep"  # the cell waits for the policy (rate:=max)
+
+
+class TrialSwap(StrictModel):
+    """One exchange of variants that ended during a trial.
+
+    Attributes:
+        swap_id: its number since the policy was configured.
+        time: UTC time in ISO 8601 with time zone at which it ended.
+        step: steps of the trial that had been judged when it was reported.
+        requested: variant that was asked for, ``BUNDLE:VARIANT`` where it is another bundle's.
+        runtime: runtime that was asked for.
+        previous: ``<runtime>/<variant>`` before, empty where none ran.
+        engine: the same afterwards.
+        outcome: ``switched``, ``failed`` (the old variant went on) or ``superseded`` (by a newer request).
+        reason: why not switched.
+        load_ms: time from the request to the outcome, ms.
+        gap_ms: time for which no chunk could be begun, ms.
+    """
+
+    swap_id: Count
+    time: Text
+    step: Count
+    requested: Text
+    runtime: Text
+    previous: str
+    engine: str
+    outcome: Literal["switched", "failed", "superseded"]
+    reason: str = Field(max_length=2000)
+    load_ms: Milliseconds
+    gap_ms: Milliseconds
+
+
+class TrialPart(StrictModel):
+    """Part of a trial that one engine computed: from chunk ``first_chunk`` (counted from 0) to the next part's."""
+
+    first_chunk: Count
+    engine: Text
 
 
 class TrialRecord(StrictModel):
@@ -58,6 +98,8 @@ class TrialRecord(StrictModel):
         started: UTC time in ISO 8601 with time zone.
         mode: real time or lockstep.
         cell: the cell, such as ``pusht``.
+        parts: which engine (``<runtime>/<variant>``) computed which chunks, in order; empty where none did.
+        swaps: exchanges of variants that ended during the trial, in order.
     """
 
     seed: Count
@@ -75,6 +117,8 @@ class TrialRecord(StrictModel):
     started: Text
     mode: TrialMode
     cell: Text
+    parts: tuple[TrialPart, ...] = ()
+    swaps: tuple[TrialSwap, ...] = ()
 
     @field_validator("started")
     @classmethod
@@ -208,17 +252,17 @@ def read_records(path: Path) -> list[TrialRecord]:
 
 
 def write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
-    """Write ``records`` as a table with a header line; the curves are left to the JSON lines.
+    """Write ``records`` as a table with a header line; curves, parts and swaps are left to the JSON lines.
 
     Raises:
         OSError: the file cannot be written.
     """
-    columns = [name for name in TrialRecord.model_fields if name != "curve"]
+    columns = [name for name in TrialRecord.model_fields if name not in _LISTS]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow(record.model_dump(mode="json", exclude={"curve"}))
+        writer.writerow(record.model_dump(mode="json", exclude=_LISTS))
     write_atomic(path, text.getvalue().encode())
 
 

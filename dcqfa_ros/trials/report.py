@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from dcqfa_ros.trials.charts import coverage_chart, score_strip
-from dcqfa_ros.trials.records import TrialMode, TrialRecord, TrialSummary, write_atomic
+from dcqfa_ros.trials.records import TrialMode, TrialRecord, TrialSummary, TrialSwap, write_atomic
 from dcqfa_ros.trials.report_style import STYLE
 from dcqfa_ros.trials.statistics import mean_interval, wilson_interval
 from dcqfa_ros.trials.video import TrialVideo
@@ -172,12 +172,16 @@ def _row(index: int, record: TrialRecord) -> str:
 
 def _trial(index: int, record: TrialRecord, video: TrialVideo | None, seconds_per_step: float) -> str:
     label = f"Coverage over time, seed {record.seed}, score {record.score:.3f}"
-    facts = (
+    facts = [
         ("Variant", record.variant),
         ("Steps", f"{record.steps} ({record.steps * seconds_per_step:.1f} s)"),
         ("Mode", _mode(record)),
         ("Inference", _inference(record)),
-    )
+    ]
+    if record.swaps:
+        facts.append(("Exchanges", "; ".join(_swap(swap) for swap in record.swaps)))
+    if len(record.parts) > 1:
+        facts.append(("Computed by", ", ".join(f"{p.engine} from chunk {p.first_chunk}" for p in record.parts)))
     details = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     film = "" if video is None else f"<div>{_video(video)}</div>"
     return (
@@ -186,6 +190,11 @@ def _trial(index: int, record: TrialRecord, video: TrialVideo | None, seconds_pe
         f'<div class="big">{record.score:.3f} <small>score</small></div></header>'
         f"{coverage_chart(record.curve, seconds_per_step, label)}<dl>{details}</dl></div></article>"
     )
+
+
+def _swap(swap: TrialSwap) -> str:
+    what = f"{swap.swap_id}: {swap.previous or 'nothing'} to {swap.runtime}/{swap.requested} at step {swap.step}"
+    return f"{what}, {swap.outcome}" + (f" ({swap.reason})" if swap.reason else f", {swap.load_ms:.0f} ms to load")
 
 
 def _video(video: TrialVideo) -> str:

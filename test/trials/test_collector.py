@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dcqfa_ros.runtime.swaps import ComputedBy, SwapResult
 from dcqfa_ros.trials.collector import PlannedTrial, TrialCollector
 from dcqfa_ros.trials.records import TrialMode
 
@@ -81,3 +82,40 @@ def test_a_plan_of_another_form_is_refused_with_the_form_expected(text):
 def test_a_plan_is_read_back_as_written():
     for text in ("realtime:0", "lockstep:200004"):
         assert str(PlannedTrial.parse(text)) == text
+
+
+def exchange(**changes: str) -> dict[str, str]:
+    host = SwapResult(3, "w8a8", "w8a8", True, "", 812.25, engine="onnxruntime/w8a8", previous="onnxruntime/fp32")
+    return host.values() | changes
+
+
+def test_exchanges_are_kept_with_the_step_at_which_they_came_and_parts_with_their_engines():
+    c = collector()
+    c.judgement(judgement(1))
+    c.swap(exchange())
+    c.swap(exchange(outcome="failed", engine="onnxruntime/w8a8", requested="w4a4", reason="x" * 5000))
+    computed = ComputedBy()
+    for chunk, engine in enumerate(("onnxruntime/fp32", "onnxruntime/w8a8", "onnxruntime/w8a8", "never sent")):
+        computed.note(chunk, engine)
+    c.policy_report({**FIGURES, "computed_by": computed.text()})
+    c.arm_state({**STOPPED, "step": "1"})
+    record = c.record("cpu", "pusht")
+    assert [(p.first_chunk, p.engine) for p in record.parts] == [(0, "onnxruntime/fp32"), (1, "onnxruntime/w8a8")]
+    first, second = record.swaps
+    assert (first.swap_id, first.step, first.previous, first.engine) == (3, 1, "onnxruntime/fp32", "onnxruntime/w8a8")
+    assert (first.outcome, first.load_ms, first.reason) == ("switched", 812.2, "")
+    assert (second.outcome, len(second.reason)) == ("failed", 2000)
+
+
+@pytest.mark.parametrize("bad", [{"swap_id": "no"}, {"outcome": "perhaps"}, {"load_ms": "-1"}])
+def test_a_malformed_exchange_is_refused_and_changes_nothing(bad):
+    c = collector()
+    with pytest.raises(ValueError):
+        c.swap(exchange(**bad))
+    assert c.swaps == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[3]", '[["x", "y"]]', "[[1]]"])
+def test_parts_that_are_none_are_refused(text):
+    with pytest.raises(ValueError):
+        ComputedBy.parse(text)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcqfa_ros.trials.charts import coverage_chart, score_strip
-from dcqfa_ros.trials.records import TrialMode, TrialRecord, summarize
+from dcqfa_ros.trials.records import TrialMode, TrialPart, TrialRecord, TrialSwap, summarize
 from dcqfa_ros.trials.report import render_report, write_report
 from dcqfa_ros.trials.statistics import mean_interval
 from dcqfa_ros.trials.video import TrialVideo
@@ -135,6 +135,21 @@ def test_trials_ended_by_a_fault_are_named() -> None:
     text = page([*healthy, make_record(3, stop_reason="command_timeout")]).text
     assert "1 of 3 trials ended by a fault" in text
     assert "command timeout" in text
+
+
+def test_exchanges_of_variants_are_told_at_their_trial() -> None:
+    switched = TrialSwap(
+        swap_id=4, time="2025-01-02T03:04:05+00:00", step=12, requested="w8a8", runtime="onnxruntime",
+        previous="onnxruntime/fp32", engine="onnxruntime/w8a8", outcome="switched", reason="", load_ms=810.4,
+        gap_ms=0.1,
+    )  # fmt: skip
+    failed = switched.model_copy(update={"swap_id": 5, "outcome": "failed", "reason": "<damaged>"})
+    parts = (TrialPart(first_chunk=0, engine="onnxruntime/fp32"), TrialPart(first_chunk=2, engine="onnxruntime/w8a8"))
+    records = [make_record(swaps=(switched, failed), parts=parts)]
+    html = render_report("t", records, summarize(records, "b", {}))
+    assert "4: onnxruntime/fp32 to onnxruntime/w8a8 at step 12, switched, 810 ms to load" in html
+    assert "failed (&lt;damaged&gt;)" in html
+    assert "onnxruntime/fp32 from chunk 0, onnxruntime/w8a8 from chunk 2" in html
 
 
 def test_links_lead_to_trials() -> None:
