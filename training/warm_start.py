@@ -5,7 +5,9 @@ write is found from what it did. The result is a network of the same function, n
 
 - the bias of an embedding and the position added after it are known as a sum only: the bias becomes 0;
 - the position of the time token is in no graph, only its effect on a table of keys and values. Everything between is
-  known, so it is solved for.
+  known, so it is solved for;
+- weights that are stored as float16 are those of the policy, rounded. The table is rounded too, after it was computed:
+  the position found from it gives the table before rounding to within a few 1e-5.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor
@@ -27,12 +30,16 @@ from dcqfa_ros.bundle.load import BUNDLE_YAML, Bundle, load_bundle
 from dcqfa_ros.bundle.schema import NormalizerSpec
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle
+from dcqfa_ros.runtime.engine import ROLES
 from dcqfa_ros.runtime.lowering import parse_model
+from dcqfa_ros.runtime.stored_half import stored_half_names
 from training.checkpoint import CHECKPOINT
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.trained import load_trained
 
 TABLE_TOLERANCE = 1e-5  # keys and values of the time token, which are of order 1
+# Of a table stored as float16: every value is off by up to 2^-11 of itself, and so is what is found from them all.
+HALF_TABLE_TOLERANCE = (2.0**-10, 1e-4)  # relative and absolute
 NORMALIZER_TOLERANCE = 1e-6  # relative and absolute: written as decimal text, fitted in float64
 _ITERATIONS = 50
 _TIME_STEPS = 32
@@ -171,12 +178,11 @@ def _with_flag(state: dict[str, Tensor], config: DiffusionPolicyTConfig) -> dict
 
 
 class _Constants:
-    """The constants of one ONNX file of a bundle, taken by name and shape."""
+    """The constants of one ONNX file, taken by name and shape; those stored as float16 are widened."""
 
-    def __init__(self, bundle: Bundle, variant: str, role: str) -> None:
-        self.path = bundle.file(variant, role)
-        graph = parse_model(bundle.read(variant, role), str(self.path)).graph
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+    def __init__(self, data: bytes, path: Path) -> None:
+        self.path = path
+        self._tensors = {tensor.name: tensor for tensor in parse_model(data, str(path)).graph.initializer}
 
     def take(self, name: str, *shape: int | None) -> Tensor:
         """A float32 constant of the given shape (None: any size) as a tensor of its own.
@@ -230,11 +236,13 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
         raise WarmStartError(
             f"{field}: variants: none is of precision fp32, there is {names}; export one, or start from the checkpoint"
         )
-    encoder, timestep, denoiser = (_Constants(bundle, variant, role) for role in ("encoder", "timestep", "denoiser"))
+    graphs = {role: bundle.read(variant, role) for role in ROLES}
     theirs = config.model_copy(update={"prefix": spec.diffusion.prefix})
-    state = _encoder_state(encoder, theirs) | _denoiser_state(denoiser, theirs)
-    table = timestep.take("table", spec.diffusion.train_timesteps, *_table_shape(theirs))
-    state = _with_flag(_with_time_position(state, table, theirs, timestep.path), config)
+    state = graph_state(graphs, theirs, bundle.file(variant, "encoder").parent)
+    path = bundle.file(variant, "timestep")
+    table = _Constants(graphs["timestep"], path).take("table", spec.diffusion.train_timesteps, *_table_shape(theirs))
+    rounded = "table" in stored_half_names(onnx.load_model_from_string(graphs["timestep"]))
+    state = _with_flag(_with_time_position(state, table, theirs, path, rounded=rounded), config)
     return PolicyWeights(
         state=state,
         observation_norms={key: source.normalizer for key, source in spec.observations.items()},
@@ -244,6 +252,22 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
         path=bundle.folder,
         prefix=spec.diffusion.prefix,
     )
+
+
+def graph_state(graphs: Mapping[str, bytes], config: DiffusionPolicyTConfig, folder: Path) -> dict[str, Tensor]:
+    """Parameters that encoder and denoiser hold; ``memory_position`` (1, To, dim) still lacks the time token's row.
+
+    Args:
+        graphs: role -> canonical ONNX bytes of a full-precision policy.
+        config: the network they are of.
+        folder: where the graphs lie, for errors.
+
+    Raises:
+        WarmStartError: a constant is missing or not what this version exports.
+        LoweringError: a graph cannot be parsed.
+    """
+    encoder, denoiser = (_Constants(graphs[role], folder / f"{role}.onnx") for role in ("encoder", "denoiser"))
+    return _encoder_state(encoder, config) | _denoiser_state(denoiser, config)
 
 
 def _table_shape(config: DiffusionPolicyTConfig) -> tuple[int, ...]:
@@ -310,9 +334,11 @@ def _denoiser_state(constants: _Constants, config: DiffusionPolicyTConfig) -> di
 
 
 def _with_time_position(
-    state: dict[str, Tensor], table: Tensor, config: DiffusionPolicyTConfig, path: Path
+    state: dict[str, Tensor], table: Tensor, config: DiffusionPolicyTConfig, path: Path, *, rounded: bool = False
 ) -> dict[str, Tensor]:
     """Complete ``memory_position`` so that the network's time token has the keys and values of ``table``.
+
+    ``rounded``: the table was stored as float16; it is then met as nearly as that type allows.
 
     Raises:
         WarmStartError: there is no such position; the bundle's graphs are not of one network.
@@ -323,11 +349,13 @@ def _with_time_position(
     state = state | {"memory_position": torch.cat([position[None, None], state["memory_position"]], dim=1)}
     network.load_state_dict(state)
     with torch.inference_mode():
-        error = float((network.eval().timestep_keys_values(torch.arange(len(table))) - table).abs().max())
-    if not error <= TABLE_TOLERANCE:
+        difference = (network.eval().timestep_keys_values(torch.arange(len(table))) - table).abs()
+    relative, absolute = HALF_TABLE_TOLERANCE if rounded else (0.0, TABLE_TOLERANCE)
+    error = float(difference.max())
+    if not bool((difference <= absolute + relative * table.abs()).all()):
         raise WarmStartError(
             f"{path}: its table of the time token's keys and values is not that of the network in the other graphs "
-            f"(nearest one differs by {error:.3g}, allowed is {TABLE_TOLERANCE:g}); export the policy again, or start "
+            f"(nearest one differs by {error:.3g}, allowed is {absolute:g}); export the policy again, or start "
             "from its checkpoint"
         )
     return {name: state[name] for name in network.state_dict()}  # in the network's order

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcqfa_ros.bundle.schema import BundleSpec, VariantSpec
+from dcqfa_ros.bundle.stored import loaded_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class SizeRow:
         disk_bytes: of its files.
         paper_bytes: parameters x bits / 8 without scales.
         fp16_over_disk: how many times larger the whole policy is on disk in FP16; None where the bundle has it neither
-            in FP16 nor, of which half is taken, in FP32.
+            in FP16 nor, of which half is taken as if it were stored in float32, in FP32.
         fp16_over_paper: likewise by the paper's convention, where FP16 takes two bytes a parameter.
     """
 
@@ -33,7 +34,7 @@ def sizes(spec: BundleSpec, variants: Sequence[str]) -> tuple[SizeRow, ...]:
     whole = [variant for variant in spec.variants if not is_smaller(spec, variant)]
     half = next((v.size.disk_bytes for v in whole if v.precision == "fp16"), None)
     if half is None:
-        half = next((v.size.disk_bytes // 2 for v in whole if v.precision == "fp32"), None)
+        half = next((loaded_bytes(v) // 2 for v in whole if v.precision == "fp32"), None)
     parameters = max((v.size.parameters for v in whole), default=None)
     rows = []
     for name in variants:

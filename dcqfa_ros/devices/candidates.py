@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dcqfa_ros.bundle.schema import Bits, BundleSpec, LatencyRecord, VariantSpec
+from dcqfa_ros.bundle.stored import computed_bits, loaded_bytes
 from dcqfa_ros.devices import modelled
 from dcqfa_ros.devices.budget import Budget
 from dcqfa_ros.devices.capabilities import Runtime
@@ -178,7 +179,7 @@ def _executions(variant: VariantSpec, runtime: Runtime) -> list[tuple[str, Execu
 
     Runtimes on a GPU execute layers in FP32 in FP16 where the variant reduces any layer. Records say that already.
     """
-    asked = [r.executed.get(runtime.name, r.exported) for r in variant.layers]
+    asked = [r.executed.get(runtime.name, computed_bits(variant, r)) for r in variant.layers]
     reduced = any(runtime.executes(bits).bits not in (None, PRECISIONS["fp32"]) for bits in asked)
     return [
         (r.layer, runtime.executes(bits, reduced and runtime.name not in r.executed))
@@ -198,7 +199,7 @@ def _relative_time(
     variant: VariantSpec, spec: BundleSpec, runtime: Runtime, executions: Sequence[tuple[str, Execution]]
 ) -> float:
     times = [
-        runtime.relative_time(execution.bits or layer.exported)
+        runtime.relative_time(execution.bits or computed_bits(variant, layer))
         for layer, (_, execution) in zip(variant.layers, executions, strict=True)
     ]
     largest = max(v.size.parameters for v in spec.variants)
@@ -207,7 +208,7 @@ def _relative_time(
 
 def _memory(variant: VariantSpec, runtime: Runtime, device: Device) -> tuple[int, int]:
     """Return the estimated bytes in the system's memory, and on a GPU that has its own."""
-    size = variant.size.disk_bytes
+    size = loaded_bytes(variant)
     host, gpu = modelled.host_bytes(runtime.name, size), modelled.gpu_bytes(runtime.name, size)
     shared = device.gpu is None or device.gpu.memory_bytes is None
     return (host + gpu, 0) if shared else (host, gpu)

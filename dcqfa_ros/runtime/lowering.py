@@ -17,6 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from dcqfa_ros.runtime.errors import LoweringError
 from dcqfa_ros.runtime.lowering_weights import INTEGERS, place_weights, quantized_type
+from dcqfa_ros.runtime.stored_half import widen_stored_half
 
 _ZERO_POINT = 128
 # Operators that only move elements: a code passes through them unchanged.
@@ -27,16 +28,17 @@ _OPSET_IR = ((21, 10), (20, 9), (19, 9), (18, 8), (17, 8))  # the oldest IR vers
 
 
 def parse_model(data: bytes, label: str) -> ModelProto:
-    """Parse ONNX bytes and set the oldest IR version that the opset allows.
+    """Parse ONNX bytes, widen weights that are only stored as float16, set the oldest IR version the opset allows.
 
     Writers stamp the newest IR version they know, which older runtimes refuse although nothing in the file needs it.
+    Weights: :mod:`dcqfa_ros.runtime.stored_half`.
 
     Args:
         data: a serialized ``ModelProto`` without external data.
         label: what to call the file in errors.
 
     Raises:
-        LoweringError: not an ONNX model, or one that refers to external files.
+        LoweringError: not an ONNX model, one that refers to external files, or one with a damaged float16 tensor.
     """
     try:
         model = onnx.load_model_from_string(data)
@@ -49,6 +51,7 @@ def parse_model(data: bytes, label: str) -> ModelProto:
             raise LoweringError(
                 f"{label}: tensor {tensor.name!r} is stored outside the file; export with embedded weights"
             )
+    widen_stored_half(model, label)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     for version, ir in _OPSET_IR:
         if opset == version and model.ir_version > ir:

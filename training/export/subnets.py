@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from training.checkpoint_engine import refuse_images
 from training.config import override
 from training.data.episodes import read_demonstrations
+from training.export.beside import check_same_policy, merged
 from training.export.block_parity import block_errors
 from training.export.blocks import blocks_of
 from training.export.bundle import PARITY_SAMPLES, PARITY_SEED
@@ -127,7 +128,7 @@ def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> Bu
     meaning = supernet.meaning
     specification = meaning.specification()
     if there is not None:
-        _check_same_policy(folder, there.spec, specification, supernet.path)
+        check_same_policy(folder, there.spec, specification, supernet.path)
     if there is None and not options.subnets:
         raise ExportError(f"{folder}: no bundle to record results in; name a subnet with --subnet")
     _check_names(options, None if there is None else there.spec)
@@ -156,7 +157,7 @@ def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> Bu
     else:
         kept = there.spec.model_dump(mode="json")
         whole = kept | {"created_by": versions(), "default_variant": options.default or kept["default_variant"]}
-        documents, files = _merged(kept["variants"], documents, there)
+        documents, files = merged(kept["variants"], documents, there)
         contents = files | contents
     spec = BundleSpec.model_validate_json(json.dumps(whole | {"variants": documents}), strict=True)
     spec = recorded(spec, None if there is None else there.spec, options.quality, options.latency)
@@ -322,16 +323,6 @@ def _precision(subnet: Subnet) -> str:
     return {frozenset({(8, 8)}): "w8a8", frozenset({(4, 4)}): "w4a4"}.get(frozenset(bits), "mixed")
 
 
-def _check_same_policy(folder: Path, there: BundleSpec, ours: BundleSpec, path: Path) -> None:
-    """Refuse a bundle whose observations, actions or sampler are not those of the supernet."""
-    for name in ("backbone", "architecture", "observations", "action", "diffusion"):
-        if getattr(there, name) != getattr(ours, name):
-            raise ExportError(
-                f"{folder}: its {name} is not that of {path}: the bundle is of another policy; give another "
-                "--out. Nothing was written"
-            )
-
-
 def _check_same_weights(
     there: Bundle, supernet: TrainedSupernet, diffusion: DiffusionSpec, inputs: Float, reference: Float
 ) -> None:
@@ -354,19 +345,3 @@ def _check_same_weights(
             f"trained from: their chunks differ by rms {error:.3g} (normalised units); give another --out. "
             "Nothing was written"
         )
-
-
-def _merged(
-    kept: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]], there: Bundle
-) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """All variants in their order, those made in the place of their namesakes, and the files of those that stay."""
-    by_name = {document["name"]: document for document in made}
-    documents = [by_name.pop(document["name"], document) for document in kept] + list(by_name.values())
-    names = {document["name"] for document in made}
-    files = {
-        spec.path: there.read(variant.name, role)
-        for variant in there.spec.variants
-        if variant.name not in names
-        for role, spec in variant.files.items()
-    }
-    return documents, files
