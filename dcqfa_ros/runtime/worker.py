@@ -25,6 +25,7 @@ from typing import Any
 
 import dcqfa_ros
 from dcqfa_ros.bundle.load import Bundle, load_bundle
+from dcqfa_ros.runtime.chunking import Continuation, Method
 from dcqfa_ros.runtime.engine import Float32
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
@@ -94,6 +95,7 @@ class EngineWorker:
         runtime: str = ONNXRUNTIME,
         python: str = sys.executable,
         memory_limit: int = 0,
+        chunking: Method = Method.SYNCHRONOUS,
     ) -> None:
         """Read the bundle's description; nothing is started yet.
 
@@ -105,6 +107,7 @@ class EngineWorker:
             runtime: what executes the variant, one of ``dcqfa_ros.runtime.engines.RUNTIMES``.
             python: interpreter of the worker.
             memory_limit: bytes of memory that the worker may take, 0 for any; see ``worker_main.limit_memory``.
+            chunking: what to be warm for when it is ready; other methods can be asked for as well.
 
         Raises:
             BundleError: the bundle cannot be read or has no such variant.
@@ -119,7 +122,7 @@ class EngineWorker:
         self.variant = variant
         self.threads = threads
         self.steps = self.spec.diffusion.steps if steps is None else steps
-        self._python, self._memory_limit = python, memory_limit
+        self._python, self._memory_limit, self._chunking = python, memory_limit, chunking
         self._layout = ObservationLayout(self.spec)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -198,6 +201,7 @@ class EngineWorker:
                 "steps": self.steps,
                 "weights": self.spec.variant(self.variant).weights,
                 "memory_limit": self._memory_limit,
+                "chunking": self._chunking.value,
             }
             try:
                 ready = self._ask(request, timeout)["ready"]
@@ -215,7 +219,9 @@ class EngineWorker:
         chunk: int,
         steps: int | None = None,
         tokens: int | None = None,
+        continuation: Continuation | None = None,
         timeout: float = 5.0,
+        actions: int | None = None,
     ) -> Float32:
         """Predict the actions of one chunk; the worker runs :meth:`PolicyRuntime.predict`.
 
@@ -224,11 +230,13 @@ class EngineWorker:
             seed: noise seed of the episode.
             chunk: number of the chunk within it.
             steps: denoising steps; default: the worker's.
-            tokens: action tokens computed; default: those the executed actions need.
+            tokens: action tokens computed; default: those the actions need.
+            continuation: what the chunk continues; None where it continues nothing.
             timeout: seconds; a worker that takes longer is killed, since it would answer the wrong request later.
+            actions: actions returned, 1 to ``horizon - first_executed``; default: the bundle's ``executed``.
 
         Returns:
-            Actions (executed, action_dim), float32, raw units.
+            Actions (actions, action_dim), float32, raw units.
 
         Raises:
             PolicyError: as :meth:`PolicyRuntime.predict`; the worker stays usable.
@@ -243,15 +251,17 @@ class EngineWorker:
                 raise self._death
             if self._info is None or memory is None:
                 raise PolicyError(f"engine worker {self.variant}: not started, or closed")
-            memory.put(observation)
             request = {
                 "seed": int(seed),
                 "chunk": int(chunk),
                 "steps": self.steps if steps is None else steps,
                 "tokens": tokens,
+                "actions": self.spec.action.executed if actions is None else actions,
+                "continuation": None if continuation is None else memory.put_continuation(continuation),
             }
+            memory.put(observation)
             self._ask(request, timeout)
-            return memory.actions[0].copy()
+            return memory.actions[0, : request["actions"]].copy()
 
     def abort(self) -> None:
         """Kill the worker now, from any thread: a ``start`` or ``predict`` under way then raises ``WorkerDiedError``.

@@ -9,6 +9,7 @@ message}``.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -21,9 +22,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcqfa_ros.runtime.huge_pages import keep_heap_together, use_huge_pages
+
+if TYPE_CHECKING:
+    from dcqfa_ros.bundle.load import Bundle
+    from dcqfa_ros.runtime.guidance import Pullback
 
 MAX_MESSAGE = 65_536
 _PARENT_POLL_MS = 1000
@@ -80,6 +85,7 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
         limit_memory(request["memory_limit"])
     # Imported here, so that a missing or broken package is reported to the parent like any other failure.
     from dcqfa_ros.bundle.load import load_bundle
+    from dcqfa_ros.runtime.chunking import Method
     from dcqfa_ros.runtime.engine import ROLES
     from dcqfa_ros.runtime.engines import open_engine
     from dcqfa_ros.runtime.errors import PolicyError
@@ -93,10 +99,10 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     files = {role: bundle.read(variant, role) for role in ROLES}
     memory = ChunkMemory(bundle.spec, memory_fd)
     engine = open_engine(request["runtime"], files, threads=request["threads"], name=variant)
-    runtime = PolicyRuntime(bundle.spec, engine)
+    runtime = PolicyRuntime(bundle.spec, engine, functools.partial(_open_pullback, bundle, dict(request)))
     del files
     loaded = time.perf_counter()
-    runtime.warm_up(request["steps"])
+    runtime.warm_up(request["steps"], method=Method(request["chunking"]))
     gc.collect()
     gc.freeze()  # what is loaded now stays: later collections need not look at it
     _return_free_memory()
@@ -111,13 +117,28 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     while message := control.recv(MAX_MESSAGE):
         request = json.loads(message)
         try:
-            memory.actions[:] = runtime.predict(
-                memory.observation, [request["seed"]], [request["chunk"]], request["steps"], request["tokens"]
+            memory.actions[:, : request["actions"]] = runtime.predict(
+                memory.observation,
+                [request["seed"]],
+                [request["chunk"]],
+                request["steps"],
+                request["tokens"],
+                [memory.continuation(request["continuation"])],
+                request["actions"],
             )
         except PolicyError as error:
             _send(control, {"error": str(error)})
         else:
             _send(control, {"ok": True})
+
+
+def _open_pullback(bundle: Bundle, request: dict[str, Any]) -> Pullback:
+    """Open the denoiser's derivative; only chunking ``guided`` asks for it."""
+    from dcqfa_ros.runtime.ort_pullback import open_pullback
+
+    variant = request["variant"]
+    denoiser = bundle.read(variant, "denoiser")
+    return open_pullback(request["runtime"], denoiser, threads=request["threads"], name=variant)
 
 
 def _return_free_memory() -> None:

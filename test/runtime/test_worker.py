@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 from dcqfa_ros.bundle.errors import BundleError
+from dcqfa_ros.runtime.chunking import Continuation, Method
 from dcqfa_ros.runtime.errors import EngineError, PolicyError, WorkerDiedError
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.ort_pullback import open_pullback
 from dcqfa_ros.runtime.policy import PolicyRuntime
 from dcqfa_ros.runtime.worker import EngineWorker, describe_exit, worker_environment
 from test.runtime.conftest import observation, tiny_files, tiny_spec
@@ -335,3 +337,36 @@ def test_exits_are_described() -> None:
 def test_info_is_plain_data(worker: EngineWorker) -> None:
     facts = {name: getattr(worker.info, name) for name in worker.info.__slots__}
     assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.mark.parametrize("method", [Method.SOFT, Method.GUIDED])
+def test_a_continuation_reaches_the_worker_and_gives_the_same_as_in_this_process(
+    policy_bundle: MakeBundle, method: Method
+) -> None:
+    files = tiny_files()
+    local = PolicyRuntime(
+        tiny_spec()[0], OnnxRuntimeEngine(files), lambda: open_pullback("onnxruntime", files["denoiser"], name="fp32")
+    )
+    worker = EngineWorker(policy_bundle(), "fp32", chunking=method)
+    worker.start(DEADLINE_S)
+    try:
+        plain = worker.predict(observation(), 5, 0, actions=15)
+        assert plain.shape == (15, 2) and np.array_equal(plain[:8], worker.predict(observation(), 5, 0, tokens=16))
+        entry = Continuation(plain[3:].copy(), 4, 5, method)
+        drawn = worker.predict(observation(1), 5, 1, continuation=entry, actions=15)
+        expected = local.predict(observation(1), [5], [1], continuations=[entry], actions=15)[0]
+        assert np.array_equal(drawn, expected)
+        assert not np.array_equal(drawn, worker.predict(observation(1), 5, 1, actions=15)), "the continuation is kept"
+        with pytest.raises(PolicyError, match=r"shape \('n', 2\), n from 1 to 16, got \(17, 2\)"):
+            worker.predict(observation(), 0, 0, continuation=Continuation(np.zeros((17, 2), np.float32), 0, 1, method))
+        with pytest.raises(PolicyError, match="actions: expected 1 to 15, got 16"):
+            worker.predict(observation(), 0, 0, actions=16)
+        assert np.array_equal(plain, worker.predict(observation(), 5, 0, actions=15))
+    finally:
+        worker.close()
+
+
+def test_a_worker_of_integers_refuses_to_be_guided_when_it_starts(policy_bundle: MakeBundle) -> None:
+    worker = EngineWorker(policy_bundle(), "w8a8", chunking=Method.GUIDED)
+    with pytest.raises(PolicyError, match=r"denoiser.onnx: DequantizeLinear .* has no derivative"):
+        worker.start(DEADLINE_S)
