@@ -157,7 +157,8 @@ class PolicyNode(ManagedNode):
             return
         if values.get("state") == "armed":
             own = int(self.parameter("noise_seed"))
-            session.begin(Episode(number, from_time(message.header.stamp), own if own >= 0 else cell_seed))
+            if session.begin(Episode(number, from_time(message.header.stamp), own if own >= 0 else cell_seed)):
+                self._outputs.begin()
         elif session.end(number):
             self.event(
                 0,

@@ -18,6 +18,11 @@ def tree_memory(root: int | None = None) -> int:
     Pages that several processes share count once for each, so this is an upper bound. Processes that end meanwhile
     count as 0.
     """
+    return sum(resident_bytes(pid) for pid in process_tree(os.getpid() if root is None else root))
+
+
+def process_tree(root: int) -> list[int]:
+    """Return the process ``root`` and all its descendants that there are now, parents before their children."""
     children: dict[int, list[int]] = {}
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
@@ -26,12 +31,10 @@ def tree_memory(root: int | None = None) -> int:
             except OSError:
                 continue
             children.setdefault(int(after_name[1]), []).append(int(entry.name))
-    total, queue = 0, [os.getpid() if root is None else root]
-    while queue:
-        pid = queue.pop()
-        queue += children.get(pid, [])
-        total += resident_bytes(pid)
-    return total
+    found = [root]
+    for pid in found:  # grows meanwhile
+        found += children.get(pid, [])
+    return found
 
 
 class MemoryWatch:

@@ -31,6 +31,7 @@ class PolicyOutputs:
         self._grippers: Any = None
         self._lock = threading.Lock()
         self._overhead = Histogram()
+        self._published = 0
 
     def check(self, bundle: Bundle) -> None:
         """Refuse a bundle whose actions no arm of this version executes.
@@ -71,12 +72,16 @@ class PolicyOutputs:
         """
         self._action = action = bundle.spec.action
         self._units, self._period_ns = units_per_metre, period_ns
-        with self._lock:
-            self._overhead.clear()
+        self.begin()
         self._chunks = self._node.create_interface_publisher("chunk")
         self._grippers = None
         if action.space is ActionSpace.TCP_TWIST_GRIPPER and action.gripper != "none":
             self._grippers = self._node.create_interface_publisher("gripper_chunk")
+
+    def begin(self) -> None:
+        """Measure overhead anew: an episode begins."""
+        with self._lock:
+            self._overhead.clear()
 
     def publish(self, stamp_ns: int, actions: NDArray[np.float32], inference_ms: float | None = None) -> None:
         """Publish actions (n, Da) in the bundle's units.
@@ -102,12 +107,13 @@ class PolicyOutputs:
                 # First, so that the arm has the opening when it begins the action.
                 self._grippers.publish(gripper_chunk_message(stamp_ns, np.clip(openings, 0.0, 1.0), period_ns))
             self._chunks.publish(twist_chunk_message(stamp_ns, actions[:, :_TWIST], period_ns))
+        self._published += 1
         if inference_ms is not None:
             passed_ns = self._node.get_clock().now().nanoseconds - stamp_ns
             with self._lock:
                 self._overhead.add(passed_ns - round(inference_ms * 1e6))
 
     def figures(self) -> dict[str, str]:
-        """From an observation's stamp to its chunk's publication, less inference, since the node was configured, ms."""
+        """Chunks published; from an observation's stamp to its chunk's publication less inference, this episode, ms."""
         with self._lock:
-            return self._overhead.figures("overhead")
+            return {"published": str(self._published), **self._overhead.figures("overhead")}

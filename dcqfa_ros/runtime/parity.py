@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.bundle.provenance import ParityRecord
@@ -26,6 +28,7 @@ from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.runtime.engine import Float32
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.normalize import Normalizer
+from dcqfa_ros.runtime.observations import ObservationLayout
 
 SAMPLES = 4
 SEED = 7_000_003  # of observations and noise; no training, calibration or evaluation uses it
@@ -33,7 +36,7 @@ MARGIN = 6.0
 LEAST = 0.05  # what another runtime's rounding (TF32, half precision, a step of an 8-bit quantizer) may do
 KEPT = 64  # chunks of accepted engines that are remembered
 
-Predict = Callable[[Mapping[str, Float32], int, int], Float32]
+Predict = Callable[[Mapping[str, NDArray[Any]], int, int], Float32]
 """Observation, seed and chunk number -> actions (executed, Da), float32, raw units."""
 
 
@@ -56,17 +59,20 @@ class Parity:
     against: str = ""
 
 
-def fixed_observation(spec: BundleSpec, number: int) -> dict[str, Float32]:
+def fixed_observation(spec: BundleSpec, number: int) -> dict[str, NDArray[Any]]:
     """Return an observation, key -> (1, history, *shape), raw units, drawn from the policy's whole normalised range.
 
+    Pictures have the network's size (:class:`~dcqfa_ros.runtime.observations.ObservationKey`).
     The history repeats one time step. The same numbers come on every machine (Philox, whose stream NumPy guarantees).
     """
     observation = {}
+    taken = {key.name: key for key in ObservationLayout(spec).keys}
     for index, (name, key) in enumerate(spec.observations.items()):
+        shape, size = taken[name].shape, taken[name].size
         bits = np.random.Philox(key=np.array([SEED, number], np.uint64), counter=np.array([0, 0, index, 0], np.uint64))
-        raw = np.asarray(bits.random_raw(key.size))
-        uniform = ((raw >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0).reshape(key.shape)  # -1 to 1
-        values = Normalizer(key.normalizer, key.shape).denormalize(uniform)
+        raw = np.asarray(bits.random_raw(size))
+        uniform = ((raw >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0).reshape(shape)  # -1 to 1
+        values = Normalizer(key.normalizer, shape).denormalize(uniform)
         kept = np.round(values).clip(0, np.iinfo(key.dtype).max) if key.dtype != "float32" else values
         observation[name] = np.repeat(kept[None, None].astype(key.dtype), key.history, axis=1)
     return observation

@@ -76,15 +76,16 @@ class PolicySession:
         self._counted = -1  # number of the episode whose figures are being collected
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
 
-    def begin(self, episode: Episode) -> None:
-        """The arm was armed; the same episode told twice begins once."""
+    def begin(self, episode: Episode) -> bool:
+        """The arm was armed; the same episode told twice begins once. Returns whether it begins now."""
         with self._lock:
             if self._counted == episode.number:
-                return
+                return False
             self._counted, self._episode = episode.number, episode
             self._latencies.clear()
             self.chunks, self.problem = 0, ""
             self.observations.begin(episode.start_ns)
+            return True
 
     def end(self, number: int) -> bool:
         """The arm is disarmed; returns whether episode ``number`` had begun here, so that it has figures."""

@@ -3,8 +3,8 @@
 A *frame* holds one value per key. One key is the clock: its stamps are those of the frames (the first picture of the
 bundle, or its first key where it has none). To each of its stamps S every other key contributes
 
-- a window (a wrench): the last samples stamped S or earlier, without a gap, the newest of them within the key's
-  tolerance of S;
+- a window (a wrench): the last samples stamped S or earlier, the newest of them within the key's tolerance of S, none
+  further from the next than a period and the tolerance;
 - anything else: the sample whose stamp is nearest to S, within the tolerance, of those that have come. Nothing is
   interpolated: what the policy gets was measured.
 
@@ -23,6 +23,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,16 +105,16 @@ class _Key:
         return None, f"is {apart / 1e6:.1f} ms from it at the nearest, its tolerance is {limit / 1e6:g} ms"
 
     def _window(self, stamp_ns: int) -> tuple[NDArray[Any] | None, str]:
-        count, period_ns = self.spec.shape[0], 1e9 / self.spec.rate_hz
+        count, limit = self.spec.shape[0], self.tolerance_ns
         chosen = [s for s in self.samples if s.stamp_ns <= stamp_ns][-count:]
         if len(chosen) < count:
             return None, f"has {len(chosen)} of {count} samples before it"
-        behind, span = stamp_ns - chosen[-1].stamp_ns, chosen[-1].stamp_ns - chosen[0].stamp_ns
-        limit = self.tolerance_ns
+        behind = stamp_ns - chosen[-1].stamp_ns
         if behind > limit:
             return None, f"ends {behind / 1e6:.1f} ms before it, its tolerance is {limit / 1e6:g} ms"
-        if span > (count - 1) * period_ns + limit:
-            return None, f"has a gap: {count} samples span {span / 1e6:.1f} ms at {self.spec.rate_hz:g} Hz"
+        gap = max((b.stamp_ns - a.stamp_ns for a, b in pairwise(chosen)), default=0)
+        if gap > 1e9 / self.spec.rate_hz + limit:
+            return None, f"has a gap of {gap / 1e6:.1f} ms, expected a sample every {1e3 / self.spec.rate_hz:g} ms"
         return np.stack([s.value for s in chosen]), ""
 
 
