@@ -78,7 +78,8 @@ def _describe(bundle: Bundle) -> Iterator[str]:
     )
     yield f"  chunk         {action.horizon} predicted, {action.executed} executed from index {action.first_executed}"
     diffusion = spec.diffusion
-    yield f"  denoising     {diffusion.sampler}, {diffusion.steps} of {diffusion.train_timesteps} steps"
+    known = f", up to {diffusion.prefix} leading actions known" if diffusion.prefix else ""
+    yield f"  denoising     {diffusion.sampler}, {diffusion.steps} of {diffusion.train_timesteps} steps{known}"
     training = spec.training
     yield f"  trained on    {training.data}: {training.episodes} episodes, {training.steps} steps of {training.batch}"
     for variant in spec.variants:

@@ -30,6 +30,10 @@ def changed(change: Change) -> BundleSpec:
         (lambda d: d["architecture"].update(heads=3), "not a multiple of heads 3"),
         (lambda d: d["architecture"].update(depth=0), "architecture.depth"),
         (lambda d: d["diffusion"].update(timestep_spacing="trailing"), "timestep_spacing"),
+        (lambda d: d["diffusion"].update(sampler="euler"), "'ddim', 'ddpm' or 'consistency'"),
+        (lambda d: d["diffusion"].update(prefix=-1), "diffusion.prefix"),
+        (lambda d: d["diffusion"].update(prefix=16), "prefix 16 leaves nothing to predict of action.horizon 16"),
+        (lambda d: d["diffusion"].update(sampler="consistency", steps=91), "exceeds the 90 noise levels"),
         (lambda d: d["observations"]["agent_position"].update(names=["x"]), "names has 1 entries, expected 2"),
         (lambda d: d["observations"]["agent_position"].update(names=["x", "x"]), "names must differ"),
         (lambda d: d["variants"][0]["parity"].update(export_rms=1.0), "exceeds tolerance_export_rms"),
@@ -54,6 +58,13 @@ def test_origin_calibration_and_names_survive_a_file() -> None:
     spec = changed(fill)
     assert parse_document(dump_document(spec), BundleSpec) == spec
     assert spec.training.history[0].planned_steps == 5
+
+
+def test_a_bundle_without_the_newer_fields_of_the_sampler_takes_no_known_tokens() -> None:
+    spec = changed(lambda document: document["diffusion"].pop("prefix"))
+    assert spec.diffusion.prefix == 0 and spec.diffusion.most_steps == spec.diffusion.train_timesteps
+    few = changed(lambda document: document["diffusion"].update(sampler="consistency", steps=90, prefix=15))
+    assert (few.diffusion.most_steps, few.diffusion.prefix) == (90, 15)
 
 
 def test_an_older_record_of_training_is_read() -> None:

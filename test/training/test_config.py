@@ -31,6 +31,8 @@ def test_every_shipped_configuration_loads() -> None:
         (lambda d: d["optimizer"].update(learning_rate=float("nan")), "optimizer.learning_rate"),
         (lambda d: d["policy"].update(heads=3), "policy"),
         (lambda d: d["data"]["observations"]["keypoints"].update(colour="red"), "data.observations.keypoints.colour"),
+        (lambda d: d["policy"].update(prefix=16), "policy"),
+        (lambda d: d.update(warm_start=5), "warm_start"),
         (lambda d: d["data"].pop("episode_ends"), "data.episode_ends"),
         (lambda d: d["data"].update(observations={}), "data.observations"),
         (lambda d: d["data"]["action"].update(space="telepathy"), "data.action.space"),
@@ -48,6 +50,41 @@ def test_a_wrong_value_is_refused_by_file_and_field(
         load_config(path)
     assert str(path) in str(caught.value)
     assert f"{field}:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d["diffusion"].update(sampler="consistency"),
+            "consistency and diffusion.sampler consistency belong",
+        ),
+        (lambda d: d.update(consistency={}), "consistency and diffusion.sampler consistency belong together"),
+        (
+            lambda d: (d.update(consistency={}), d["diffusion"].update(sampler="consistency")),
+            "consistency needs warm_start",
+        ),
+    ],
+)
+def test_kinds_of_runs_that_do_not_go_together_are_refused(
+    write_config: Callable[..., Path], change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = write_config()
+    document = yaml.safe_load(path.read_text())
+    change(document)
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+@pytest.mark.parametrize("fields", [{"warm_start": "models/pusht_keypoints"}, {"policy": {"prefix": 8}}])
+def test_a_supernet_neither_starts_like_a_single_policy_nor_takes_known_tokens(fields: dict[str, Any]) -> None:
+    document = yaml.safe_load((ROOT / "config/training/pusht_keypoints_supernet.yaml").read_text())
+    document |= {
+        key: document.get(key, {}) | value if isinstance(value, dict) else value for key, value in fields.items()
+    }
+    with pytest.raises(ValueError, match=r"(warm_start|policy\.prefix) is for a single policy"):
+        TrainConfig.model_validate(document, strict=False)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)

@@ -14,7 +14,7 @@ from dcqfa_ros.bundle.schema import Bits, BundleSpec, DiffusionSpec, LatencyReco
 from dcqfa_ros.bundle.write import file_spec
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
-from training.export.calibration import Float, denoise_chunks
+from training.export.calibration import Float, KnownTokens, denoise_chunks
 from training.export.diffusion_policy_t import graph_weights
 from training.export.executed import bits_in, executed
 from training.export.graph import OPSET
@@ -103,8 +103,9 @@ def parity(
     reference: Float,
     export_reference: Float,
     tolerance: Tolerance,
+    known: KnownTokens | None = None,
 ) -> dict[str, Any]:
-    """Error of whole denoised chunks on ONNX Runtime.
+    """Error of whole denoised chunks on ONNX Runtime, from ``inputs`` and the tokens ``known``.
 
     ``reference`` holds the chunks of the full-precision policy, ``export_reference`` those of the network that was
     exported, quantized where it is.
@@ -114,7 +115,7 @@ def parity(
     """
     engine = OnnxRuntimeEngine(graphs, name=name)
     try:
-        chunks = denoise_chunks(engine, diffusion, policy, inputs)
+        chunks = denoise_chunks(engine, diffusion, policy, inputs, known=known)
     finally:
         engine.close()
     maximum, rms = float(np.abs(chunks - reference).max()), rms_error(chunks, reference)
