@@ -61,6 +61,13 @@ class WatchLimits:
     memory_ok_bytes: int = 256 * MIB
     gpu_memory_low_bytes: int = 128 * MIB
 
+    def as_values(self) -> dict[str, str]:
+        """Return key-value pairs for diagnostics; memory in MiB."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            k.replace("_bytes", "_mb"): str(v >> 20) if k.endswith("_bytes") else f"{v:g}" for k, v in values.items()
+        }
+
     def __post_init__(self) -> None:
         """Refuse what makes no sense.
 

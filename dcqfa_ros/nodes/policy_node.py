@@ -27,6 +27,7 @@ from dcqfa_ros.ros.policy_outputs import PolicyOutputs
 from dcqfa_ros.ros.policy_variants import VariantControl
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
+from dcqfa_ros.runtime.recent_latencies import RecentLatencies
 
 STOP_S = 0.5
 
@@ -44,7 +45,8 @@ class PolicyNode(ManagedNode):
         self._variants = VariantControl(self, self._publish_active)
         self._inputs = PolicyInputs(self, self._refuse)
         self._outputs = PolicyOutputs(self)
-        add("denoising_steps", 0, "denoising steps per chunk; 0: the bundle's own", minimum=0)
+        self._recent = RecentLatencies()
+        add("denoising_steps", 0, "denoising steps per chunk; 0: the selector's, else the bundle's own", minimum=0)
         add(
             "control_rate",
             0.0,
@@ -70,6 +72,15 @@ class PolicyNode(ManagedNode):
         limit = self._bundle.spec.diffusion.train_timesteps if self._bundle else 10_000
         return None if 0 <= value <= limit else f"expected 0 (the bundle's own) to {limit}"
 
+    def _steps(self) -> int | None:
+        """Return the denoising steps to use now: the operator's, else the selector's; None for the bundle's own."""
+        return int(self.parameter("denoising_steps")) or self._variants.steps or None
+
+    def _steps_values(self, active: str) -> dict[str, str]:
+        """Return ``steps`` of a chunk (empty: those of another bundle) and ``steps_requested`` by the operator."""
+        own = "" if self._bundle is None or ":" in active else self._bundle.spec.diffusion.steps
+        return {"steps": str(self._steps() or own), "steps_requested": str(self.parameter("denoising_steps"))}
+
     # lifecycle
 
     def setup(self) -> None:
@@ -92,7 +103,7 @@ class PolicyNode(ManagedNode):
             publish=self._publish_chunk,
             problem=self._tell_problem,
             lost=self._lose_worker,
-            steps=lambda: int(self.parameter("denoising_steps")) or None,
+            steps=self._steps,
             ageless=lambda: self.parameter("rate") == "max",
         )
         observations = self._inputs.open(bundle, self._units)
@@ -177,6 +188,7 @@ class PolicyNode(ManagedNode):
 
     def _publish_chunk(self, stamp_ns: int, actions: NDArray[np.float32]) -> None:
         assert self._session is not None
+        self._recent.add(self._session.inference_ms)
         self._outputs.publish(stamp_ns, actions, self._session.inference_ms)
 
     def _tell_problem(self, reason: str) -> None:
@@ -201,6 +213,8 @@ class PolicyNode(ManagedNode):
             "variant": host.active,
             "requested": str(self.parameter("variant")),
             **session.figures(),
+            **self._recent.figures(),
+            **self._steps_values(host.active),
             **self._outputs.figures(),
             **self._inputs.figures(),
             **self._variants.status_values(),

@@ -1,25 +1,32 @@
 """selector_node: detects its device, ranks a bundle's variants and runtimes against budgets, publishes choice and why.
 
 It runs on the policy's host. ``choice`` is latched: who joins late gets it. It is decided again when the node is
-activated and whenever one of the budget parameters is set, also to the value it has.
+activated and whenever one of the budget parameters is set, also to the value it has. While active it watches policy,
+arm and device, and proposes (``proposal``) or, where ``watch`` is ``switch``, chooses what is cheaper under load, and
+what was chosen first afterwards.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec
+from dcqfa_ros.devices.capabilities import runtimes
 from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.devices.ladder import build_ladder
 from dcqfa_ros.devices.quality import MARGIN
 from dcqfa_ros.devices.records import LocalRecords, RecordsError, load_records
 from dcqfa_ros.devices.select import Choice, budget_for, choose
+from dcqfa_ros.devices.watch import Action, Decision
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.ros.diagnostics import Level, Status, to_message
 from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.ros.watch_control import WatchControl
 from dcqfa_ros.runtime.engines import AUTO, RUNTIMES, runtime_facts
 
 STATUS_NAME = "selector"
@@ -56,9 +63,12 @@ class SelectorNode(ManagedNode):
         add("quality_margin", MARGIN, "a score may be lower than the best by this much", minimum=0.0, maximum=1e6)
         for name in BUDGETS:
             self.on_parameter(name, None, lambda _: self.post(self._decide))  # after the new value is stored
+        self._watching = WatchControl(self, self._take, self._decide)
         self._spec: BundleSpec | None = None
         self._choice: Choice | None = None
+        self._status: Status | None = None  # as published last
         self._notes: tuple[str, ...] = ()
+        self._versions: dict[str, str | None] = {}
 
     def setup(self) -> None:
         """Read the bundle's description; its weights are the policy node's to check.
@@ -75,14 +85,21 @@ class SelectorNode(ManagedNode):
             raise SelectorError("parameter bundle is empty, expected the name or the folder of a bundle")
         self._spec = load_bundle(find_bundle(name), verify=False).spec
         self._publisher = self.create_interface_publisher("choice")
+        self._watching.setup()
 
     def start(self) -> None:
-        """Decide and publish."""
+        """Decide, publish, and begin to watch."""
         self._decide()
+        self._watching.start()
+
+    def stop(self, reason: str) -> None:  # noqa: ARG002 - the base class publishes the reason
+        """Watch no more; the choice stands."""
+        self._watching.stop()
 
     def teardown(self) -> None:
         """Forget the bundle and the choice."""
-        self._spec, self._choice, self._notes = None, None, ()
+        self._watching.teardown()
+        self._spec, self._choice, self._status, self._notes = None, None, None, ()
 
     def _decide(self) -> None:
         """Look at the device, choose and publish; values that make no sense together leave the last choice standing."""
@@ -95,6 +112,12 @@ class SelectorNode(ManagedNode):
         except RecordsError as error:
             local = LocalRecords()
             notes.append(f"measurements are not used: {error}")
+        found = runtimes(device)
+        common: dict[str, Any] = {
+            "runtime": self.parameter("runtime"),
+            "quality_margin": self.parameter("quality_margin"),
+            "available": found,
+        }
         try:
             budget = budget_for(
                 self._spec,
@@ -103,30 +126,52 @@ class SelectorNode(ManagedNode):
                 self.parameter("budget_latency_ms"),
                 self.parameter("budget_memory_mb"),
             )
-            self._choice = choose(
+            choice = choose(
                 self._spec,
                 device,
                 budget,
                 local,
                 steps=self.parameter("denoising_steps"),
                 threads=self.parameter("engine_threads"),
-                runtime=self.parameter("runtime"),
-                quality_margin=self.parameter("quality_margin"),
+                **common,
+            )
+            limits = self._watching.limits()
+            ladder = build_ladder(
+                self._spec,
+                device,
+                budget,
+                local,
+                choice=choice,
+                steps_allowed=self._watching.steps_allowed,
+                allow_unrecorded=self.parameter("steps_unrecorded"),
+                load_margin=self.parameter("watch_quality_margin"),
+                **common,
             )
         except UserError as error:
             self.event(Level.ERROR, f"no new choice: {error}", bundle=self._spec.name)
             return
-        self._notes = tuple(notes)
-        status = choice_status(self._choice, self._notes)
-        stamp = self.get_clock().now().to_msg()
-        self._publisher.publish(to_message(self.get_name(), self.get_fully_qualified_name(), [status], stamp))
-        self.event(status.level, self._choice.reason, variant=self._choice.variant or "", device=self._choice.device)
+        self._choice, self._notes = choice, tuple(notes)
+        self._versions = {runtime.name: runtime.version for runtime in found}
+        status = choice_status(choice, self._notes)
+        self._publish(status)
+        self.event(status.level, choice.reason, variant=choice.variant or "", device=choice.device)
         for note in self._notes:
             self.event(Level.WARN, note)
+        self._watching.begin(ladder, limits)
+
+    def _publish(self, status: Status) -> None:
+        self._status = status
+        stamp = self.get_clock().now().to_msg()
+        self._publisher.publish(to_message(self.get_name(), self.get_fully_qualified_name(), [status], stamp))
+
+    def _take(self, decision: Decision, present: str) -> None:
+        """Publish what the watch decided as the choice."""
+        if self._choice is not None:
+            self._publish(watched_status(self._choice, decision, present, self._versions, self._notes))
 
     def status(self) -> Sequence[Status]:
-        """Report the choice that stands."""
-        return () if self._choice is None else (choice_status(self._choice, self._notes),)
+        """Report the choice that stands, and the watch."""
+        return [*([] if self._status is None else [self._status]), *self._watching.status()]
 
 
 def choice_status(choice: Choice, notes: Sequence[str] = ()) -> Status:
@@ -158,6 +203,37 @@ def choice_status(choice: Choice, notes: Sequence[str] = ()) -> Status:
         "notes": "; ".join(notes),
     }
     return Status(Level.OK if choice.variant else Level.ERROR, STATUS_NAME, choice.reason, values)
+
+
+def watched_status(
+    choice: Choice, decision: Decision, present: str, versions: Mapping[str, str | None], notes: Sequence[str] = ()
+) -> Status:
+    """Return the status published in ``choice`` when the watch changes what is to run.
+
+    The values of :func:`choice_status`, where ``variant``, ``runtime``, ``runtime_version``, ``basis``, ``steps`` are
+    those of the decision's target and ``ranking`` begins with it and with ``present``, the engine that runs: where the
+    target is refused, that one goes on. ``watch`` (``cheaper`` or ``back``) and ``cause`` say that the watch decided.
+    """
+    target = decision.target
+    if target is None:
+        raise ValueError("a decision to stay changes no choice")
+    status = choice_status(choice, notes)
+    ranked = {c.engine: c for c in choice.ranking if c.accepted}
+    order = dict.fromkeys((target.engine, *([present] if present in ranked else []), *ranked))
+    known = next((c for c in choice.ranking if c.engine == target.engine), None)
+    values = {
+        **status.values,
+        "variant": target.variant,
+        "runtime": target.runtime,
+        "runtime_version": versions.get(target.runtime) or "",
+        "basis": (known.basis if known is not None else None) or "",
+        "steps": str(target.steps),
+        "ranking": ",".join(order),
+        "watch": decision.action.value,
+        "cause": decision.cause.value,
+    }
+    level = Level.WARN if decision.action is Action.CHEAPER else Level.OK
+    return replace(status, level=level, message=f"{target.label}: {decision.reason}", values=values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

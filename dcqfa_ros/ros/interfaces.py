@@ -121,7 +121,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "diagnostics", "diagnostics", "diagnostic_msgs/msg/DiagnosticArray", "events", "-", "-",
-        "1 Hz per node and at every event", "all", ("lifecycle_manager_node", "trial_node"),
+        "1 Hz per node and at every event", "all", ("lifecycle_manager_node", "selector_node", "trial_node"),
         "State, stop reason, rates, ages, latency percentiles, drops and events of every node.",
     ),
     _topic(
@@ -238,6 +238,11 @@ INTERFACES: tuple[Interface, ...] = (
     _topic(
         "choice", "selector_node/choice", "diagnostic_msgs/msg/DiagnosticArray", "latched", "-", "ms, bytes",
         "on change", "selector_node", ("policy_node",), "The variant chosen for this device, the ranking and why.",
+    ),
+    _topic(
+        "proposal", "selector_node/proposal", "diagnostic_msgs/msg/DiagnosticArray", "latched", "-",
+        "ms, MiB, degrees Celsius", "on change", "selector_node", ("operator",),
+        "What to change under load or after it, why, and the figures behind it; action `stay` where nothing.",
     ),
     _topic(
         "graph_state", "lifecycle_manager_node/graph_state", "std_msgs/msg/String", "latched", "-", "-", "on change",

@@ -71,6 +71,7 @@ class VariantControl:
 
     def _forget(self) -> None:
         self._choice = ""
+        self._steps = 0  # that go with it
         self._nothing_fits = False  # the selector's verdict: then a default would break a budget
         self._ranking = RankedEngines()  # the selector's
         self._wanted = ""  # <runtime>/<variant> that was asked for last
@@ -81,6 +82,11 @@ class VariantControl:
     def refused(self) -> str:
         """Engines of the selector's ranking that could not be opened."""
         return ", ".join(sorted(self._ranking.refused))
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the selector's choice; 0 where there is none, or a variant is pinned."""
+        return self._steps if self._node.parameter("variant") == AUTO else 0
 
     # lifecycle
 
@@ -177,6 +183,10 @@ class VariantControl:
     @property
     def _default(self) -> str:
         return "" if self._bundle is None else self._bundle.spec.default_variant
+
+    @property
+    def _train_timesteps(self) -> int:
+        return 0 if self._bundle is None else self._bundle.spec.diffusion.train_timesteps
 
     def _use_default(self) -> None:
         self._fallback.cancel()
@@ -284,11 +294,14 @@ class VariantControl:
         pinned = str(self._node.parameter("variant"))
         target = choice if pinned == AUTO else pinned  # a pinned variant may have a better runtime
         reasons = [self._problem(name, self._runtime_of(name)) for name in (choice, target)]
+        steps, most = values.get("steps", ""), self._train_timesteps
+        if steps and not (steps.isdecimal() and 1 <= int(steps) <= most):
+            reasons.append(f"steps is {steps!r}, expected a number from 1 to {most}")
         reason = next(filter(None, reasons), None)
         if reason:
             self._node.event(2, f"choice of the selector refused: {reason}")
             return
-        self._choice = choice
+        self._choice, self._steps = choice, int(steps or 0)
         self._want(target)
 
 

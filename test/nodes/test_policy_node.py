@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import rclpy
-from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticArray, KeyValue
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
@@ -111,3 +111,33 @@ def test_a_pinned_runtime_is_not_left(graph: Graph, policy_bundle: Callable[...,
     assert graph.wait_for(lambda: len(graph.events) >= 2 and not host.busy)
     assert host.active == ""
     assert all("refused on tensorrt" in text for _, text in graph.events)
+
+
+def test_steps_of_the_choice_count_unless_they_are_set_by_hand_or_the_variant_is_pinned(
+    graph: Graph, policy_bundle: Callable[..., Path]
+) -> None:
+    node = graph.policy(bundle=str(policy_bundle()))
+    host = node._variants.host
+    assert host is not None
+    own = node._bundle.spec.diffusion.steps if node._bundle else 0
+    assert node._steps() is None
+
+    def take(steps: str) -> None:
+        message = choice(node, "onnxruntime/fp32")
+        message.status[0].values.append(KeyValue(key="steps", value=steps))
+        node._variants.on_choice(message)
+
+    take("4")
+    assert graph.wait_for(lambda: host.active == "fp32" and not host.busy)
+    values = node.status()[0].values
+    assert (node._steps(), values["steps"], values["steps_requested"]) == (4, "4", "0")
+    for wrong in ("0", "-1", "many", "101"):
+        take(wrong)
+        assert node._steps() == 4
+    assert sum("steps is" in text for _, text in graph.events) == 4
+    assert node.set_parameters([Parameter("denoising_steps", value=7)])[0].successful
+    assert (node._steps(), node.status()[0].values["steps_requested"]) == (7, "7")
+    assert node.set_parameters([Parameter("denoising_steps", value=0)])[0].successful
+    assert node.set_parameters([Parameter("variant", value="fp32")])[0].successful
+    assert node._steps() is None
+    assert node.status()[0].values["steps"] == str(own)
