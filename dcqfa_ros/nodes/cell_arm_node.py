@@ -25,6 +25,7 @@ from dcqfa_ros.ros import arm_messages as msg
 from dcqfa_ros.ros import arm_parameters as par
 from dcqfa_ros.ros.arm_diagnostics import arm_status
 from dcqfa_ros.ros.arm_outputs import make_topic_arm
+from dcqfa_ros.ros.clock_exchange import ClockProbe, NodeClock
 from dcqfa_ros.ros.conversions import MessageError, from_time, status_message
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.generic_arm import TopicArm
@@ -52,6 +53,8 @@ class CellArmNode(ManagedNode):
         """Declare the parameters (``dcqfa_ros.ros.arm_parameters``)."""
         par.declare(self)
         self._realtime = RealtimeParameters(self)
+        self._time = NodeClock(self)
+        self._clocks = ClockProbe(self, self._time)
         self.on_parameter("command_source", self._validate_source, self._apply_source)
         self._driver: InovoArm | TopicArm | None = None
         self._stream: ArmStream | None = None
@@ -142,6 +145,7 @@ class CellArmNode(ManagedNode):
         self._control = threading.Thread(target=run, name="control", daemon=True)
         self._control.start()
         self.create_guarded_timer(RIVALS_PERIOD_S, self._check_rivals)
+        self._clocks.open(self._check_clocks)
         self._publish_arm_state()
 
     def stop(self, reason: str) -> None:
@@ -178,7 +182,7 @@ class CellArmNode(ManagedNode):
         self._ticks += 1
         if self._ticks % self._every:
             return
-        stamp = self.get_clock().now().nanoseconds - max(0, now_ns - state.stamp_ns)
+        stamp = self._time.now_ns() - max(0, now_ns - state.stamp_ns)
         out = self._out
         if state.readiness is ArmReadiness.DISCONNECTED:
             return  # its last figures are not of now
@@ -213,7 +217,7 @@ class CellArmNode(ManagedNode):
             return
         values = {"command": kind, "outcome": outcome, "reason": reason}
         level = Level.OK if outcome == MotionOutcome.SUCCEEDED.value else Level.WARN
-        stamp = self.get_clock().now().nanoseconds
+        stamp = self._time.now_ns()
         self._out["motion_result"].publish(status_message(stamp, "motion", level, f"{kind}: {outcome}", values))
 
     def _publish_arm_state(self) -> None:
@@ -241,7 +245,7 @@ class CellArmNode(ManagedNode):
             }
             text = "armed" if armed else f"disarmed: {now.stop.text}"
             level = Level.ERROR if now.latched else Level.OK
-            stamp = self.get_clock().now().nanoseconds
+            stamp = self._time.now_ns()
             self._out["arm_state"].publish(status_message(stamp, "arm", level, text, values))
 
     # Commands
@@ -264,7 +268,7 @@ class CellArmNode(ManagedNode):
     def _times(self, stamp: Any) -> tuple[int, int]:
         """Return the monotonic time of a message's stamp (now, where it has none), and now."""
         now, then = time.monotonic_ns(), from_time(stamp)
-        return (now - (self.get_clock().now().nanoseconds - then) if then else now), now
+        return (now - (self._time.now_ns() - then) if then else now), now
 
     def _on_chunk(self, message: Any) -> None:
         twists, period = msg.twist_chunk(message)
@@ -328,6 +332,17 @@ class CellArmNode(ManagedNode):
         if rivals and stream is not None and stream.armed:
             stream.disarm(Stop(StopCode.TWO_PUBLISHERS, rivals))
 
+    def _check_clocks(self) -> None:
+        """Stop an armed arm where a clock was set, or where that of the host of its policy cannot be relied on."""
+        stream = self._stream
+        step = self._clocks.watch.step()
+        if stream is None or not stream.armed:
+            return
+        by_policy = stream.lease.holder == "policy"
+        stop = step or (self._clocks.problem() if by_policy and stream.player.consumed else None)
+        if stop is not None:
+            stream.disarm(stop)
+
     def _rivals(self) -> str:
         holder = self._running()[0].lease.holder
         for (source, _), subscription in self._topics.items():
@@ -344,6 +359,9 @@ class CellArmNode(ManagedNode):
         rivals = self._rivals()
         if rivals:
             raise Refused(rivals)
+        clock = self._clocks.problem() if stream.lease.holder == "policy" else None
+        if clock is not None:
+            raise Refused(f"{clock.code.value}: {clock.text}")
         stream.ticker.count_anew()
         self._refusing(stream.arm)
         self._publish_arm_state()
@@ -388,7 +406,7 @@ class CellArmNode(ManagedNode):
         stream, driver = self._stream, self._driver
         if stream is None or driver is None:
             return [Status(Level.WARN, "arm", "not configured", {})]
-        return arm_status(stream, driver, self._watchdog, self._realtime.figures())
+        return arm_status(stream, driver, self._watchdog, self._realtime.figures() | self._clocks.figures())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from std_srvs.srv import Trigger
 
 from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.paths import find_bundle
+from dcqfa_ros.ros.clock_exchange import ClockEcho
 from dcqfa_ros.ros.conversions import MessageError, from_time, status_values
 from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.node import ManagedNode, run_node
@@ -45,6 +46,7 @@ class PolicyNode(ManagedNode):
         self._variants = VariantControl(self, self._publish_active)
         self._inputs = PolicyInputs(self, self._refuse)
         self._outputs = PolicyOutputs(self)
+        self._echo = ClockEcho(self)
         self._recent = RecentLatencies()
         add("denoising_steps", 0, "denoising steps per chunk; 0: the selector's, else the bundle's own", minimum=0)
         add(
@@ -112,6 +114,7 @@ class PolicyNode(ManagedNode):
         self._active_publisher = self.create_interface_publisher("active_variant")
         self._publish_active()
         self._inputs.subscribe()
+        self._echo.open(action.space)
         self.create_guarded_subscription("choice", self._variants.on_choice)
         self.create_guarded_subscription("arm_state", self._on_arm_state)
         self.create_guarded_service("policy_reset", self._on_reset)

@@ -98,7 +98,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "joint_states", "joint_states", "sensor_msgs/msg/JointState", "stream", "-", "m, rad", _CELL_RATE,
-        "arm_node", (), "Measured joint positions and velocities.",
+        "arm_node", (), "Measured joint positions and velocities; also for a policy whose bundle reads them.",
     ),
     _topic(
         "keypoints", "keypoints", "geometry_msgs/msg/PoseArray", "stream", "table", "m", _CELL_RATE,
@@ -129,8 +129,17 @@ INTERFACES: tuple[Interface, ...] = (
         "arm_node", (), "Simulated time, which advances only with the cell.", "pusht",
     ),
     _topic(
+        "clock_probe", "arm_node/clock_probe", "sensor_msgs/msg/TimeReference", "sensor", "-", "s", "5 Hz",
+        "arm_node", ("policy_node",), "Question for the time of the policy's host; its stamp is the arm's time.", "arm",
+    ),
+    _topic(
+        "clock_echo", "policy_node/clock_echo", "sensor_msgs/msg/TimeReference", "sensor", "-", "s", "per question",
+        "policy_node", ("arm_node",),
+        "Answer: its stamp is the policy's time, `time_ref` that of the question; their distance is the skew.", "arm",
+    ),
+    _topic(
         "color", "{camera}/color/image_raw", "sensor_msgs/msg/Image", "image", "{camera}_color_optical_frame",
-        "rgb8", "parameter fps", "camera_node", (), "Color picture.",
+        "rgb8", "parameter fps", "camera_node", (), "Color picture; also for a policy whose bundle reads it.",
     ),
     _topic(
         "camera_info", "{camera}/color/camera_info", "sensor_msgs/msg/CameraInfo", "sensor",
@@ -144,7 +153,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "depth", "{camera}/aligned_depth_to_color/image_raw", "sensor_msgs/msg/Image", "image",
-        "{camera}_color_optical_frame", "16UC1, mm", "parameter fps", "camera_node", (),
+        "{camera}_color_optical_frame", "16UC1, mm", "parameter fps", "camera_node", ("policy_node",),
         "Depth aligned to the color picture with the same stamp.", "arm",
     ),
     _topic(
@@ -172,7 +181,7 @@ INTERFACES: tuple[Interface, ...] = (
     ),
     _topic(
         "tcp_speed", "tcp_speed", "geometry_msgs/msg/TwistStamped", "stream", "world", "m/s, rad/s", "state rate",
-        "arm_node", (), "Measured twist of the tool centre point.", "arm",
+        "arm_node", ("policy_node",), "Measured twist of the tool centre point.", "arm",
     ),
     _topic(
         "gripper_state", "gripper_state", "sensor_msgs/msg/JointState", "stream", "-", "0 closed .. 1 open",

@@ -23,6 +23,10 @@ class StopCode(str, Enum):
     OBSERVATION_AGE = "observation_age"  # the command being executed rests on an observation that is too old
     NOT_FINITE = "not_finite"  # NaN or infinity in a command
     TWO_PUBLISHERS = "two_publishers"  # two processes send the same commands
+    # Time: stamps of the policy's host, or of this one, cannot be relied on.
+    CLOCK_UNKNOWN = "clock_unknown"  # the distance between the two clocks is not known
+    CLOCK_SKEW = "clock_skew"  # it is too large
+    CLOCK_STEP = "clock_step"  # one of them was set while the arm was armed
     # Contact.
     FORCE = "force"
     TORQUE = "torque"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from geometry_msgs.msg import PoseStamped
 from lifecycle_msgs.msg import Transition
-from sensor_msgs.msg import JointState
+from sensor_msgs.msg import JointState, TimeReference
 from std_msgs.msg import Bool
 from trajectory_msgs.msg import (
     JointTrajectory,
@@ -50,6 +50,9 @@ class Cell:
         for key in ("tcp_pose", "joint_states", "tcp_speed", "gripper_state", "tool_wrench"):
             self._listen(key, lambda m, key=key: self.heard.__setitem__(key, m))
         self._publishers: dict[str, Any] = {}
+        self.clock_ahead_ns: int | None = 0  # of the policy's host; None: it does not answer
+        if source == "policy":
+            self._listen("clock_probe", self._echo)
         values = {**AGES, "command_source": source, "rate": 50.0, **parameters}
         self.arm = graph.spawn_node("dcqfa_ros.nodes.cell_arm_node", "arm_node", **values)
         self.wrench: np.ndarray | None = np.zeros(3)
@@ -62,6 +65,12 @@ class Cell:
     def _listen(self, key: str, callback: Any) -> None:
         entry = interface(key)
         self.graph.node.create_subscription(entry.message_class(), entry.name, callback, qos(entry.qos))
+
+    def _echo(self, probe: TimeReference) -> None:
+        if self.clock_ahead_ns is not None:
+            echo = TimeReference(time_ref=probe.header.stamp, source=probe.header.frame_id)
+            echo.header.stamp = to_time(self.now() + self.clock_ahead_ns)
+            self.publish("clock_echo", echo)
 
     def begin(self) -> None:
         assert self.graph.activate("arm_node"), self.arm.output
@@ -341,6 +350,36 @@ def test_a_policy_chunk_moves_the_arm(graph: Graph, emulator: InovoEmulator) -> 
         wait_until(send, "motion by chunks")
         wait_until(lambda: cell.heard["gripper_state"].position[0] < 0.9, "gripper closes")
         assert cell.stopped() == "command_timeout"
+
+        def stops_on(cause: Callable[[], None], code: str) -> None:
+            cell.clock_ahead_ns = 0
+            graph.set_parameter("arm_node", "clock_offset_ms", 0.0)
+
+            def moves() -> bool:
+                if cell.states[-1]["state"] == "disarmed":
+                    graph.trigger("arm_node/reset_stop")
+                    graph.trigger("arm_node/arm")
+                send()
+                return bool(emulator.is_moving)
+
+            def stopped() -> str:
+                send()
+                last = cell.states[-1]
+                return last["code"] if last["state"] == "disarmed" else ""
+
+            for _ in range(3):  # a busy machine may stop the arm for another reason first
+                wait_until(moves, f"motion before {code}")
+                cause()
+                seen = wait_until(stopped, code)
+                if seen == code:
+                    break
+            assert seen == code, cell.states[-1]
+
+        stops_on(lambda: setattr(cell, "clock_ahead_ns", 400_000_000), "clock_step")
+        assert graph.trigger("arm_node/reset_stop").success
+        wait_until(lambda: "clock_skew" in graph.trigger("arm_node/arm").message, "refused while the clocks differ")
+        stops_on(lambda: setattr(cell, "clock_ahead_ns", None), "clock_unknown")
+        stops_on(lambda: graph.set_parameter("arm_node", "clock_offset_ms", -300.0), "clock_step")
     finally:
         cell.end()
 
