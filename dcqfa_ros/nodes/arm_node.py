@@ -18,6 +18,7 @@ from std_srvs.srv import Trigger
 from dcqfa_ros.drivers.protocols import DriverError
 from dcqfa_ros.ros.conversions import (
     MessageError,
+    consumption_message,
     from_time,
     joint_state_message,
     planar_chunk_actions,
@@ -36,6 +37,7 @@ from dcqfa_ros.runtime.arm_executor import (
     ArmSettings,
     Tick,
 )
+from dcqfa_ros.runtime.consumption import Report
 from dcqfa_ros.runtime.ticker import Ticker
 from dcqfa_ros.safety.lease import CommandLease
 from dcqfa_ros.safety.limits import BoxLimit
@@ -126,6 +128,7 @@ class ArmNode(ManagedNode):
         self._pose_publisher = self.create_interface_publisher("tcp_pose")
         self._joints_publisher = self.create_interface_publisher("joint_states")
         self._points_publisher = self.create_interface_publisher("keypoints")
+        self._consumption_publisher = self.create_interface_publisher("consumption")
         self._judgement_publisher = self.create_interface_publisher("judgement")
         self._state_publisher = self.create_interface_publisher("arm_state")
         self._clock_publisher = self.create_interface_publisher("clock")
@@ -213,6 +216,10 @@ class ArmNode(ManagedNode):
 
     def _publish(self, tick: Tick) -> None:
         observation, stamp = tick.observation, tick.stamp_ns
+        core = self._core
+        if core.armed:  # before the observation, whose reader asks for it
+            report = Report(core.episode, stamp, tick.consumed, stamp, tick.buffered, core.starved)
+            self._consumption_publisher.publish(consumption_message(report))
         self._pose_publisher.publish(planar_pose_message(stamp, self._frame, observation.agent, self._units))
         self._points_publisher.publish(points_message(stamp, self._frame, observation.keypoints, self._units))
         self._joints_publisher.publish(joint_state_message(stamp, AXES, observation.agent / self._units))

@@ -26,7 +26,7 @@ from dcqfa_ros.ros import arm_parameters as par
 from dcqfa_ros.ros.arm_diagnostics import arm_status
 from dcqfa_ros.ros.arm_outputs import make_topic_arm
 from dcqfa_ros.ros.clock_exchange import ClockProbe, NodeClock
-from dcqfa_ros.ros.conversions import MessageError, from_time, status_message
+from dcqfa_ros.ros.conversions import MessageError, consumption_message, from_time, status_message
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.generic_arm import TopicArm
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
@@ -35,6 +35,7 @@ from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
 from dcqfa_ros.runtime.arm_executor import ArmRefusedError
 from dcqfa_ros.runtime.arm_gate import Listeners
 from dcqfa_ros.runtime.arm_stream import ArmStream
+from dcqfa_ros.runtime.consumption import Report
 from dcqfa_ros.safety.lease import CommandLease
 from dcqfa_ros.safety.stops import Stop, StopCode, StopLatch
 from dcqfa_ros.watchdog.client import WatchdogClient
@@ -107,7 +108,7 @@ class CellArmNode(ManagedNode):
         self._out = {
             key: publish(key)
             for key in ("joint_states", "tcp_pose", "tcp_speed", "gripper_state", "tool_wrench", "arm_state",
-                        "motion_result")
+                        "motion_result", "consumption")
         }  # fmt: skip
         self._subscribe()
         for key, callback in (
@@ -182,8 +183,11 @@ class CellArmNode(ManagedNode):
         self._ticks += 1
         if self._ticks % self._every:
             return
+        stream = self._running()[0]
         stamp = self._time.now_ns() - max(0, now_ns - state.stamp_ns)
         out = self._out
+        if stream.armed:
+            out["consumption"].publish(self._consumption(stream, now_ns))
         if state.readiness is ArmReadiness.DISCONNECTED:
             return  # its last figures are not of now
         out["joint_states"].publish(msg.joints_message(stamp, self._names, state))
@@ -191,6 +195,15 @@ class CellArmNode(ManagedNode):
         out["tcp_speed"].publish(msg.twist_message(stamp, state.linear, state.angular))
         if state.gripper is not None:
             out["gripper_state"].publish(msg.gripper_message(stamp, state.gripper))
+
+    def _consumption(self, stream: ArmStream, now_ns: int) -> Any:
+        """What the arm has consumed of its chunks by the control period at ``now_ns``."""
+        player = stream.player
+        stamp = self._time.now_ns() - (time.monotonic_ns() - now_ns)
+        begun = stamp - (now_ns - player.begun_ns) if player.begun_ns else stamp
+        episode = stream.snapshot().episode
+        report = Report(episode, stamp, player.consumed, begun, player.remaining, player.starved)
+        return consumption_message(report)
 
     # Listeners, in whichever thread
 

@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
 
+from dcqfa_ros.runtime.consumption import Report
+
 NS = 1_000_000_000
 TCP = "tcp"
 
@@ -157,6 +159,35 @@ def status_message(stamp_ns: int, name: str, level: int, text: str, values: Mapp
     message = DiagnosticArray(status=[status])
     message.header.stamp = to_time(stamp_ns)
     return message
+
+
+def consumption_message(report: Report) -> DiagnosticArray:
+    """What the arm has consumed of its chunks (interface ``consumption``)."""
+    values = {
+        "episode": report.episode,
+        "consumed": report.consumed,
+        "begun": report.begun_ns,
+        "buffered": report.buffered,
+        "starved_ticks": report.starved,
+    }
+    return status_message(report.stamp_ns, "consumption", 0, "actions consumed", values)
+
+
+def consumption_report(message: DiagnosticArray) -> Report:
+    """Read what :func:`consumption_message` wrote.
+
+    Raises:
+        MessageError: a value is missing, no whole number, or negative.
+    """
+    values = status_values(message)
+    try:
+        numbers = [int(values[key]) for key in ("episode", "consumed", "begun", "buffered", "starved_ticks")]
+    except (KeyError, ValueError) as error:
+        raise MessageError(f"consumption of the arm: {error!r}") from error
+    if min(numbers) < 0:
+        raise MessageError(f"consumption of the arm holds a negative number: {values}")
+    episode, consumed, begun, buffered, starved = numbers
+    return Report(episode, from_time(message.header.stamp), consumed, begun, buffered, starved)
 
 
 def status_values(message: DiagnosticArray) -> dict[str, str]:

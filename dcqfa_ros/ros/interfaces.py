@@ -115,6 +115,12 @@ INTERFACES: tuple[Interface, ...] = (
         "Score, coverage and step count by which the simulated cell judges a trial.", "pusht",
     ),
     _topic(
+        "consumption", "arm_node/consumption", "diagnostic_msgs/msg/DiagnosticArray", "stream", "-", "-",
+        "control rate on Push-T, state rate on a cell with an arm; while armed", "arm_node", ("policy_node",),
+        "Actions of the episode consumed by the stamp, when the last of them was begun, how many are buffered, and "
+        "control periods without one; by it the policy numbers its chunks.",
+    ),
+    _topic(
         "arm_state", "arm_node/arm_state", "diagnostic_msgs/msg/DiagnosticArray", "latched", "-", "-", "on change",
         "arm_node", ("policy_node", "teleop_node", "trial_node"),
         "Armed or disarmed, episode, stop code and reason; its stamp is that of the episode's first observation.",

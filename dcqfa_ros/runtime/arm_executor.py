@@ -52,13 +52,25 @@ class ArmRefusedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What one control period did."""
+    """What one control period did.
+
+    Attributes:
+        observation: of the arm afterwards.
+        stamp_ns: its stamp.
+        advanced: whether the arm was driven.
+        starved: whether it had to hold for want of an action.
+        stopped: the stop that this period caused.
+        consumed: actions of the episode consumed by the observation.
+        buffered: actions that are left.
+    """
 
     observation: ArmObservation
     stamp_ns: int
     advanced: bool
     starved: bool
-    stopped: Stop | None = None  # the stop that this period caused
+    stopped: Stop | None = None
+    consumed: int = 0
+    buffered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,4 +324,4 @@ class ArmExecutor:
                 self._published.popitem(last=False)
         elif not self._begun:
             self._published[stamp] = (0, now_ns)  # the cell waits: its observation is measured again
-        return Tick(now, stamp, advanced, starved, stopped)
+        return Tick(now, stamp, advanced, starved, stopped, self._published[stamp][0], self._buffer.remaining)

@@ -71,6 +71,11 @@ class ChunkPlayer:
         """Actions that have not been begun."""
         return self._buffer.remaining
 
+    @property
+    def begun_ns(self) -> int:
+        """When the last action was begun; 0 before the first."""
+        return self._times[-1] if self._times else 0
+
     def first_of(self, observed_ns: int) -> int:
         """Return the number of the first action that belongs to an observation: how many had been begun by then."""
         times = list(self._times)

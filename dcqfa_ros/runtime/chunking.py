@@ -233,6 +233,16 @@ class ChunkPlan:
         self._kept: dict[int, Float32] = {}  # number -> action as published and, where consumed, executed
         self._sums = {}
 
+    def resume(self, consumed: int) -> None:
+        """Go on behind ``consumed`` actions that were not published here: nothing is continued."""
+        self.reset()
+        self.due = self.end = consumed
+
+    @property
+    def first(self) -> int:
+        """Number of the first action of the last chunk: an observation of earlier than that is not inferred on."""
+        return self.end if self._first is None else self._first
+
     @property
     def available(self) -> int:
         """Actions of one prediction that can be executed."""
@@ -258,9 +268,9 @@ class ChunkPlan:
             ValueError: ``consumed`` lies before the last chunk's observation or beyond what was published, or the
                 delay is negative.
         """
-        if not (self._first or 0) <= consumed <= self.end:
+        if not self.first <= consumed <= self.end:
             raise ValueError(
-                f"chunk plan: expected {self._first or 0} to {self.end} consumed actions (those since the last "
+                f"chunk plan: expected {self.first} to {self.end} consumed actions (those since the last "
                 f"observation that were published), got {consumed}"
             )
         timing = self.timing(delay)

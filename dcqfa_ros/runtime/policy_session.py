@@ -1,14 +1,14 @@
 """The policy's side of an episode, without ROS: when to infer, on what, and when to send nothing more.
 
 A session follows the arm: ``begin`` at an arming (history and chunk count start anew), ``end`` at a disarming. ``run``
-is the inference loop of one thread; the other methods may be called from any thread.
+is the inference loop of one thread; the other methods may be called from any thread. Which chunk is due follows from
+the actions that the arm has consumed (:mod:`dcqfa_ros.runtime.chunk_schedule`); the newest observation is always used.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,13 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.schema import BundleSpec
+from dcqfa_ros.runtime.chunk_schedule import ChunkFigures, Chunking, ChunkSchedule
+from dcqfa_ros.runtime.chunking import Inference
+from dcqfa_ros.runtime.consumption import Report
 from dcqfa_ros.runtime.errors import NoVariantError, PolicyError, WorkerDiedError
 from dcqfa_ros.runtime.synchronizer import Frame, ObservationSynchronizer, stack_history
 from dcqfa_ros.runtime.variant_host import VariantHost
 
 WAIT_S = 0.1
 IDLE_S = 0.005
-LATENCIES_KEPT = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class SessionHooks:
         lost: told when the engine's worker has died.
         steps: denoising steps to use now; None for the bundle's.
         ageless: whether observations do not age now (a cell in lockstep waits for the policy).
+        chunking: how chunks follow each other from the next one on.
+        advice: told what was changed, where delay or execution horizon do not fit the bundle's chunks.
     """
 
     publish: Callable[[int, NDArray[np.float32]], None]
@@ -51,10 +55,12 @@ class SessionHooks:
     lost: Callable[[str], None]
     steps: Callable[[], int | None]
     ageless: Callable[[], bool]
+    chunking: Callable[[], Chunking] = Chunking
+    advice: Callable[[str], None] = lambda _: None
 
 
 class PolicySession:
-    """Infers a chunk whenever the last one's executed actions are used up, for as long as the arm is armed."""
+    """Infers a chunk whenever one is due, for as long as the arm is armed."""
 
     def __init__(
         self,
@@ -67,14 +73,18 @@ class PolicySession:
         """Bind the parts; no episode is under way."""
         self.spec, self.host, self.observations = spec, host, observations
         self.problem = ""  # why nothing is sent in this episode
-        self.chunks = 0
         self.inference_ms = 0.0  # of the chunk that is published now: what the engine's worker took
         self._hooks = hooks
-        self._stride_ns = spec.action.executed * period_ns - period_ns // 2  # half a period for jitter of the stamps
+        self._schedule = ChunkSchedule(spec.action, period_ns)
+        self._advised = ""
         self._lock = threading.Lock()
         self._episode: Episode | None = None
         self._counted = -1  # number of the episode whose figures are being collected
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks sent in the present or last episode."""
+        return self._schedule.figures.chunks
 
     def begin(self, episode: Episode) -> bool:
         """The arm was armed; the same episode told twice begins once. Returns whether it begins now."""
@@ -82,8 +92,8 @@ class PolicySession:
             if self._counted == episode.number:
                 return False
             self._counted, self._episode = episode.number, episode
-            self._latencies.clear()
-            self.chunks, self.problem = 0, ""
+            self._schedule.figures, self.problem, self._advised = ChunkFigures(), "", ""
+            self._schedule.consumption.begin(episode.number, episode.start_ns)
             self.observations.begin(episode.start_ns)
             return True
 
@@ -105,20 +115,18 @@ class PolicySession:
         if first:
             self._hooks.problem(reason)
 
+    def consumed(self, report: Report) -> None:
+        """Take the arm's word on the actions it has consumed."""
+        self._schedule.consumption.note(report)
+
     def figures(self) -> dict[str, str]:
-        """Engine, chunks sent and latency percentiles (ms) of the present or last episode."""
-        p50, p99 = np.percentile(np.array(self._latencies or [0.0]), [50, 99])
-        return {
-            "engine": self.host.engine,
-            "chunks": str(self.chunks),
-            "inference_p50_ms": f"{p50:.2f}",
-            "inference_p99_ms": f"{p99:.2f}",
-        }
+        """Engine, chunks, latencies (ms), delay and discontinuity of the present or last episode."""
+        return {"engine": self.host.engine, **self._schedule.values()}
 
     def run(self, halt: threading.Event) -> None:
         """Infer until ``halt`` is set."""
         running: Episode | None = None
-        due = chunk = 0
+        schedule, chunk = self._schedule, 0
         while not halt.is_set():
             episode = self._episode
             if episode is None or not self.host.active:
@@ -126,11 +134,27 @@ class PolicySession:
                 halt.wait(IDLE_S)
                 continue
             if episode is not running:
-                running, due, chunk = episode, episode.start_ns, 0
-            frames = self.observations.wait_for(due, WAIT_S)
-            if self._fresh(frames) and frames is not None and self._infer(episode, frames, chunk, halt):
-                due = frames[-1].stamp_ns + self._stride_ns
+                running, chunk = episode, 0
+                schedule.begin(episode.start_ns)
+            frames = self.observations.wait_for(schedule.wake_ns, WAIT_S)
+            if not self._fresh(frames) or frames is None:
+                continue
+            inference = self._due(frames[-1].stamp_ns)
+            if inference is not None and self._infer(episode, frames, chunk, inference, halt):
                 chunk += 1
+
+    def _due(self, stamp_ns: int) -> Inference | None:
+        try:
+            self._schedule.configure(self._hooks.chunking())
+            inference = self._schedule.due(stamp_ns)
+        except ValueError as error:
+            self.refuse(str(error))
+            return None
+        note = "" if inference is None else inference.timing.note
+        if note and note != self._advised:
+            self._advised = note
+            self._hooks.advice(note)
+        return inference
 
     def _fresh(self, frames: list[Frame] | None) -> bool:
         if self._hooks.ageless():
@@ -147,12 +171,21 @@ class PolicySession:
             self.refuse(stalled)
         return not stalled
 
-    def _infer(self, episode: Episode, frames: list[Frame], chunk: int, halt: threading.Event) -> bool:
+    def _infer(
+        self, episode: Episode, frames: list[Frame], chunk: int, inference: Inference, halt: threading.Event
+    ) -> bool:
         begin = time.monotonic()
         observation = stack_history(frames, self.observations.specs)
-        asked = time.monotonic()
+        asked, steps, stamp_ns = time.monotonic(), self._hooks.steps(), frames[-1].stamp_ns
         try:
-            actions, _ = self.host.predict(observation, episode.seed, chunk, self._hooks.steps())
+            actions, variant = self.host.predict(
+                observation,
+                episode.seed,
+                chunk,
+                steps,
+                continuation=inference.continuation,
+                actions=inference.actions,
+            )
         except WorkerDiedError as error:
             if not halt.is_set():  # else it was killed to let its owner go
                 self.refuse(str(error))
@@ -168,7 +201,15 @@ class PolicySession:
             if self._episode is not episode or halt.is_set():
                 return False  # the arm was disarmed meanwhile: no command after a stop
             self.inference_ms = (answered - asked) * 1e3
-            self._latencies.append((time.monotonic() - begin) * 1e3)
-            self._hooks.publish(frames[-1].stamp_ns, actions)
-            self.chunks += 1
+            published = self._schedule.take(inference, stamp_ns, actions)
+            self._hooks.publish(stamp_ns, published.actions)
+            now = time.monotonic()
+            latency_s = self._age_s(stamp_ns, now - begin)
+            computed_by = self.host.engine, variant, steps
+            self._schedule.sent(inference, published, (now - begin) * 1e3, latency_s, computed_by)
         return True
+
+    def _age_s(self, stamp_ns: int, otherwise: float) -> float:
+        """Time since the arrival of the observation stamped ``stamp_ns``, seconds."""
+        age = self.observations.ages_ms(time.monotonic_ns(), stamp_ns)[self.observations.reference]
+        return otherwise if age is None else max(otherwise, age / 1e3)

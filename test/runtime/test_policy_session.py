@@ -30,12 +30,14 @@ class FakeHost:
         self.error: Exception | None = None
         self.before: Callable[[], None] = lambda: None
 
-    def predict(self, observation: Any, seed: int, chunk: int, steps: int | None) -> tuple[np.ndarray, str]:
+    def predict(
+        self, observation: Any, seed: int, chunk: int, steps: int | None, **more: Any
+    ) -> tuple[np.ndarray, str]:
         self.asked.append((seed, chunk))
         self.before()
         if self.error is not None:
             raise self.error
-        return np.zeros((8, 2), np.float32), "fp32"
+        return np.zeros((more["actions"], 2), np.float32), "fp32"
 
 
 class Bench:
