@@ -47,7 +47,8 @@ def train(subparsers: Any) -> None:
         description="Train a full-precision policy, or a supernet where the YAML has a section supernet. A run folder "
         "that holds a checkpoint is continued, bit for bit as if it had never stopped (with equal threads, compilation "
         "and device). Ctrl-C writes a checkpoint, a second one interrupts at once. TensorBoard events are written to "
-        "the run folder. Several processes share every batch when torchrun starts them: "
+        "the run folder. A YAML with warm_start fine-tunes another policy: with policy.prefix for real-time chunking, with "
+        "a section consistency into one of few denoising steps. Several processes share every batch when torchrun starts them: "
         "torchrun --nproc-per-node 2 -m dcqfa_ros.cli train --config ... (--threads is then per process).",
         epilog="example: dcqfa train --config config/training/pusht_keypoints.yaml --data pusht_human_demos_lowdim.npz",
     )
@@ -149,7 +150,10 @@ def _held_out(trainer: Trainer | SupernetTrainer, complete: bool) -> dict[str, A
     if isinstance(figures, dict):
         known = {name: loss for name, loss in figures.items() if math.isfinite(loss)}
         return {"validation_loss": known.get("largest"), "held_out": known or None}
-    return {"validation_loss": figures if figures is not None and math.isfinite(figures) else None}
+    by_prefix = trainer.validate_prefixes() if complete else {}
+    known = {f"prefix {n}": loss for n, loss in by_prefix.items() if math.isfinite(loss)}
+    held_out = {"held_out": known} if known else {}
+    return {"validation_loss": figures if figures is not None and math.isfinite(figures) else None, **held_out}
 
 
 def _print_outcome(outcome: dict[str, Any], as_json: bool) -> None:

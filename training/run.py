@@ -112,6 +112,10 @@ class TrainingRun(ABC):
     def _validation(self) -> Record:
         """Held-out figures of the averaged network."""
 
+    def validate_prefixes(self) -> dict[int, float]:
+        """Held-out losses by the number of leading action tokens known; empty where the policy takes none."""
+        return {}
+
     @abstractmethod
     def _state(self) -> dict[str, Any]:
         """What the checkpoint holds of networks and optimizer."""

@@ -162,7 +162,7 @@ class Trainer(TrainingRun):
         return held_out_loss(self.ema, self.objective, self.data, loss=self.batch_loss, world=self.world)
 
     def validate_prefixes(self) -> dict[int, float]:
-        """The same by the number of known leading tokens; empty where the policy takes none."""
+        """:meth:`validate` by the number of leading action tokens known; empty where the policy takes none."""
         longest = self.config.policy.prefix
         lengths = sorted({n for n in HELD_OUT_PREFIXES if n <= longest} | {longest}) if longest else []
         return {

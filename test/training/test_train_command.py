@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training.checkpoint import load_checkpoint
@@ -136,3 +137,18 @@ def test_processes_of_torchrun_train_together_and_one_of_them_speaks(
     outcome = json.loads(line)
     assert (outcome["step"], list(outcome["held_out"])) == (3, list(TABLE))
     assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
+
+
+def test_held_out_losses_are_told_by_the_number_of_known_actions(
+    dcqfa: list[str], write_config: Callable[..., Path], trained_run: Path, tmp_path: Path
+) -> None:
+    path = write_config(steps=2)
+    document = yaml.safe_load(path.read_text())
+    document["policy"]["prefix"] = 3
+    path.write_text(yaml.safe_dump(document | {"warm_start": str(trained_run)}, sort_keys=False))
+    process = start(dcqfa, "train", "--config", path, "--out", tmp_path / "run", "--json")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    outcome = json.loads(output)
+    assert set(outcome["held_out"]) == {"prefix 0", "prefix 1", "prefix 3"}
+    assert 0.0 < outcome["validation_loss"] < 2.0
