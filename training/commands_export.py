@@ -25,6 +25,7 @@ def export(subparsers: Any) -> None:
         "other variants of that bundle stay. Everything is checked against the training-side network on ONNX Runtime "
         "before the bundle is written, in one step.",
         epilog="examples: dcqfa export runs/pusht_keypoints --out models/pusht_keypoints; dcqfa export "
+        "runs/pusht_keypoints --out models/pusht_keypoints --variants fp32 --store float16 --keep; dcqfa export "
         "runs/pusht_keypoints_supernet --out models/pusht_keypoints --subnet w8a8 --subnet small=smallest",
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="run folder or checkpoint file")
@@ -46,9 +47,20 @@ def export(subparsers: Any) -> None:
         help="record latencies measured with these weights (output of `dcqfa bench engine --json`); may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print sizes and parity as JSON")
-    plain = parser.add_argument_group("of a policy (an older bundle is replaced)")
+    plain = parser.add_argument_group("of a policy (an older bundle is replaced, see --keep)")
     plain.add_argument("--variants", help=f"comma-separated, the default one first (default: {DEFAULT_VARIANTS})")
     plain.add_argument("--calibration", type=int, metavar="N", help="calibration observations (default: 256)")
+    plain.add_argument(
+        "--store",
+        choices=("float32", "float16"),
+        help="type that fp32's weights are stored in (default: float32). float16 halves its files; the policy is the "
+        "rounded one, and everything is computed in float32 as before",
+    )
+    plain.add_argument(
+        "--keep",
+        action="store_true",
+        help="leave the other variants of the bundle in --out and its default as they are",
+    )
     subnets = parser.add_argument_group("of a supernet")
     subnets.add_argument(
         "--subnet",
@@ -93,6 +105,8 @@ def _policy(args: argparse.Namespace) -> BundleSpec:
         data=args.data,
         quality=read_quality(args.quality),
         latency=read_latency(args.latency),
+        store=args.store or "float32",
+        keep=args.keep,
     )
     return export_bundle(args.checkpoint, args.out, options)
 
@@ -103,8 +117,8 @@ def _subnets(args: argparse.Namespace) -> BundleSpec:
     from training.export.records import read_latency, read_quality
     from training.export.subnets import SubnetOptions, export_subnets
 
-    for option in ("variants", "calibration"):
-        if getattr(args, option) is not None:
+    for option in ("variants", "calibration", "store", "keep"):
+        if getattr(args, option) not in (None, False):
             raise ArgumentError(f"--{option}: {args.checkpoint} holds a supernet; name its subnets with --subnet")
     named = [_named(text, None) for text in args.subnet]
     searched = {}

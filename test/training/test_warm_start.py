@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from dcqfa_ros.bundle.errors import BundleError
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.schema import NormalizerKind, NormalizerSpec
+from dcqfa_ros.bundle.stored import stored_as_half
 from dcqfa_ros.bundle.write import file_spec, write_bundle
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from training import warm_start
@@ -154,7 +155,9 @@ def test_the_shipped_bundle_is_reproduced(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert weights.steps == 16_000
     bundle = load_bundle(SHIPPED)
     graphs = {role: bundle.read("fp32", role) for role in ROLES}
-    assert largest_difference(network_of(config, weights), graphs, config) < 1e-5
+    # A table of the time token stored as float16 is off by up to half a step, which is 1e-3 at 2 to 4.
+    allowed = 2e-3 if stored_as_half(bundle.spec.variant("fp32")) else 1e-5
+    assert largest_difference(network_of(config, weights), graphs, config) < allowed
 
 
 def test_a_score_scale_that_is_no_power_of_two_is_undone_to_rounding(exported: Path) -> None:

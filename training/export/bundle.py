@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dcqfa_ros.bundle.load import BUNDLE_YAML, load_bundle
+from dcqfa_ros.bundle.load import BUNDLE_YAML, Bundle, load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec, LatencyRecord, QualityRecord
 from dcqfa_ros.bundle.write import write_bundle
 from training.config import override
 from training.data.episodes import read_demonstrations
-from training.export.calibration import denoise_chunks, quantize_policy, training_observations
-from training.export.diffusion_policy_t import export_graphs
+from training.export.beside import check_same_policy, merged
+from training.export.calibration import Float, denoise_chunks, known_tokens, quantize_policy, training_observations
+from training.export.diffusion_policy_t import export_graphs, graph_weights
+from training.export.half import HalfTablePolicy, half_graphs, round_weights, stored_names
 from training.export.records import Result
 from training.export.variant import (
     ExportError,
@@ -51,6 +54,9 @@ DESCRIPTIONS = {
     "head stay in floating point",
 }
 
+STORED = ("float32", "float16")
+HALF_DESCRIPTION = "full precision, weights stored as float16"
+
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
@@ -63,6 +69,10 @@ class ExportOptions:
         quality: evaluations to record per variant; they must be of the weights that are written.
         latency: measured latencies to record per variant, likewise.
         threads: PyTorch threads.
+        store: the type that the full-precision variant's weights are stored in, from ``STORED``. With float16 the
+            policy's weights are rounded to it before anything is exported, quantized variants included; everything is
+            computed in float32 as before.
+        keep: leave the other variants of a bundle that is in the folder as they are, and its default variant.
     """
 
     variants: tuple[str, ...] = ("fp32", "w8a8")
@@ -71,8 +81,12 @@ class ExportOptions:
     quality: Mapping[str, tuple[Result[QualityRecord], ...]] = field(default_factory=dict)
     latency: Mapping[str, tuple[Result[LatencyRecord], ...]] = field(default_factory=dict)
     threads: int = 1
+    store: str = "float32"
+    keep: bool = False
 
     def __post_init__(self) -> None:
+        if self.store not in STORED:
+            raise ExportError(f"--store {self.store}: expected one of {', '.join(STORED)}")
         unknown = [name for name in self.variants if name not in DESCRIPTIONS]
         if unknown or not self.variants:
             raise ExportError(
@@ -106,8 +120,18 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
     source = {} if options.data is None else {"path": options.data, "format": "auto"}
     demonstrations = read_demonstrations(override(trained.config, data=source).data)
     parity_inputs = training_observations(meaning, demonstrations, PARITY_SAMPLES, PARITY_SEED)
+    known = known_tokens(meaning, demonstrations, PARITY_SAMPLES, PARITY_SEED)
     torch.set_num_threads(options.threads)
-    reference = denoise_chunks(TorchEngine(network, options.threads), diffusion, network.config, parity_inputs)
+
+    def chunks_of(policy: DiffusionPolicyT) -> Float:
+        engine = TorchEngine(policy, options.threads)
+        return denoise_chunks(engine, diffusion, network.config, parity_inputs, known=known)
+
+    # The policy is the rounded one where its weights are stored so, and everything is compared with that.
+    half, steps = options.store == "float16", diffusion.train_timesteps
+    network = round_weights(network, steps) if half else network
+    policy = HalfTablePolicy(network, steps) if half else network
+    reference = chunks_of(policy)
 
     variants, contents = [], {}
     for name in options.variants:
@@ -115,16 +139,22 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
         if name == "w8a8":
             observations = training_observations(meaning, demonstrations, options.calibration, CALIBRATION_SEED)
             with tqdm(total=len(observations), desc="calibrate", unit="obs") as bar:
-                exported = quantize_policy(network, diffusion, observations, options.threads, bar.update)
+                calibrated = known_tokens(meaning, demonstrations, options.calibration, CALIBRATION_SEED)
+                exported = quantize_policy(
+                    network, diffusion, observations, options.threads, bar.update, known=calibrated
+                )
             calibration = {
                 "samples": options.calibration,
                 "seed": CALIBRATION_SEED,
                 "data_sha256": demonstrations.sha256(),
             }
-            engine = TorchEngine(exported, options.threads)
-            export_reference = denoise_chunks(engine, diffusion, network.config, parity_inputs)
-        graphs = export_graphs(exported, diffusion.train_timesteps)
-        document, files = entry(name, DESCRIPTIONS[name], name, graphs, _rows(exported))
+            export_reference = chunks_of(exported)
+        description = DESCRIPTIONS[name]
+        if isinstance(policy, HalfTablePolicy) and name == "fp32":
+            graphs, description = half_graphs(policy, steps), HALF_DESCRIPTION
+        else:
+            graphs = export_graphs(exported, steps)
+        document, files = entry(name, description, name, graphs, _rows(exported, stored_names(graphs)))
         contents.update(files)
         variants.append(
             {
@@ -144,29 +174,58 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
                     reference,
                     export_reference,
                     TOLERANCE[name],
+                    known,
                 ),
             }
         )
-    whole = {
-        **meaning.fields(),
-        "created_by": versions(),
-        "default_variant": options.variants[0],
-        "variants": variants,
-    }
-    spec = BundleSpec.model_validate_json(json.dumps(whole), strict=True)
-    old = load_bundle(folder, verify=False).spec if (folder / BUNDLE_YAML).exists() else None
+    there = load_bundle(folder, verify=options.keep) if (folder / BUNDLE_YAML).exists() else None
+    whole = {**meaning.fields(), "created_by": versions(), "default_variant": options.variants[0]}
+    if options.keep and there is not None:
+        whole, variants, contents = _beside(there, meaning.specification(), trained.path, whole, variants, contents)
+    spec = BundleSpec.model_validate_json(json.dumps(whole | {"variants": variants}), strict=True)
+    old = None if there is None else there.spec
     spec = recorded(spec, old, options.quality, options.latency)
     write_bundle(folder, spec, contents)
     return spec
 
 
-def _rows(exported: DiffusionPolicyT) -> list[LayerRow]:
-    """Bits of every linear of a plain policy, quantized after training or not: written as asked for."""
+def _beside(
+    there: Bundle,
+    ours: BundleSpec,
+    path: Path,
+    whole: dict[str, Any],
+    made: Sequence[dict[str, Any]],
+    contents: Mapping[str, bytes],
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bytes]]:
+    """Document without variants, variants and files of the bundle that is there with the variants made in it.
+
+    A variant that stays and follows the bundle's training record must follow the same one afterwards.
+    """
+    check_same_policy(there.folder, there.spec, ours, path)
+    kept = there.spec.model_dump(mode="json")
+    if kept["training"] != whole["training"] and any(
+        variant.training is None and variant.name not in {document["name"] for document in made}
+        for variant in there.spec.variants
+    ):
+        raise ExportError(
+            f"{there.folder}: its training record is not that of {path}, and variants that stay follow it; export "
+            "without --keep, or give another --out. Nothing was written"
+        )
+    documents, files = merged(kept["variants"], made, there)
+    return whole | {"default_variant": kept["default_variant"]}, documents, files | dict(contents)
+
+
+def _rows(exported: DiffusionPolicyT, stored: Collection[str]) -> list[LayerRow]:
+    """Bits of every linear of a plain policy, quantized after training or not: written as asked for.
+
+    ``stored`` names the weights of the graphs that are only stored as float16.
+    """
     rows = []
     for name, module in exported.named_modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
             bits = bits_of(LinearWeights.of(module))
-            rows.append(LayerRow(name, bits, bits))
+            half = not stored.isdisjoint(graph_weights(name))
+            rows.append(LayerRow(name, bits, bits.model_copy(update={"weight": 16}) if half else bits))
     return rows
 
 
