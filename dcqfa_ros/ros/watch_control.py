@@ -17,8 +17,15 @@ from dcqfa_ros.ros.watch_samples import SampleCollector
 
 OFF, PROPOSE, SWITCH = MODES = ("off", "propose", "switch")
 PARAMETERS = (
-    *("watch", "watch_share_down", "watch_share_up", "watch_hold_down_s", "watch_hold_up_s", "watch_dwell_s"),
-    *("watch_prove_s", "watch_wait_most_s", "watch_starved_share", "watch_missed_share", "watch_temperature_c"),
+    *("watch", "watch_share_down", "watch_share_up", "watch_window_s", "watch_hold_down_s", "watch_hold_up_s"),
+    *(
+        "watch_dwell_s",
+        "watch_prove_s",
+        "watch_wait_most_s",
+        "watch_starved_share",
+        "watch_missed_share",
+        "watch_temperature_c",
+    ),
     *("watch_memory_low_mb", "watch_memory_ok_mb", "watch_quality_margin", "steps_allowed", "steps_unrecorded"),
 )
 """Parameters that begin the watch anew when they are set."""
@@ -48,6 +55,7 @@ class WatchControl:
         add("watch_period_s", 1.0, "time between two looks, s", minimum=0.1, maximum=4.0, read_only=True)
         add("watch_share_down", d.share_down, "go cheaper above this share of the budget (p95)", minimum=0.0)
         add("watch_share_up", d.share_up, "go back below this share of the budget (expected p95)", minimum=0.0)
+        add("watch_window_s", d.window_s, "latencies and misses of this long count, s", minimum=0.5)
         add("watch_hold_down_s", d.hold_down_s, "for how long something must be too much, s", minimum=0.0)
         add("watch_hold_up_s", d.hold_up_s, "for how long going back must look possible, s", minimum=0.0)
         add("watch_dwell_s", d.dwell_s, "least time between two changes, s", minimum=0.0)
@@ -96,6 +104,7 @@ class WatchControl:
         return WatchLimits(
             share_down=value("watch_share_down"),
             share_up=value("watch_share_up"),
+            window_s=value("watch_window_s"),
             hold_down_s=value("watch_hold_down_s"),
             hold_up_s=value("watch_hold_up_s"),
             dwell_s=value("watch_dwell_s"),
