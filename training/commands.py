@@ -47,9 +47,9 @@ def train(subparsers: Any) -> None:
         description="Train a full-precision policy, or a supernet where the YAML has a section supernet. A run folder "
         "that holds a checkpoint is continued, bit for bit as if it had never stopped (with equal threads, compilation "
         "and device). Ctrl-C writes a checkpoint, a second one interrupts at once. TensorBoard events are written to "
-        "the run folder. A YAML with warm_start fine-tunes another policy: with policy.prefix for real-time chunking, with "
-        "a section consistency into one of few denoising steps. Several processes share every batch when torchrun starts them: "
-        "torchrun --nproc-per-node 2 -m dcqfa_ros.cli train --config ... (--threads is then per process).",
+        "the run folder. A YAML with warm_start fine-tunes another policy: with policy.prefix for real-time chunking, "
+        "with a section consistency into one of few denoising steps. Several processes share every batch when torchrun "
+        "starts them: torchrun --nproc-per-node 2 -m dcqfa_ros.cli train --config ... (--threads is then per process).",
         epilog="example: dcqfa train --config config/training/pusht_keypoints.yaml --data pusht_human_demos_lowdim.npz",
     )
     parser.add_argument("--config", type=Path, required=True, help="training YAML")
