@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def _beside(
     return whole | {"default_variant": kept["default_variant"]}, documents, files | dict(contents)
 
 
-def _rows(exported: DiffusionPolicyT, stored: Collection[str]) -> list[LayerRow]:
+def _rows(exported: DiffusionPolicyT, stored: frozenset[str]) -> list[LayerRow]:
     """Bits of every linear of a plain policy, quantized after training or not: written as asked for.
 
     ``stored`` names the weights of the graphs that are only stored as float16.
