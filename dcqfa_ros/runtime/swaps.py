@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
+from dcqfa_ros.runtime.chunking import Method
 from dcqfa_ros.runtime.engines import ONNXRUNTIME
 from dcqfa_ros.runtime.parity import Parity
 from dcqfa_ros.runtime.variant_targets import Target
@@ -101,6 +102,7 @@ class HostOptions:
         free_memory: bytes that programs can still take, 0 where that is unknown.
         needed_memory: estimate for a variant that was never loaded here: bytes at the peak.
         python: interpreter of the workers, empty for this one's.
+        chunking: what a worker is warm for when it takes over.
     """
 
     memory_limit: int = 0
@@ -110,6 +112,7 @@ class HostOptions:
     free_memory: Callable[[], int] = lambda: 0
     needed_memory: Callable[[Target], int] = lambda _: 0
     python: str = ""
+    chunking: Method = Method.SYNCHRONOUS
 
 
 class ComputedBy:
@@ -124,6 +127,12 @@ class ComputedBy:
         parts = () if chunk == 0 else self._parts
         if not parts or parts[-1][1] != engine:
             self._parts = (*parts, (chunk, engine))
+
+    @property
+    def last(self) -> str:
+        """Engine that computed the last chunk, empty where there is none."""
+        parts = self._parts
+        return parts[-1][1] if parts else ""
 
     def text(self) -> str:
         """Return the parts as JSON: ``[[first chunk, "<runtime>/<variant>"], ...]``."""

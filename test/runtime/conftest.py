@@ -99,10 +99,11 @@ def timestep_model() -> bytes:
     )
 
 
-def denoiser_model(quantized: bool, poison: bool = False, **renamed: str) -> bytes:
+def denoiser_model(quantized: bool, poison: bool = False, sign: float = 1.0, **renamed: str) -> bytes:
     """``noisy``, ``timestep_kv``, ``observation_kv`` -> ``noise``: causal, and it reads all of its inputs.
 
-    ``poison`` makes the result NaN; ``renamed`` replaces names of inputs and outputs, against the contract.
+    ``poison`` makes the result NaN, ``sign`` -1 makes it wrong but well-formed; ``renamed`` replaces names of inputs
+    and outputs, against the contract.
     """
     noisy, noise = renamed.get("noisy", "noisy"), renamed.get("noise", "noise")
     constants: dict[str, Any] = {
@@ -120,7 +121,7 @@ def denoiser_model(quantized: bool, poison: bool = False, **renamed: str) -> byt
     ]
     for name, source, weight in (
         ("up", "past", _random(4, ACTED, HIDDEN)),
-        ("down", "bent", _random(5, HIDDEN, ACTED)),
+        ("down", "bent", _random(5, HIDDEN, ACTED) * np.float32(sign)),
     ):
         if name == "down":
             nodes += [
@@ -153,14 +154,17 @@ def tiny_files(quantized: bool = False, poison: bool = False) -> dict[str, bytes
     return dict(zip(ROLES, (encoder_model(), timestep_model(), denoiser_model(quantized, poison)), strict=True))
 
 
-def tiny_spec(**changes: Any) -> tuple[BundleSpec, dict[str, bytes]]:
-    """Return the tiny policy's description with variants fp32 and w8a8, and its files by path."""
+def tiny_spec(alike: bool = False, **changes: Any) -> tuple[BundleSpec, dict[str, bytes]]:
+    """Return the tiny policy's description with variants fp32 and w8a8, and its files by path.
+
+    ``alike`` gives both the weights of fp32.
+    """
     files = {}
     for variant in ("fp32", "w8a8"):
-        roles = tiny_files(quantized=variant == "w8a8", poison=changes.get("poison", False))
+        roles = tiny_files(quantized=variant == "w8a8" and not alike, poison=changes.get("poison", False))
         files.update({f"variants/{variant}/{role}.onnx": data for role, data in roles.items()})
     changes.pop("poison", None)
-    return make_spec(files, **changes), files
+    return make_spec(files, alike=alike, **changes), files
 
 
 def observation(seed: int = 0, batch: int = 1) -> dict[str, np.ndarray]:
@@ -176,9 +180,9 @@ def observation(seed: int = 0, batch: int = 1) -> dict[str, np.ndarray]:
 def policy_bundle(tmp_path: Path) -> Callable[..., Path]:
     """Return a factory that writes the tiny policy as a bundle and returns its folder."""
 
-    def make(**changes: Any) -> Path:
-        folder = tmp_path / "tiny"
-        write_bundle(folder, *tiny_spec(**changes))
-        return folder
+    def make(folder: str = "tiny", **changes: Any) -> Path:
+        place = tmp_path / folder
+        write_bundle(place, *tiny_spec(**changes))
+        return place
 
     return make

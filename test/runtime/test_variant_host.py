@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -13,9 +14,19 @@ import numpy as np
 import pytest
 
 from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
-from dcqfa_ros.runtime.variant_host import SwapResult, VariantHost
-from test.runtime.conftest import observation
+from dcqfa_ros.runtime.swaps import ComputedBy, HostOptions, Outcome, Shortage, SwapResult
+from dcqfa_ros.runtime.variant_host import VariantHost
+from test.conftest import make_spec
+from test.runtime.conftest import denoiser_model, observation, tiny_files, tiny_spec
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 class Host:
@@ -23,8 +34,18 @@ class Host:
 
     def __init__(self, folder: Path) -> None:
         self.results: list[SwapResult] = []
+        self.told: list[str] = []
+        self.held: list[str] = []
+        self.options = HostOptions()
         self._came = threading.Condition()
-        self.host = VariantHost(load_bundle(folder), threads=1, on_swap=self._note)
+        self.host = VariantHost(
+            load_bundle(folder),
+            threads=1,
+            on_swap=self._note,
+            on_active=self.told.append,
+            on_hold=self.held.append,
+            options=lambda: self.options,
+        )
 
     def _note(self, result: SwapResult) -> None:
         with self._came:
@@ -140,3 +161,237 @@ def test_closing_while_a_variant_loads_does_not_wait_for_it(hosted):
     assert host.host.active == "" and not host.host.busy
     with pytest.raises(PolicyError, match="shutting down"):
         host.host.request("fp32")
+
+
+# parity, faults, memory
+
+
+def reseal(folder: Path, variant: str, files: dict[str, bytes]) -> None:
+    """Give a variant other files, and the bundle the hashes that belong to them."""
+    _, contents = tiny_spec(alike=True)
+    contents.update({f"variants/{variant}/{role}.onnx": data for role, data in files.items()})
+    write_bundle(folder, make_spec(contents, alike=True), contents)
+
+
+@pytest.fixture
+def make_host(policy_bundle: Callable[..., Path]) -> Iterator[Callable[..., Host]]:
+    hosts: list[Host] = []
+
+    def make(folder: Path | None = None) -> Host:
+        hosts.append(Host(folder or policy_bundle()))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.host.close()
+
+
+def test_a_wrong_but_well_formed_file_leaves_the_old_variant_running(make_host, policy_bundle):
+    folder = policy_bundle(alike=True)
+    reseal(folder, "w8a8", tiny_files() | {"denoiser": denoiser_model(False, sign=-1.0)})
+    host = make_host(folder)
+    assert host.load("fp32").ok
+    failed = host.load("w8a8")
+    assert not failed.ok and failed.active == "fp32" and failed.outcome is Outcome.FAILED
+    assert "onnxruntime/w8a8 computes other actions than onnxruntime/fp32" in failed.reason
+    assert host.host.predict(observation(), 1, 0, None)[1] == "fp32"
+
+
+def test_weights_that_changed_since_the_bundle_was_opened_are_not_taken_for_those_described(make_host, policy_bundle):
+    folder = policy_bundle(alike=True)
+    host = make_host(folder)
+    reseal(folder, "w8a8", tiny_files() | {"denoiser": denoiser_model(False, sign=-1.0)})
+    assert host.load("fp32").ok
+    assert "has changed since the bundle was opened" in host.load("w8a8").reason
+
+
+def test_a_worker_killed_while_it_loads_leaves_the_old_variant_running(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    host.host.request("w8a8")
+    until(lambda: host.host._starting is not None and host.host._starting._process is not None)
+    host.host._starting._process.kill()
+    failed = host.outcome(2)
+    assert not failed.ok and "SIGKILL" in failed.reason and failed.engine == "onnxruntime/fp32"
+    assert host.load("w8a8").ok
+
+
+def test_a_worker_that_hangs_while_it_loads_is_killed_in_time(make_host, tmp_path):
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    host = make_host()
+    host.load("fp32")
+    host.options = HostOptions(python=str(sleeper), start_timeout_s=0.3)
+    failed = host.load("w8a8")
+    assert not failed.ok and "did not answer within 0.3 s and was killed" in failed.reason
+    assert host.host.active == "fp32" and failed.load_ms < 5000
+
+
+def test_a_newer_request_does_not_wait_for_one_that_hangs(make_host, tmp_path):
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    host = make_host()
+    host.options = HostOptions(python=str(sleeper))
+    first = host.host.request("w8a8")
+    until(lambda: host.host._starting is not None)
+    host.options = HostOptions()
+    second = host.host.request("fp32")
+    host.outcome(2)
+    assert [(r.swap_id, r.outcome) for r in host.results] == [
+        (first, Outcome.SUPERSEDED),
+        (second, Outcome.SWITCHED),
+    ]
+    assert host.host.active == "fp32"
+
+
+def test_a_memory_limit_is_kept_and_named(make_host):
+    host = make_host()
+    host.load("fp32")
+    host.options = HostOptions(memory_limit=24 * 2**20)
+    failed = host.load("w8a8")
+    assert not failed.ok and failed.reason.endswith("(engine_memory_limit_mb is 24)")
+    assert host.host.predict(observation(), 1, 0, None)[1] == "fp32"
+    host.options = HostOptions(memory_limit=2**30)
+    assert host.load("w8a8").ok
+
+
+SHORT = {"free_memory": lambda: 100 * 2**20, "needed_memory": lambda _: 200 * 2**20, "reserve": 8 * 2**20}
+
+
+def test_where_memory_is_short_the_exchange_is_refused_with_figures(make_host):
+    host = make_host()
+    host.load("fp32")
+    host.options = HostOptions(**SHORT)
+    failed = host.load("w8a8")
+    assert "needs about 200 MiB, 100 MiB are free and 8 MiB are to stay free" in failed.reason
+    assert "swap_when_memory_is_short is refuse" in failed.reason
+    assert host.host.active == "fp32" and not host.held and not failed.held
+
+
+def test_where_memory_is_short_the_old_variant_may_go_first(make_host):
+    host = make_host()
+    host.load("fp32")
+    old = host.host._worker.info.pid
+    host.options = HostOptions(shortage=Shortage.STOP, **SHORT)
+    swapped = host.load("w8a8")
+    assert swapped.ok and swapped.held and swapped.gap_ms > 50.0 and not Path(f"/proc/{old}").exists()
+    assert len(host.held) == 1 and "onnxruntime/fp32 is closed before onnxruntime/w8a8 is loaded" in host.held[0]
+    assert host.told == ["fp32", "", "w8a8"]
+
+
+def test_the_old_variant_comes_back_where_it_went_for_one_that_cannot_be_loaded(make_host):
+    host = make_host()
+    host.load("fp32")
+    (host.host.targets.bundle.folder / "variants/w8a8/encoder.onnx").write_bytes(b"")
+    host.options = HostOptions(shortage=Shortage.STOP, **SHORT)
+    failed = host.load("w8a8")
+    assert not failed.ok and failed.held and failed.engine == "onnxruntime/fp32"
+    assert "encoder.onnx" in failed.reason and failed.reason.endswith("onnxruntime/fp32 is back")
+    assert host.told == ["fp32", "", "fp32"] and failed.gap_ms > 50.0
+    assert host.host.predict(observation(), 1, 0, None)[1] == "fp32"
+
+
+def test_what_was_measured_here_counts_instead_of_the_estimate(make_host):
+    host = make_host()
+    host.load("fp32")
+    host.load("w8a8")
+    host.options = HostOptions(free_memory=lambda: 2**30, needed_memory=lambda _: 2**40)
+    again = host.load("fp32")
+    assert again.ok and 10 * 2**20 < again.peak_bytes < 2**30
+
+
+# other bundles
+
+
+def test_another_bundle_of_the_same_contract_takes_over_and_is_named(make_host, policy_bundle):
+    host = make_host(policy_bundle())
+    other = policy_bundle(folder="other")
+    host.load("fp32")
+    before, _ = host.host.predict(observation(), 1, 0, None)
+    label = f"{other}:fp32"
+    assert host.load(label).ok and host.host.active == label and host.host.engine == f"onnxruntime/{label}"
+    _, variant = host.host.predict(observation(), 1, 1, None)
+    assert variant == label
+    assert np.array_equal(before, host.host.predict(observation(), 1, 0, None)[0]), "the same weights"
+    assert host.load("fp32").active == "fp32"
+    assert host.load(f"{host.host.targets.bundle.folder}:w8a8").active == "w8a8", "its own bundle needs no name"
+
+
+def test_a_bundle_of_another_contract_is_refused_by_field_before_anything_is_started(make_host, policy_bundle):
+    host = make_host(policy_bundle())
+    action = make_spec(tiny_spec()[1]).action.model_dump(mode="json") | {"rate_hz": 20.0}
+    other = policy_bundle(folder="other", action=action)
+    with pytest.raises(PolicyError, match=r"action\.rate_hz: 20\.0, expected 10\.0"):
+        host.host.request(f"{other}:fp32")
+    assert "no such bundle" in host.host.validate("nowhere:fp32")
+    assert "has no variant 'w2a2'" in host.host.validate(f"{other}:w2a2")
+    assert host.host.swaps == 0
+
+
+# what computes what
+
+
+def test_every_chunk_is_told_by_its_engine(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    for chunk in range(2):
+        host.host.predict(observation(), 1, chunk, None)
+    host.load("w8a8")
+    host.host.predict(observation(), 1, 2, None)
+    assert ComputedBy.parse(host.host.computed_by.text()) == ((0, "onnxruntime/fp32"), (2, "onnxruntime/w8a8"))
+    host.host.predict(observation(), 1, 0, None)
+    assert ComputedBy.parse(host.host.computed_by.text()) == ((0, "onnxruntime/w8a8"),)
+
+
+def test_an_exchange_waits_for_one_chunk_at_most_while_chunks_are_asked_for_without_a_pause(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    halt, names = threading.Event(), []
+
+    def compute() -> None:
+        while not halt.is_set():
+            names.append(host.host.predict(observation(), 1, len(names), None)[1])
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        assert host.load("w8a8").ok
+        count = len(names)
+        until(lambda: len(names) > count + 2)
+    finally:
+        halt.set()
+        thread.join(10)
+    assert names[0] == "fp32" and names[-1] == "w8a8"
+    assert sum(a != b for a, b in itertools.pairwise(names)) == 1, "each chunk is of one variant"
+
+
+def test_exchanges_leave_no_process_no_descriptor_and_no_thread(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    host.load("w8a8")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for variant in ("fp32", "w8a8"):
+        host.load(variant)
+    until(lambda: not host.host.busy)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    children = [p for f in Path("/proc/self/task").glob("*/children") for p in f.read_text().split()]
+    assert str(host.host._worker.info.pid) in children and len(children) == 1
+
+
+def test_what_already_runs_is_not_loaded_again(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    pid = host.host._worker.info.pid
+    assert host.load("fp32").ok and host.host._worker.info.pid == pid
+
+
+def test_a_host_whose_workers_were_killed_takes_requests_again(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    host.host.abort()
+    with pytest.raises(PolicyError, match="shutting down"):
+        host.host.request("w8a8")
+    host.host.reopen()
+    assert host.host.active == "" and host.load("w8a8").active == "w8a8"
