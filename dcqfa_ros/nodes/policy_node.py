@@ -23,6 +23,7 @@ from dcqfa_ros.ros.clock_exchange import ClockEcho
 from dcqfa_ros.ros.conversions import MessageError, from_time, status_values
 from dcqfa_ros.ros.diagnostics import Status
 from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.ros.policy_chunking import PolicyChunking
 from dcqfa_ros.ros.policy_inputs import PolicyInputs
 from dcqfa_ros.ros.policy_outputs import PolicyOutputs
 from dcqfa_ros.ros.policy_variants import VariantControl
@@ -43,7 +44,8 @@ class PolicyNode(ManagedNode):
         add = self.add_parameter
         add("bundle", "pusht_keypoints", "bundle: a name or a folder", read_only=True)
         self._telling = threading.Lock()
-        self._variants = VariantControl(self, self._publish_active)
+        self._chunking = PolicyChunking(self, lambda: self._variants.host)
+        self._variants = VariantControl(self, self._publish_active, self._chunking.suits, lambda: self._chunking.method)
         self._inputs = PolicyInputs(self, self._refuse)
         self._outputs = PolicyOutputs(self)
         self._echo = ClockEcho(self)
@@ -57,12 +59,6 @@ class PolicyNode(ManagedNode):
             read_only=True,
         )
         add("noise_seed", -1, "seed of the policy's noise; -1: the cell's seed", minimum=-1)
-        add(
-            "rate",
-            "realtime",
-            "pace of the cell; in lockstep (max) observations do not age",
-            choices=("realtime", "max"),
-        )
         add("units_per_metre", 1024.0, "bundle units (px) per metre", minimum=1e-6, read_only=True)
         self.on_parameter("denoising_steps", self._validate_steps)
         self._bundle: Bundle | None = None
@@ -91,6 +87,7 @@ class PolicyNode(ManagedNode):
         action = bundle.spec.action
         self._outputs.check(bundle)
         self._variants.check(bundle)
+        self._chunking.open(bundle)
         rate = float(self.parameter("control_rate")) or action.rate_hz
         if abs(rate - action.rate_hz) > 1e-6:
             raise PolicyError(
@@ -107,6 +104,8 @@ class PolicyNode(ManagedNode):
             lost=self._lose_worker,
             steps=self._steps,
             ageless=lambda: self.parameter("rate") == "max",
+            chunking=self._chunking.now,
+            advice=lambda text: self.event(1, f"chunks are executed as far as they fit: {text}"),
         )
         observations = self._inputs.open(bundle, self._units)
         self._session = PolicySession(bundle.spec, self._variants.open(bundle), observations, self._period_ns, hooks)
@@ -114,6 +113,7 @@ class PolicyNode(ManagedNode):
         self._active_publisher = self.create_interface_publisher("active_variant")
         self._publish_active()
         self._inputs.subscribe()
+        self._chunking.listen(self._session.consumed)
         self._echo.open(action.space)
         self.create_guarded_subscription("choice", self._variants.on_choice)
         self.create_guarded_subscription("arm_state", self._on_arm_state)
@@ -146,6 +146,7 @@ class PolicyNode(ManagedNode):
         """End the engine's worker."""
         self._inputs.close()
         self._variants.close()
+        self._chunking.close()
         self._bundle, self._session = None, None
 
     def _publish_active(self) -> None:

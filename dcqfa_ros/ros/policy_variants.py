@@ -14,6 +14,7 @@ from dcqfa_ros.errors import UserError
 from dcqfa_ros.ros.bringup import AUTO
 from dcqfa_ros.ros.conversions import MessageError, status_values
 from dcqfa_ros.ros.node import ManagedNode
+from dcqfa_ros.runtime.chunking import Method
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, RUNTIMES, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.ranked_engines import RankedEngines
@@ -38,7 +39,11 @@ class VariantControl:
     """
 
     def __init__(
-        self, node: ManagedNode, changed: Callable[[], None], suits: Callable[[Target], str | None] = lambda _: None
+        self,
+        node: ManagedNode,
+        changed: Callable[[], None],
+        suits: Callable[[Target], str | None] = lambda _: None,
+        method: Callable[[], Method] = lambda: Method.SYNCHRONOUS,
     ) -> None:
         """Declare the parameters on ``node``.
 
@@ -46,10 +51,11 @@ class VariantControl:
             node: the node.
             changed: called when another variant, or none, computes the next chunk; from any thread, before that chunk.
             suits: returns why the node cannot run a variant as its other parameters are, or None.
+            method: how chunks follow each other, which a new worker is to be warm for.
         """
         self.host: VariantHost | None = None
         self.history: deque[SwapResult] = deque(maxlen=KEPT_SWAPS)
-        self._node, self._changed, self._suits = node, changed, suits
+        self._node, self._changed, self._suits, self._method = node, changed, suits, method
         self._bundle: Bundle | None = None
         self._failures = 0
         add = node.add_parameter
@@ -123,6 +129,7 @@ class VariantControl:
             reserve=int(parameter("memory_reserve_mb")) * _MIB,
             free_memory=lambda: detect().memory_available_bytes,
             needed_memory=_needed_memory,
+            chunking=self._method(),
         )
 
     def load_pinned(self) -> None:
@@ -166,7 +173,10 @@ class VariantControl:
     # what is asked for
 
     def _validate(self, value: str) -> str | None:
-        return None if value == AUTO or self.host is None else self._problem(value, ONNXRUNTIME)
+        if value == AUTO or self.host is None:
+            return None
+        runtime = str(self._node.parameter("runtime"))
+        return self._problem(value, self._runtime_of(value) if runtime == AUTO else runtime)
 
     def _problem(self, variant: str, runtime: str) -> str | None:
         """Why a variant cannot be asked for, None where it can; no weights are read."""

@@ -100,6 +100,11 @@ class VariantHost:
         return self._engine
 
     @property
+    def target(self) -> Target | None:
+        """What computes the next chunk, or None while nothing does."""
+        return self._target if self._active else None
+
+    @property
     def busy(self) -> bool:
         """Whether an exchange is under way."""
         thread = self._thread
@@ -203,6 +208,7 @@ class VariantHost:
             runtime=target.runtime,
             python=options.python or sys.executable,
             memory_limit=options.memory_limit,
+            chunking=options.chunking,
         )
         try:
             with self._lock:

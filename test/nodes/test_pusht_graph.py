@@ -28,7 +28,15 @@ SEED = 7
 class Cell:
     """arm_node and policy_node, active, and what they published."""
 
-    def __init__(self, graph: Graph, bundle: Path, rate: str, variant: str = "fp32", **arm: Any) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        bundle: Path,
+        rate: str,
+        variant: str = "fp32",
+        policy: dict[str, Any] | None = None,
+        **arm: Any,
+    ) -> None:
         self.graph = graph
         self.judgements: list[dict[str, str]] = []
         self.states: list[dict[str, str]] = []
@@ -42,7 +50,7 @@ class Cell:
             "dcqfa_ros.nodes.arm_node", "arm_node", rate=rate, max_steps=STEPS, seed=SEED, **arm
         )
         self.policy: Spawned = graph.spawn_node(
-            "dcqfa_ros.nodes.policy_node", "policy_node", rate=rate, bundle=bundle, variant=variant
+            "dcqfa_ros.nodes.policy_node", "policy_node", rate=rate, bundle=bundle, variant=variant, **(policy or {})
         )
         assert graph.activate("arm_node"), self.arm.output
         assert graph.activate("policy_node"), self.policy.output
