@@ -12,8 +12,11 @@ from typing import Any
 
 from dcqfa_ros.bundle.errors import BundleError
 from dcqfa_ros.bundle.load import BUNDLE_YAML, load_bundle
+from dcqfa_ros.commands import device_health
 from dcqfa_ros.devices.capabilities import Runtime, runtimes
 from dcqfa_ros.devices.detect import Device, detect
+from dcqfa_ros.devices.health import Health
+from dcqfa_ros.devices.ladder import LOAD_MARGIN, Ladder, build_ladder
 from dcqfa_ros.devices.quality import MARGIN
 from dcqfa_ros.devices.records import load_records
 from dcqfa_ros.devices.select import Choice, budget_for, choose
@@ -37,6 +40,7 @@ class BundleChoice:
     folder: str
     choice: Choice | None
     error: str | None
+    ladder: Ladder | None = None
 
     @property
     def is_runnable(self) -> bool:
@@ -46,7 +50,14 @@ class BundleChoice:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         choice = None if self.choice is None else self.choice.as_dict()
-        return {"bundle": self.bundle, "folder": self.folder, "choice": choice, "error": self.error}
+        ladder = None if self.ladder is None else self.ladder.as_dict()
+        return {
+            "bundle": self.bundle,
+            "folder": self.folder,
+            "choice": choice,
+            "ladder": ladder,
+            "error": self.error,
+        }
 
 
 def register(subparsers: Any) -> None:
@@ -54,10 +65,10 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "devices",
         help="describe this computer and choose a variant and a runtime for it",
-        description="Describe this computer: device, memory, runtimes, precisions they execute. For each bundle, or "
-        "the one named, rank variants and runtimes against the budgets and say why; 'dcqfa bench engine --save' "
-        "measures the latencies it then uses.",
-        epilog="example: dcqfa devices --bundle pusht_keypoints",
+        description="Describe this computer: device, memory, health, runtimes, precisions they execute. For each "
+        "bundle, or the one named, rank variants and runtimes against the budgets and say why, and what the selector "
+        "may go to under load; 'dcqfa bench engine --save' measures the latencies it then uses.",
+        epilog="examples: dcqfa devices --bundle pusht_keypoints --steps-allowed 8,4; dcqfa devices --watch 60",
     )
     add = parser.add_argument
     add("--json", action="store_true", help="print JSON")
@@ -81,6 +92,22 @@ def register(subparsers: Any) -> None:
         metavar="SCORE",
         help="by how much a recorded score may be lower than the bundle's best (default %(default)s)",
     )
+    add("--watch", type=_seconds, default=0.0, metavar="S", help="show the health every second, this long, only")
+    add(
+        "--steps-allowed",
+        type=_numbers,
+        default=(),
+        metavar="N,N",
+        help="denoising steps that may be used under load, beside --steps",
+    )
+    add("--steps-unrecorded", action="store_true", help="also steps with which no score is recorded")
+    add(
+        "--load-margin",
+        type=float,
+        default=LOAD_MARGIN,
+        metavar="SCORE",
+        help="by how much a score may be lower than the bundle's best under load (default %(default)s)",
+    )
     add("--root", type=Path, default=Path("/"), metavar="DIR", help="read a recorded device instead of this one")
     parser.set_defaults(func=_run)
 
@@ -93,13 +120,17 @@ def _run(args: argparse.Namespace) -> int:
     device = detect(args.root)
     if args.root.resolve() != Path("/"):
         device = dataclasses.replace(device, notes=(*device.notes, _RECORDED))
+    if args.watch:
+        return device_health.watch(args.root, args.watch, device, args.json)
     found = runtimes(device)
+    health = device_health.look(args.root)
     folders = [find_bundle(args.bundle)] if args.bundle else list(_bundles())
     choices = [_choose(args, folder, device, found) for folder in folders]
     if args.json:
-        print(json.dumps(_document(device, found, choices, bool(args.bundle)), indent=2))
+        print(json.dumps(_document(device, health, found, choices, bool(args.bundle)), indent=2))
     else:
-        print("\n".join([*_describe(device, found), *(line for choice in choices for line in _explain(choice))]))
+        lines = [*_describe(device, health, found), *(line for choice in choices for line in _explain(choice))]
+        print("\n".join(lines))
     if args.bundle:
         return 0 if all(choice.is_runnable for choice in choices) else 1
     return 1 if any(choice.error for choice in choices) else 0
@@ -123,32 +154,49 @@ def _choose(args: argparse.Namespace, folder: Path, device: Device, found: Seque
             raise
         return BundleChoice(folder.name, str(folder), None, str(error))
     budget = budget_for(spec, device, args.control_rate, args.latency_ms, args.memory_mb)
-    choice = choose(
+    local = load_records()
+    common: dict[str, Any] = {"runtime": args.runtime, "quality_margin": args.quality_margin, "available": found}
+    choice = choose(spec, device, budget, local, steps=args.steps, threads=args.threads, **common)
+    ladder = build_ladder(
         spec,
         device,
         budget,
-        load_records(),
-        steps=args.steps,
-        threads=args.threads,
-        runtime=args.runtime,
-        quality_margin=args.quality_margin,
-        available=found,
+        local,
+        choice=choice,
+        steps_allowed=args.steps_allowed,
+        allow_unrecorded=args.steps_unrecorded,
+        load_margin=args.load_margin,
+        **common,
     )
-    return BundleChoice(spec.name, str(folder), choice, None)
+    return BundleChoice(spec.name, str(folder), choice, None, ladder)
 
 
-def _document(device: Device, found: Sequence[Runtime], choices: Sequence[BundleChoice], one: bool) -> dict[str, Any]:
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 1.0 <= value <= 86_400.0:
+        raise argparse.ArgumentTypeError(f"expected 1 to 86400 seconds, got {text}")
+    return value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.replace(",", " ").split())
+
+
+def _document(
+    device: Device, health: Health, found: Sequence[Runtime], choices: Sequence[BundleChoice], one: bool
+) -> dict[str, Any]:
     """``choice`` is that of the bundle named by ``--bundle``; ``bundles`` holds all that were looked at."""
     bundles = [choice.as_dict() for choice in choices]
     return {
         "device": dataclasses.asdict(device),
+        "health": health.as_dict(),
         "runtimes": [runtime.as_dict() for runtime in found],
         "choice": bundles[0]["choice"] if one else None,
         "bundles": bundles,
     }
 
 
-def _describe(device: Device, found: Sequence[Runtime]) -> Iterator[str]:
+def _describe(device: Device, health: Health, found: Sequence[Runtime]) -> Iterator[str]:
     yield f"{device.name} ({device.kind})"
     yield f"  fingerprint   {device.fingerprint}"
     yield (
@@ -163,6 +211,7 @@ def _describe(device: Device, found: Sequence[Runtime]) -> Iterator[str]:
     if device.l4t is not None:
         yield f"  Jetson Linux  {device.l4t}"
     yield f"  memory        {device.memory_bytes / _GIB:.1f} GiB, {device.memory_available_bytes / _GIB:.1f} GiB free"
+    yield from device_health.describe(health)
     for runtime in found:
         yield from _describe_runtime(runtime, device)
     yield from (f"  note          {note}" for note in device.notes)
@@ -202,3 +251,7 @@ def _explain(found: BundleChoice) -> Iterator[str]:
         state = "" if candidate.accepted else "rejected: "
         yield f"  {candidate.variant + ' on ' + candidate.runtime:<24} {state}{candidate.reason}"
     yield from (f"  {'all on ' + name:<24} rejected: {why}" for name, why in choice.left_out.items())
+    for rung in found.ladder.rungs[1:] if found.ladder else ():
+        cost = f"{rung.cost:.1f} ms" if found.ladder and found.ladder.in_ms else f"modelled {rung.cost:.1f}"
+        score = "no recorded score" if rung.score is None else f"score {rung.score:.3f}"
+        yield f"  under load    {rung.label}: {cost}, about {rung.memory_bytes >> 20} MiB, {score}"

@@ -122,3 +122,42 @@ def test_errors_are_one_line(arguments: list[str], words: str, capsys: pytest.Ca
     assert error.startswith("dcqfa: error: ")
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_health_is_described_and_what_a_device_does_not_tell_is_named(no_models, tree, tmp_path, capsys) -> None:
+    root = tree("orin_nx_16")
+    zone = root / "sys/class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    for name, text in (("type", "cpu-thermal"), ("temp", "61250"), ("trip_point_0_type", "passive")):
+        (zone / name).write_text(text)
+    (zone / "trip_point_0_temp").write_text("99000")
+    assert main(["devices", "--root", str(root)]) == 0
+    text = capsys.readouterr().out
+    assert "health        61.2 degrees (cpu-thermal, slows down at 99), " in text
+    assert "absent      no throttling" in text
+    assert main(["devices", "--root", str(root), "--json"]) == 0
+    health = json.loads(capsys.readouterr().out)["health"]
+    assert health["temperatures"] == [{"sensor": "cpu-thermal", "celsius": 61.25, "limit": 99.0}]
+    assert health["throttled"] is None
+
+
+def test_health_can_be_watched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "--watch", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (look,) = document["health"]
+    assert look["memory_available_bytes"] > 0
+    assert set(look) > {"time_s", "temperatures", "throttled", "load_1min", "absent"}
+
+
+def test_what_the_selector_may_go_to_under_load_is_shown(no_models, tree, tiny_bundle, capsys) -> None:
+    arguments = ["devices", "--root", str(tree("cpu_vnni")), "--bundle", str(tiny_bundle()), "--runtime", "onnxruntime"]
+    assert main([*arguments, "--steps-allowed", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "under load" not in text.replace("--steps", ""), "nobody has scored 8 steps, and fp32 saves nothing"
+    assert main([*arguments, "--steps-allowed", "8", "--steps-unrecorded"]) == 0
+    assert "under load    onnxruntime/w8a8 with 8 steps: modelled" in capsys.readouterr().out
+    assert main([*arguments, "--steps-allowed", "8", "--steps-unrecorded", "--json"]) == 0
+    ladder = json.loads(capsys.readouterr().out)["bundles"][0]["ladder"]
+    assert [(rung["variant"], rung["steps"]) for rung in ladder["rungs"]] == [("w8a8", 16), ("w8a8", 8)]
+    assert main([*arguments, "--steps-allowed", "1000"]) == 2
+    assert "steps_allowed: expected numbers from 1 to 100" in capsys.readouterr().err
