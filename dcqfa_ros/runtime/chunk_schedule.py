@@ -21,6 +21,7 @@ from dcqfa_ros.runtime.consumption import ConsumptionLog
 
 TELL_S = 0.05  # to wait at most for the arm's count of actions at an observation
 LATENCIES_KEPT = 500
+ARRIVAL_PERIODS = 3  # an arm that has no action this long after a chunk was published did not get it
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,8 @@ class ChunkSchedule:
         published = self._plan.finish(inference, prediction, consumed)
         self._wake_at(stamp_ns, self._plan.due - inference.first)
         self._again_ns = stamp_ns + inference.timing.horizon * self._period_ns
+        if newest is not None:  # the chunk is still on its way, or has come after the arm's last word
+            self._again_ns = max(self._again_ns, newest.stamp_ns + ARRIVAL_PERIODS * self._period_ns)
         return published
 
     def sent(
