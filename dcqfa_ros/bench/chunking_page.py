@@ -40,7 +40,11 @@ _CHARTS_STYLE = (
 .chart .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
 .chart .whisker { stroke: var(--c); stroke-width: 1.3; opacity: .65; }
 .chart .point { fill: var(--card); stroke: var(--c); stroke-width: 2; }
+main { max-width: 1360px; }
+th, td { padding: 9px 12px; }
+td { white-space: nowrap; }
 td small { color: var(--soft); }
+td small.note { display: block; white-space: normal; min-width: 180px; line-height: 1.35; }
 td .within { color: var(--good); }
 td .beyond { color: var(--bad); }
 tbody tr.first td { border-top: 2px solid var(--line); }
@@ -182,6 +186,7 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         first = ' class="first"' if last not in (None, row.method) else ""
         last = row.method
+        note = f'<small class="note">{escape(row.note)}</small>' if row.note else ""
         body.append(
             f'<tr{first}><td><span class="key m-{row.method}"><i></i>{row.method}</span></td>'
             f'<td class="n">{row.delay:g} ms</td>'
@@ -191,8 +196,7 @@ def _table(rows: Sequence[Row]) -> str:
             f'<td class="n">{_plain(row.discontinuity, 1)} / {_plain(row.discontinuity_p95, 1)} px</td>'
             f'<td class="n">{_plain(row.jerk, 0)}</td><td class="n">{_plain(row.agent_jerk, 0)}</td>'
             f'<td class="n">{100 * row.starved_share:.1f} %</td><td class="n">{row.steps:.0f}</td>'
-            f"<td>{escape(row.bundle)}/{escape(row.variant)}"
-            f"{f'<br><small>{escape(row.note)}</small>' if row.note else ''}</td></tr>"
+            f"<td>{escape(row.bundle)}/{escape(row.variant)}{note}</td></tr>"
         )
     return f'<div class="table-card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.cli import main
 from dcqfa_ros.runtime.chunking import Method
 from test.conftest import make_spec
-from test.runtime.conftest import tiny_files, tiny_spec
+from test.runtime.conftest import ACTED, tiny_files, tiny_spec
 
 WEIGHTS = "a" * 64
 
@@ -242,6 +244,37 @@ def test_the_command_prints_a_row_per_method_and_latency_and_writes_a_page(
     assert main(command(bundle, *options)) == 0  # all rows are there already
     again = json.loads(capsys.readouterr().out)
     assert again["rows"] == result["rows"]
+
+
+def with_flag_channel(denoiser: bytes) -> bytes:
+    """The tiny denoiser as one that takes known tokens: it has their channel and leaves it unread."""
+    model = onnx.load_from_string(denoiser)
+    noisy = next(entry for entry in model.graph.input if entry.name == "noisy")
+    noisy.type.tensor_type.shape.dim[2].dim_value = ACTED + 1
+    for node in model.graph.node:
+        node.input[:] = ["actions" if name == "noisy" else name for name in node.input]
+    bounds = {"from": [0], "to": [ACTED], "along": [2]}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(v), k) for k, v in bounds.items())
+    model.graph.node.insert(0, onnx.helper.make_node("Slice", ["noisy", *bounds], ["actions"]))
+    return model.SerializeToString()
+
+
+def test_trained_chunking_runs_on_the_network_trained_for_it(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, files = tiny_spec()
+    files = {path: with_flag_channel(data) if "denoiser" in path else data for path, data in files.items()}
+    diffusion = spec.diffusion.model_dump() | {"prefix": 4}
+    write_bundle(tmp_path / "known", make_spec(files, name="known", diffusion=diffusion), files)
+    options = ["--methods", "trained", "--delays-ms", "0,200,400", "--trained-bundle", str(tmp_path / "known")]
+    assert main(command(bundle, *options, "--steps", "1", "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["bundle"], row["variant"], row["delay_ticks"]) for row in rows] == [
+        ("known", "w8a8", ticks) for ticks in (0, 2, 4)
+    ]
+    assert [row["note"] for row in rows[:2]] == ["", ""]
+    assert "delay 4 exceeds what the network was trained for: taken as 3" in rows[2]["note"]
+    assert all(row["starved_share"] == 0.0 for row in rows)
 
 
 @pytest.mark.parametrize(
