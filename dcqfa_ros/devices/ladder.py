@@ -156,8 +156,28 @@ def build_ladder(
                 left_out[rung.label] = why
             else:
                 rungs.append(rung)
-    rest = sorted(rungs[1:], key=lambda r: (r.score is None, -(r.score or 0.0), -r.steps, -r.cost))
-    return Ladder((*rungs[:1], *rest), in_ms, left_out, budget.latency_ms, budget.period_ms)
+    return Ladder(
+        (*rungs[:1], *_by_quality(rungs[1:], list(base))), in_ms, left_out, budget.latency_ms, budget.period_ms
+    )
+
+
+def _by_quality(rungs: Sequence[Rung], engines: Sequence[str]) -> list[Rung]:
+    """Order by recorded score, then by steps; where neither says anything, what costs most is taken to be best.
+
+    The runtimes of one variant with the same steps compute the same: of them the order of ``engines`` decides, the
+    selector's.
+    """
+    cost: dict[tuple[str, int], float] = {}
+    for rung in rungs:
+        key = rung.variant, rung.steps
+        cost[key] = max(rung.cost, cost.get(key, 0.0))
+
+    def order(rung: Rung) -> tuple[bool, float, int, float, str, int]:
+        dearest = cost[rung.variant, rung.steps]
+        place = engines.index(rung.engine) if rung.engine in engines else len(engines)
+        return rung.score is None, -(rung.score or 0.0), -rung.steps, -dearest, rung.variant, place
+
+    return sorted(rungs, key=order)
 
 
 def _rung(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.devices.budget import BudgetError, budget_for
+from dcqfa_ros.devices.capabilities import runtimes
 from dcqfa_ros.devices.detect import Device
 from dcqfa_ros.devices.ladder import Ladder, build_ladder
 from dcqfa_ros.devices.select import choose
@@ -78,6 +80,20 @@ def test_without_latencies_costs_are_modelled_and_compare_with_each_other(record
     cost = {(r.variant, r.steps): r.cost for r in ladder.rungs}
     assert cost["fp32", 8] == pytest.approx(cost["fp32", 16] / 2)
     assert cost["w8a8", 16] < cost["fp32", 16]
+
+
+def test_of_two_runtimes_of_one_variant_the_better_ranked_one_comes_first(recorded) -> None:
+    device = recorded("cpu_vnni")
+    spec = spec_with(device, SCORES, {"fp32": 40.0, "w8a8": 20.0})
+    budget = budget_for(spec, device, latency_ms=100.0)
+    found = [dataclasses.replace(r, unavailable=None) for r in runtimes(device) if r.runs_on == "cpu"]
+    choice = choose(spec, device, budget, available=found)
+    ladder = build_ladder(spec, device, budget, choice=choice, steps_allowed=[8], available=found)
+    ranked = [c.engine for c in choice.ranking if c.accepted and c.variant == "w8a8"]
+    assert [r.engine for r in ladder.rungs if (r.variant, r.steps) == ("w8a8", 8)] == ranked
+    assert len(ranked) == 2
+    scores = [r.score or 0.0 for r in ladder.rungs]
+    assert scores == sorted(scores, reverse=True)
 
 
 def test_a_device_on_which_nothing_fits_has_an_empty_ladder(recorded) -> None:
