@@ -268,9 +268,11 @@ def test_a_policy_joins_a_cell_with_an_arm_when_its_actions_are_for_one(
 
 @pytest.mark.parametrize("cell", ["inovo_cell", "emulated_cell"])
 def test_parameters_in_the_files_of_an_arm_belong_to_described_nodes_and_are_known(cell: str) -> None:
-    names = {n.name for n in describe(BringupOptions(cell="emulated", teleop=True))}
+    described = {n.name for n in describe(BringupOptions(cell="emulated", teleop=True))}
     document = yaml.safe_load((ROOT / "config" / f"{cell}.yaml").read_text())
-    assert {key.removeprefix("/**/") for key in document} <= names
+    sections = {key.removeprefix("/**/") for key in document}
+    assert sections <= set(bringup.ARM_CELL_NODES)
+    assert sections - described <= {"selector_node", "policy_node", "trial_node"}, "those of a bundle"
 
 
 def _has_launch() -> bool:
