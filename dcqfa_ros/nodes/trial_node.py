@@ -33,7 +33,8 @@ from dcqfa_ros.trials.session import TrialSession
 
 READY_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 10.0
-SETTLE_S = 2.0
+SETTLE_S = 10.0  # for what the nodes tell of an ended trial
+FAULTY_SETTLE_S = 2.0  # the same where the policy has a problem and may tell nothing
 POLL_S = 0.02
 ABNORMAL_EXIT = 3
 
@@ -275,8 +276,10 @@ class TrialNode(ManagedNode):
             with self._trial_lock:  # before the arm says "operator"
                 collector.stop_code, collector.stop_reason = "trial_timeout", f"not finished within {limit:g} s"
             self._trigger("disarm")
-        deadline = time.monotonic() + SETTLE_S
-        while not collector.complete and time.monotonic() < deadline and not halt.is_set():
+        ended = time.monotonic()
+        while not collector.complete and not halt.is_set():
+            if time.monotonic() > ended + (FAULTY_SETTLE_S if "policy_node" in self._problems else SETTLE_S):
+                break
             time.sleep(POLL_S / 4)
         with self._trial_lock:
             self._current = None
