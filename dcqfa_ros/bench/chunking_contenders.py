@@ -19,6 +19,7 @@ from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.runtime.chunking import Method
 from dcqfa_ros.runtime.engine import ROLES
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, open_engine
+from dcqfa_ros.runtime.guidance import method_refusal
 from dcqfa_ros.runtime.ort_pullback import open_pullback
 from dcqfa_ros.runtime.policy import PolicyRuntime
 
@@ -106,6 +107,9 @@ def find_contenders(bundle: str, variant: str, trained_bundle: str | None, metho
                 trained = other
                 _same_task(loaded.spec, other.spec)
             found = _of_trained(other, variant) if isinstance(other, Bundle) else other
+        if isinstance(found, Contender):
+            spec = trained.spec if trained is not None and method is Method.TRAINED else loaded.spec
+            found = method_refusal(method, spec, found.variant, ONNXRUNTIME) or found
         if isinstance(found, str):
             not_run[method] = found
         else:
@@ -136,14 +140,16 @@ def _same_task(spec: BundleSpec, trained: BundleSpec) -> None:
 
 
 def _floating(bundle: Bundle, asked: Contender) -> Contender | str:
-    """The floating-point variant: the one asked for where it is one."""
-    whole = [v for v in bundle.spec.variants if v.precision == _FLOAT and v.subnet is None]
-    for candidate in sorted(whole, key=lambda v: v.name != asked.variant):
-        note = (
-            "" if candidate.name == asked.variant else f"guidance differentiates the network: run on {candidate.name}"
-        )
-        return Contender(asked.bundle, asked.folder, candidate.name, candidate.weights, note)
-    return f"guided chunking needs a {_FLOAT} variant; bundle {bundle.spec.name} has none"
+    """The variant asked for where it has a derivative, else the bundle's floating-point variant."""
+    spec = bundle.spec
+    refusal = method_refusal(Method.GUIDED, spec, asked.variant, ONNXRUNTIME)
+    if refusal is None:
+        return asked
+    candidate = next((v for v in spec.variants if v.precision == _FLOAT and v.subnet is None), None)
+    if candidate is None:
+        return f"{refusal}; the bundle has no {_FLOAT} variant"
+    note = f"guidance differentiates the network: run on {candidate.name}"
+    return Contender(asked.bundle, asked.folder, candidate.name, candidate.weights, note)
 
 
 def _trained(name: str | None) -> Bundle | str:

@@ -195,7 +195,17 @@ def test_without_a_float_variant_guided_chunking_is_not_run(tmp_path: Path) -> N
     write_bundle(tmp_path / "only", only, files)
     field = find_contenders(str(tmp_path / "only"), "w8a8", None, [Method.GUIDED])
     assert not field.contenders
-    assert "needs a fp32 variant" in field.not_run[Method.GUIDED]
+    assert "needs the denoiser's derivative" in field.not_run[Method.GUIDED]
+    assert "has no fp32 variant" in field.not_run[Method.GUIDED]
+
+
+def test_methods_that_a_sampler_does_not_allow_are_not_run(tmp_path: Path) -> None:
+    spec, files = tiny_spec()
+    diffusion = spec.diffusion.model_dump() | {"sampler": "ddpm"}
+    write_bundle(tmp_path / "ddpm", make_spec(files, diffusion=diffusion), files)
+    field = find_contenders(str(tmp_path / "ddpm"), "w8a8", None, [Method.ENSEMBLE, Method.SOFT, Method.GUIDED])
+    assert list(field.contenders) == [Method.ENSEMBLE]
+    assert all("is defined for sampler ddim" in reason for reason in field.not_run.values())
 
 
 def test_without_a_network_trained_for_it_trained_chunking_is_listed_as_not_run(
