@@ -40,8 +40,9 @@ _CHARTS_STYLE = (
 .chart .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
 .chart .whisker { stroke: var(--c); stroke-width: 1.3; opacity: .65; }
 .chart .point { fill: var(--card); stroke: var(--c); stroke-width: 2; }
-main { max-width: 1360px; }
-th, td { padding: 9px 12px; }
+main { max-width: 1400px; }
+table { font-size: 14px; }
+th, td { padding: 8px 9px; }
 td { white-space: nowrap; }
 td small { color: var(--soft); }
 td small.note { display: block; white-space: normal; min-width: 180px; line-height: 1.35; }
@@ -92,7 +93,7 @@ def render_page(rows: Sequence[Row], not_run: Sequence[NotRun], settings: Settin
         f"<title>{title}</title><style>{STYLE}{_CHARTS_STYLE}</style></head><body><main>"
         f'<h1>{title}</h1><ul class="facts">{items}</ul><h2>Latency against score and smoothness</h2>'
         f'<div class="legend">{keys}</div><div class="charts">{cards}</div><h2>Table</h2>{_table(rows)}'
-        f"{_missing(not_run)}{_footer(rows, settings)}</main></body></html>\n"
+        f"{_missing(not_run)}{_footer(settings)}</main></body></html>\n"
     )
 
 
@@ -212,7 +213,11 @@ def _plain(value: float | None, digits: int) -> str:
 def _loss(difference: Difference | None, judged: bool = False) -> str:
     if difference is None:
         return NOTHING
-    mark = (' class="within"' if difference.within_margin else ' class="beyond"') if judged else ""
+    mark = ""
+    if judged and not difference.within_margin:
+        mark = ' class="beyond"'
+    elif judged and difference.shown_within_margin:
+        mark = ' class="within"'
     return f"<span{mark}>{difference.mean:+.3f}</span>{_half(difference.mean, difference.interval, 3)}"
 
 
@@ -226,10 +231,10 @@ def _missing(not_run: Sequence[NotRun]) -> str:
     )
 
 
-def _footer(rows: Sequence[Row], settings: Settings) -> str:
+def _footer(settings: Settings) -> str:
     versions = " · ".join(f"{escape(name)} <code>{escape(value)}</code>" for name, value in settings.versions.items())
-    margin = f"{MARGIN:g}" if any(row.against_no_delay for row in rows) else ""
-    judged = f" A loss against 0 ms within {margin} is green." if margin else ""
+    margin = f"{MARGIN:g}"
+    judged = f" Against 0 ms: green where the whole interval loses less than {margin}, red where the mean loses more."
     return (
         "<footer><p>Closed-loop Push-T in virtual time: every chunk comes the injected latency after its observation "
         "and takes effect at the next control tick; a tick without an action repeats the last target. Score: the "
