@@ -167,6 +167,8 @@ class _Run:
             **PARAMETERS, "command_source": "policy", "rate": rate_hz, "cameras": str(list(CAMERAS)),
             "state_rate": size.state_rate, "inovo.host": "127.0.0.1", "inovo.port": port,
             "realtime_priority": realtime_priority, "maximum_age.observation": 1.0, "maximum_age.camera": 1.0,
+            # One computer: what a busy one delays must not end the measurement.
+            "clock.maximum_skew_ms": 1000.0, "clock.silence_s": 10.0,
         }  # fmt: skip
         policy: dict[str, Any] = {"bundle": bundle, "variant": VARIANT, "runtime": "onnxruntime"}
         policy["observation_sources"] = _list(SOURCES)
@@ -196,8 +198,7 @@ class _Run:
                 raise BenchError(f"{name} was not activated: {node.output[-500:]}")
         try:
             wait_until(self._loaded, "a loaded variant")
-            wait_until(self._armed, "an armed arm")
-            wait_until(lambda: int(self._values("policy_node/policy").get("chunks") or 0) > 1, "chunks")
+            wait_until(lambda: self._armed() and self._published() > 1, "chunks")
         except AssertionError as error:
             told = {name: node.output[-300:] for name, node in self._nodes.items() if node.output}
             raise BenchError(f"{error}: {self._values('policy_node/policy')}; {told}") from error
@@ -272,6 +273,9 @@ class _Run:
         if self._stops:
             told.append(f"the arm stopped {len(self._stops)} times: {self._stops[0]}")
         return "; ".join(told) or None
+
+    def _published(self) -> int:
+        return int(self._values("policy_node/policy").get("published") or 0)
 
     def _loaded(self) -> bool:
         values = self._values("policy_node/policy")
