@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from geometry_msgs.msg import PoseStamped
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from rclpy.serialization import deserialize_message, serialize_message
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
 from dcqfa_ros.ros import conversions as c
+from dcqfa_ros.runtime.consumption import Report
 
 PIXELS = st.floats(-600, 600, width=32)
 UNITS = 1024.0  # px per metre: a power of two, so that the conversion is exact
@@ -87,3 +88,22 @@ def test_a_status_message_without_a_status_is_refused():
     message.status = []
     with pytest.raises(c.MessageError, match="without a status"):
         c.status_values(message)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 2**40), min_size=6, max_size=6))
+def test_what_the_arm_consumed_comes_back_as_it_was(numbers):
+    report = Report(*numbers)
+    assert c.consumption_report(c.consumption_message(report)) == report
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"consumed": "-1"}, "negative"), ({"begun": "x"}, "invalid literal"), ({"buffered": None}, "KeyError")],
+)
+def test_a_malformed_word_on_consumption_is_refused(change, text):
+    message = c.consumption_message(Report(1, 2, 3, 4, 5, 6))
+    values = c.status_values(message) | change
+    kept = {key: value for key, value in values.items() if value is not None}
+    with pytest.raises(c.MessageError, match=text):
+        c.consumption_report(c.status_message(2, "consumption", 0, "", kept))

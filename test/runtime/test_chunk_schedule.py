@@ -43,7 +43,7 @@ def test_warm_up_runs_do_not_count_towards_the_delay() -> None:
     assert delay.add(0.05, "w8a8") and delay.actions(PERIOD) == 1
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 2), min_size=1, max_size=150), st.integers(10_000_000, 500_000_000))
 def test_the_delay_covers_the_95th_percentile_rounded_up(latencies: list[float], period: int) -> None:
     delay = DelayEstimator()

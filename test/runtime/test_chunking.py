@@ -160,6 +160,7 @@ def test_the_jump_between_two_chunks_is_measured_where_the_arm_changes_over() ->
     assert published.taken == 10 and published.jump == pytest.approx(math.hypot(6, -6))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
 def test_the_soft_mask_is_the_published_one(tokens: int, frozen: int, horizon: int, known: int) -> None:
     known = max(known, frozen)
@@ -180,6 +181,7 @@ def test_the_soft_mask_is_the_published_one(tokens: int, frozen: int, horizon: i
     assert (np.diff(mask) <= 0).all()
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(Method), st.integers(1, 40), st.integers(0, 60), st.integers(1, 40), st.none() | st.integers(0, 9)
 )
