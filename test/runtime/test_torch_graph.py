@@ -169,7 +169,8 @@ def test_half_weights_multiply_in_half_only_where_the_input_is_rounded_to_half()
     weight = helper.make_node("Cast", ["w"], ["wf"], to=F32)
     product = [weight, helper.make_node("MatMul", ["x", "wf"], ["y"])]
     ends = {"x": (F32, ["B", 6])}, {"y": (F32, ["B", 4])}
-    assert read_graph(serialize(product, *ends, constants), "g").linears == {"wf": FLOAT}  # only stored so: widened when the graph is parsed
+    # Only stored so: widened when the graph is parsed.
+    assert read_graph(serialize(product, *ends, constants), "g").linears == {"wf": FLOAT}
     rounded = [
         helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
         helper.make_node("Cast", ["h"], ["r"], to=F32),
