@@ -164,12 +164,18 @@ class GuardedNode(LifecycleNode):
         return publisher
 
     def create_guarded_subscription(
-        self, key: str, callback: Callable[[Any], None], raw: bool = False, **fields: str
+        self, key: str, callback: Callable[[Any], None], raw: bool = False, newest: int | None = None, **fields: str
     ) -> Any:
-        """Subscribe to the table's ``key``; ``raw`` hands the callback serialized bytes."""
+        """Subscribe to the table's ``key``; ``raw`` hands the callback serialized bytes.
+
+        With ``newest`` no more than so many messages wait for a callback that cannot keep up; older ones are lost.
+        """
         entry = interface(key)
+        quality = self.__qos(key)
+        if newest is not None:
+            quality.depth = min(quality.depth, newest)
         subscription = self.create_subscription(
-            entry.message_class(), entry.resolve(**fields), self.guard(callback), self.__qos(key), raw=raw
+            entry.message_class(), entry.resolve(**fields), self.guard(callback), quality, raw=raw
         )
         self.__own(lambda: self.destroy_subscription(subscription))
         return subscription

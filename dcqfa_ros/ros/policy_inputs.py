@@ -33,6 +33,7 @@ _TYPES = {  # what an interface may feed
     "wrench_raw": ("wrench", "low_dim"),
     "tool_wrench": ("wrench", "low_dim"),
 }
+_WAITING = 5  # samples of a key that may wait for this node in real time: what is late must not delay what is new
 _ENCODINGS = {"image": "rgb8", "depth": "16UC1"}
 
 
@@ -114,7 +115,14 @@ class PolicyInputs:
         for key, (source, fields) in self._sources.items():
             take = self._on_picture if key in self.pictures else self._on_observation
             heard = functools.partial(take, key)
-            self._node.create_guarded_subscription(source, heard, raw=key in self.pictures, **fields)
+            raw, newest = key in self.pictures, self._waiting(key)
+            self._node.create_guarded_subscription(source, heard, raw=raw, newest=newest, **fields)
+
+    def _waiting(self, key: str) -> int | None:
+        """How many samples may wait; None where every one counts: in lockstep, and those of a window."""
+        spec = None if self.observations is None else self.observations.specs[key]
+        lockstep = self._node.parameter("rate") == "max"
+        return None if lockstep or spec is None or spec.type == "wrench" else _WAITING
 
     def close(self) -> None:
         """Take nothing more in."""
