@@ -64,7 +64,7 @@ class SwapBench:
         swap_ms_p50, swap_ms_p99, swap_ms_max: from the request until the new variant computes the next chunk.
         gap_ms_p99, gap_ms_max: time of an exchange for which no chunk could be begun.
         rss_before_mb, rss_after_mb: resident memory of this process and the worker together while the first variant
-            runs; medians of the first and last five such moments, the first round over all variants left out.
+            runs; medians of the first and last five such moments (fewer in a short run), the first round left out.
         rss_growth: percent.
         workers_left, fds_left, memory_files_left: child processes, file descriptors and shared memory of this process
             after closing, beyond those before.
@@ -178,7 +178,8 @@ def run_swap_bench(
             memory.append(cell.memory())
     left = _Left.now()
     failed = [r for r in results if not r.ok]
-    first, last = statistics.median(memory[:_SAMPLES]), statistics.median(memory[-_SAMPLES:])
+    count = max(1, min(_SAMPLES, len(memory) // 2))
+    first, last = statistics.median(memory[:count]), statistics.median(memory[-count:])
     growth = 100.0 * (last - first) / first
     workers, descriptors, files = (a - b for a, b in zip(left, before, strict=True))
     loads, gaps = [r.load_ms for r in results], [r.gap_ms for r in results]
