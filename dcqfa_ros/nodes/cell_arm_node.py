@@ -254,6 +254,7 @@ class CellArmNode(ManagedNode):
                 "rate": "realtime",
                 "step": stream.player.consumed,
                 "missed_ticks": stream.ticker.missed,
+                "missed_ticks_in_all": stream.ticker.missed_in_all,
                 "starved_ticks": stream.player.starved,
             }
             text = "armed" if armed else f"disarmed: {now.stop.text}"

@@ -22,6 +22,7 @@ class Ticker:
     Attributes:
         period_ns: between two deadlines.
         missed: ticks missed since :meth:`count_anew`.
+        missed_in_all: ticks missed since it was made: no miss is lost where an episode ends before it was reported.
         ticks: done since it was made.
         jitter: lateness of every tick since :meth:`count_anew`.
     """
@@ -31,7 +32,7 @@ class Ticker:
         if period_ns <= 0:
             raise ValueError(f"tick period: expected a positive number of nanoseconds, got {period_ns}")
         self.period_ns = period_ns
-        self.missed = 0
+        self.missed = self.missed_in_all = 0
         self.ticks = 0
         self.jitter = Histogram()
         self._late: deque[int] = deque(maxlen=JITTER_WINDOW)
@@ -72,6 +73,7 @@ class Ticker:
                 return  # restarted meanwhile
             periods = late // self.period_ns
             self.missed += periods
+            self.missed_in_all += periods
             self._deadline = deadline + (periods + 1) * self.period_ns
             self.jitter.add(late)
         self.ticks += 1
@@ -96,6 +98,7 @@ class Ticker:
         return {
             "ticks": str(self.ticks),
             "missed_ticks": str(self.missed),
+            "missed_ticks_in_all": str(self.missed_in_all),
             **_percentiles("late", self._late),
             **_percentiles("work", self._busy),
             **self.jitter.figures("jitter"),

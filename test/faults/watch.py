@@ -63,7 +63,7 @@ def resident(pid: int) -> int:
 def deadlines(cell: FaultCell, period_s: float) -> tuple[int, int, float]:
     """Return how many deadlines of the stream were missed, how many of them no diagnostic tells, and the longest gap.
 
-    Looks at the time each frame was made, which it carries, against ``missed_ticks`` of ``arm_node``.
+    Looks at the time each frame was made, which it carries, against ``missed_ticks_in_all`` of ``arm_node``.
     """
     told = _told(cell)
     late, untold, longest, before = 0, 0, 0.0, None
@@ -86,16 +86,16 @@ def _told(cell: FaultCell) -> list[float]:
     """Return the times (ROS clock, s) at which ``arm_node`` told of missed ticks that it had not told of before."""
     told, before = [], 0
     for when, missed in sorted(_counts(cell)):
-        if missed != before and missed > 0:
+        if missed > before:
             told.append(when)
-        before = missed
+        before = max(before, missed)
     return told
 
 
 def _counts(cell: FaultCell) -> list[tuple[float, int]]:
-    found = [(s["heard_s"], int(s["missed_ticks"])) for s in cell.states]
+    found = [(s["heard_s"], int(s["missed_ticks_in_all"])) for s in cell.states]
     for when, status in cell.arm_reports:
-        found.append((when, int(status.values["missed_ticks"])))
+        found.append((when, int(status.values["missed_ticks_in_all"])))
     return found
 
 
