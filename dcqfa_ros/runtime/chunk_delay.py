@@ -17,7 +17,7 @@ class DelayEstimator:
 
     Warm-up runs do not count: the first of an episode, and the first by another engine or number of denoising steps,
     whose latencies also replace those measured before. Until one counts, the latest warm-up run stands in for it.
-    Not thread-safe.
+    Written by one thread.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,8 @@ class DelayEstimator:
     @property
     def p95_s(self) -> float:
         """95th percentile of the latencies that count, seconds; of a warm-up run where none does."""
-        return float(np.percentile(self._latencies, PERCENTILE)) if self._latencies else self._warm_up_s
+        latencies = list(self._latencies)  # diagnostics ask from another thread: it may be emptied meanwhile
+        return float(np.percentile(latencies, PERCENTILE)) if latencies else self._warm_up_s
 
     def actions(self, period_ns: int) -> int:
         """Return the delay in actions of ``period_ns`` nanoseconds each, rounded up."""

@@ -285,6 +285,8 @@ class ChunkPlan:
         numbers = [max(0, n) for n in range(consumed - first, min(self.end, consumed + self.available))]
         if not numbers:
             return None  # nothing executed is among the tokens, and nothing is left
+        if numbers[0] not in self._kept:
+            return None  # executed before the plan resumed: the past tokens are not known
         previous = np.stack([self._kept[n] for n in numbers])
         # An arm without actions waits: then nothing but the past tokens is executed meanwhile.
         frozen = min(first + timing.delay, len(previous))

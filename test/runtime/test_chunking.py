@@ -139,6 +139,19 @@ def test_a_starved_arm_leaves_only_the_past_tokens_to_continue() -> None:
     assert (len(inference.continuation.previous), inference.continuation.frozen) == (1, 1)
 
 
+@pytest.mark.parametrize("past", [1, 3])
+def test_a_resumed_plan_continues_nothing_until_its_past_tokens_are_known(past: int) -> None:
+    """A policy that was restarted within an episode, whose first chunk is lost: the arm has still consumed as many."""
+    plan = ChunkPlan(action_spec(first=past), Method.SOFT, execution_horizon=1)
+    plan.resume(40)
+    inference = plan.begin(40, 1)
+    plan.finish(inference, np.zeros((inference.actions, 2), np.float32), 40)
+    for consumed in range(40, 40 + past):
+        assert plan.begin(consumed, 1).continuation is None
+    continuation = plan.begin(40 + past, 1).continuation
+    assert continuation is not None and len(continuation.previous) == 16 - past
+
+
 def test_ensembling_weighs_the_oldest_prediction_most() -> None:
     plan = ChunkPlan(ACTION, Method.ENSEMBLE, execution_horizon=4)
     arm = Arm(plan)
