@@ -199,7 +199,6 @@ class PolicyNode(ManagedNode):
         self.event(2, f"no further commands in this episode: {reason}", reason=reason)
 
     def _lose_worker(self, reason: str) -> None:
-        self._variants.lose()
         self._publish_active()
         self._refuse(reason)
         self.fault(reason)

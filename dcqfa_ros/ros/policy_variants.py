@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.devices import modelled
-from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.devices.detect import detect, memory_of
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.ros.bringup import AUTO
 from dcqfa_ros.ros.conversions import MessageError, status_values
@@ -81,6 +80,7 @@ class VariantControl:
         self._nothing_fits = False  # the selector's verdict: then a default would break a budget
         self._ranking = RankedEngines()  # the selector's
         self._wanted = ""  # <runtime>/<variant> that was asked for last
+        self._asked = 0  # number of the exchange that was asked for last, 0 once its outcome is known
         self._wish = ""  # the parameter's value that it was asked for by
         self._fulfilled = ""  # the last such value whose variant came to run
 
@@ -115,10 +115,13 @@ class VariantControl:
         """Make the host of ``bundle``'s variants."""
         self._bundle = bundle
         threads = int(self._node.parameter("engine_threads"))
-        self.host = VariantHost(
-            bundle, threads, self._on_swap, lambda _: self._changed(), self._on_hold, self._host_options
-        )
-        return self.host
+
+        def settle(result: SwapResult) -> None:  # of this host: its last words may come when the node has another one
+            self._node.post(lambda: self._settle_swap(result, ours=self.host is host))
+
+        host = VariantHost(bundle, threads, settle, lambda _: self._changed(), self._on_hold, self._host_options)
+        self.host = host
+        return host
 
     def _host_options(self) -> HostOptions:
         parameter = self._node.parameter
@@ -127,7 +130,7 @@ class VariantControl:
             start_timeout_s=float(parameter("engine_start_timeout_s")),
             shortage=Shortage(parameter("swap_when_memory_is_short")),
             reserve=int(parameter("memory_reserve_mb")) * _MIB,
-            free_memory=lambda: detect().memory_available_bytes,
+            free_memory=lambda: memory_of()[1],
             needed_memory=_needed_memory,
             chunking=self._method(),
         )
@@ -156,11 +159,7 @@ class VariantControl:
         """Kill the workers: an engine that does not answer must not keep the node."""
         if self.host is not None:
             self.host.abort()
-            self._wanted = ""
-
-    def lose(self) -> None:
-        """Take note that the active variant's worker has died."""
-        self._wanted = ""
+            self._asked = 0
 
     def close(self) -> None:
         """End the workers and forget the selector's choice."""
@@ -173,22 +172,28 @@ class VariantControl:
     # what is asked for
 
     def _validate(self, value: str) -> str | None:
-        if value == AUTO or self.host is None:
+        if self.host is None:
             return None
-        runtime = str(self._node.parameter("runtime"))
-        return self._problem(value, self._runtime_of(value) if runtime == AUTO else runtime)
+        return self._problem((self._choice or self._first_that_suits()[0]) if value == AUTO else value)
 
-    def _problem(self, variant: str, runtime: str) -> str | None:
+    def _problem(self, variant: str, runtime: str = "") -> str | None:
         """Why a variant cannot be asked for, None where it can; no weights are read."""
         assert self.host is not None
         try:
-            return self._suits(self.host.targets.resolve(variant, runtime))
+            return self._suits(self.host.targets.resolve(variant, runtime or self._runtime_for(variant)))
         except UserError as error:
             return str(error)
 
+    def _first_that_suits(self) -> tuple[str, str]:
+        """The default variant, or the first of the bundle that suits where it does not; and why it does not, if so."""
+        default = self._default
+        reason = self._problem(default) or ""
+        names = [v.name for v in self._bundle.spec.variants] if reason and self._bundle is not None else []
+        return next((name for name in names if self._problem(name) is None), default), reason
+
     def _apply(self, value: str) -> None:
         if self.host is not None:
-            self._want((self._choice or self._default) if value == AUTO else value, value)
+            self._want((self._choice or self._first_that_suits()[0]) if value == AUTO else value, value)
 
     @property
     def _default(self) -> str:
@@ -200,43 +205,65 @@ class VariantControl:
 
     def _use_default(self) -> None:
         self._fallback.cancel()
-        unanswered = not self._choice and not self._nothing_fits and not self._wanted
-        if self._node.parameter("variant") == AUTO and self.host is not None and unanswered:
-            self._node.event(1, f"no choice from the selector: using the default variant {self._default!r}")
-            self._want(self._default)
+        unanswered = not self._choice and not self._nothing_fits and not self._asked
+        if self._node.parameter("variant") != AUTO or self.host is None or self.host.active or not unanswered:
+            return
+        variant, reason = self._first_that_suits()
+        if not reason:
+            self._node.event(1, f"no choice from the selector: using the default variant {variant!r}")
+        elif variant != self._default:
+            self._node.event(1, f"no choice from the selector: using variant {variant!r}, because {reason}")
+        else:
+            self._node.event(2, f"no variant is loaded: {reason}; set chunking or variant")
+            return
+        self._want(variant)
 
     def _want(self, variant: str, wish: str | None = None) -> None:
         """Ask for ``variant`` because the parameter is, or is about to be, ``wish``."""
         if self.host is None:
             return
-        runtime = str(self._node.parameter("runtime"))
-        if runtime == AUTO:
-            runtime = self._runtime_of(variant)
         self._wish = str(self._node.parameter("variant")) if wish is None else wish
+        if self.host.closed:
+            return  # its workers were killed: activation asks
+        runtime = self._runtime_for(variant)
         engine = self.host.targets.resolve(variant, runtime).engine
-        if engine == self._wanted:
-            if engine == self.host.engine:
-                self._fulfilled = self._wish
+        if engine == self._wanted and self._asked and self.host.busy:
+            return  # on its way
+        if engine == self._wanted == self.host.engine:
+            self._fulfilled = self._wish
             return
-        self.host.request(variant, runtime)
+        self._ask(variant, runtime)
+
+    def _ask(self, variant: str, runtime: str) -> None:
+        assert self.host is not None
+        engine = self.host.targets.resolve(variant, runtime).engine
+        self._asked = self.host.request(variant, runtime)
         self._wanted = engine
+
+    def _runtime_for(self, variant: str) -> str:
+        runtime = str(self._node.parameter("runtime"))
+        return self._runtime_of(variant) if runtime == AUTO else runtime
 
     def _runtime_of(self, variant: str) -> str:
         best = self._ranking.best(variant)
         return ONNXRUNTIME if best is None else best[0]
 
     def _try_next(self, refused: str) -> bool:
-        """In ``auto``, ask for the best engine that was not refused; returns whether one was asked for."""
+        """In ``auto``, ask for the best engine that was not refused and suits; returns whether one was asked for."""
         pinned = str(self._node.parameter("variant")), str(self._node.parameter("runtime"))
-        if self.host is None or AUTO not in pinned:
-            return False
-        best, text = self._ranking.after(refused, *pinned, running=self.host.engine)
-        if text:
-            self._node.event(2, text, refused=refused)
-        if best is not None:
-            self._wanted = "/".join(best)
-            self.host.request(best[1], best[0])
-        return best is not None
+        while self.host is not None and not self.host.closed and AUTO in pinned:
+            best, text = self._ranking.after(refused, *pinned, running=self.host.engine)
+            problem = None if best is None else self._problem(best[1], best[0])
+            if text:
+                self._node.event(2, text, refused=refused)
+            if best is None:
+                return False
+            if problem is None:
+                self._ask(best[1], best[0])
+                return True
+            refused = "/".join(best)
+            self._node.event(2, f"{refused} cannot be tried: {problem}", refused=refused)
+        return False
 
     # what became of it
 
@@ -256,25 +283,28 @@ class VariantControl:
     def _on_hold(self, reason: str) -> None:
         self._node.event(1, f"the policy holds until the exchange of variants is done: {reason}")
 
-    def _on_swap(self, result: SwapResult) -> None:
-        self._node.post(functools.partial(self._settle_swap, result))
-
-    def _settle_swap(self, result: SwapResult) -> None:
+    def _settle_swap(self, result: SwapResult, ours: bool) -> None:
+        """Tell the outcome of an exchange; where it is the one that was asked for last (of ``ours``), act on it."""
         self.history.append(result)
         engine = f"{result.runtime}/{result.requested}"
+        latest = ours and result.swap_id == self._asked
+        if latest:
+            self._asked = 0
         if result.ok:
             text = f"variant {result.active!r} is active on {result.runtime}"
             self._node.event(0, text, **result.values())
-            if engine == self._wanted:
+            if latest:
                 self._fulfilled = self._wish
         elif result.outcome is Outcome.SUPERSEDED:
             text = f"variant {result.requested!r} on {result.runtime} was not waited for: {result.reason}"
             self._node.event(1, text, **result.values())
+            if latest and self.host is not None and not self.host.closed:  # by somebody who asked for another purpose
+                self._ask(result.requested, result.runtime)
         else:
             self._failures += 1
             text = f"variant {result.requested!r} refused on {result.runtime}: {result.reason}"
             self._node.event(2, text, **result.values())
-            if engine == self._wanted:  # else a newer request's outcome counts
+            if latest:  # else a newer request's outcome counts, or the running variant was to be loaded anew
                 self._wanted = result.engine
                 if not self._try_next(engine):
                     self._take_back()
@@ -284,6 +314,8 @@ class VariantControl:
         if self._fulfilled and self._fulfilled != self._wish and self._node.parameter("variant") == self._wish:
             self._node.restore_parameter("variant", self._fulfilled)
             self._wish = self._fulfilled
+            if self._wish == AUTO and self._choice and self._problem(self._choice) is None:
+                self._want(self._choice)  # it may have changed while another variant was asked for
 
     def on_choice(self, message: Any) -> None:
         """Take the selector's choice (interface ``choice``)."""
@@ -303,7 +335,7 @@ class VariantControl:
             return
         pinned = str(self._node.parameter("variant"))
         target = choice if pinned == AUTO else pinned  # a pinned variant may have a better runtime
-        reasons = [self._problem(name, self._runtime_of(name)) for name in (choice, target)]
+        reasons = [self._problem(name) for name in (choice, target)]
         steps, most = values.get("steps", ""), self._train_timesteps
         if steps and not (steps.isdecimal() and 1 <= int(steps) <= most):
             reasons.append(f"steps is {steps!r}, expected a number from 1 to {most}")

@@ -27,7 +27,7 @@ class Outcome(str, Enum):
 
     SWITCHED = "switched"
     FAILED = "failed"
-    SUPERSEDED = "superseded"  # a newer request came before it was done
+    SUPERSEDED = "superseded"  # a newer request, or the end of the policy, came before it was done
 
 
 @dataclass(frozen=True, slots=True)

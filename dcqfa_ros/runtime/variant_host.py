@@ -9,7 +9,7 @@ or the old variant goes first (``HostOptions.shortage``) and comes back if the n
 from __future__ import annotations
 
 import contextlib
-import sys
+import dataclasses
 import threading
 import time
 from collections import deque
@@ -21,31 +21,22 @@ from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.errors import UserError
-from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
+from dcqfa_ros.runtime.chunking import Method
+from dcqfa_ros.runtime.engines import ONNXRUNTIME
 from dcqfa_ros.runtime.errors import NoVariantError, PolicyError, WorkerDiedError
-from dcqfa_ros.runtime.parity import Parity, ParityLog
+from dcqfa_ros.runtime.parity import Parity
 from dcqfa_ros.runtime.swaps import ComputedBy, HostOptions, Outcome, Shortage, SwapResult
+from dcqfa_ros.runtime.variant_loading import MIB, Loaded, VariantLoader
 from dcqfa_ros.runtime.variant_targets import Target, Targets
 from dcqfa_ros.runtime.worker import EngineWorker
-from dcqfa_ros.runtime.worker_main import peak_bytes
 
 CLOSE_TIMEOUT_S = 5.0
-MIB = 2**20
+_SHUTTING_DOWN = "the policy is shutting down"
 
 
 class _Job(NamedTuple):
     swap_id: int
     target: Target
-
-
-class _Loaded(NamedTuple):
-    """A worker that is ready and was compared, and what to tell of it."""
-
-    worker: EngineWorker
-    target: Target
-    engine: str
-    parity: Parity
-    accept: Callable[[], None]
 
 
 class VariantHost:
@@ -71,7 +62,7 @@ class VariantHost:
             on_hold: told why nothing is computed while an exchange goes on, from a background thread.
             options: how variants are loaded; asked for at every exchange.
         """
-        self.targets, self.threads = Targets(bundle), threads
+        self.targets = Targets(bundle)
         self.computed_by = ComputedBy()
         self.swaps = 0
         self._on_swap, self._on_active, self._on_hold, self._options = on_swap, on_active, on_hold, options
@@ -79,15 +70,16 @@ class VariantHost:
         self._turn = threading.Lock()  # who comes first to the next one: an exchange waits for one chunk at most
         self._use = threading.Lock()  # held while a worker computes or is exchanged
         self._worker: EngineWorker | None = None
-        self._starting: EngineWorker | None = None
         self._target: Target | None = None  # what runs, or what last ran while an exchange holds
         self._active = self._engine = ""
         self._closed = False
         self._thread: threading.Thread | None = None
         self._queued: _Job | None = None
+        self._doing: _Job | None = None
         self._superseded: deque[_Job] = deque()
-        self._parity = ParityLog()
-        self._peaks: dict[tuple[str, str], int] = {}  # bytes by weights and runtime, as measured here
+        self._warm = Method.SYNCHRONOUS  # what the last worker that ran was loaded for
+        self._loader = VariantLoader(threads)
+        self._held_ns: int | None = None  # since when (monotonic) nothing runs because a variant had to go for another
 
     @property
     def active(self) -> str:
@@ -105,10 +97,27 @@ class VariantHost:
         return self._target if self._active else None
 
     @property
+    def closed(self) -> bool:
+        """Whether no request is taken: after :meth:`abort` until :meth:`reopen`, and after :meth:`close`."""
+        return self._closed
+
+    @property
     def busy(self) -> bool:
         """Whether an exchange is under way."""
         thread = self._thread
         return thread is not None and thread.is_alive()
+
+    @property
+    def changing(self) -> bool:
+        """Whether an exchange for another variant is under way, not for the same one to be warm for another method."""
+        with self._lock:
+            jobs, running = (self._doing, self._queued), self.target
+        return any(job is not None and (running is None or not _same(running, job.target)) for job in jobs)
+
+    def warm_for(self, method: Method) -> bool:
+        """Whether the active variant's worker has loaded what chunks of ``method`` need; without one there is none."""
+        worker = self._worker
+        return worker is not None and worker.warm_for(method)
 
     # what is asked for
 
@@ -123,7 +132,8 @@ class VariantHost:
     def request(self, variant: str, runtime: str = ONNXRUNTIME) -> int:
         """Begin to exchange the active variant for ``variant`` on ``runtime`` and return the exchange's number.
 
-        A newer request ends an exchange that is not done yet; that one is reported as superseded.
+        A newer request ends an exchange that is not done yet; that one is reported as superseded. The variant that runs
+        is loaded anew where it is not warm for ``HostOptions.chunking``.
 
         Raises:
             PolicyError, BundleError: as :meth:`Targets.resolve`, or the host is closed.
@@ -131,13 +141,12 @@ class VariantHost:
         target = self.targets.resolve(variant, runtime)
         with self._lock:
             if self._closed:
-                raise PolicyError("the policy is shutting down")
+                raise PolicyError(_SHUTTING_DOWN)
             self.swaps += 1
             if self._queued is not None:
                 self._superseded.append(self._queued)
             self._queued = _Job(self.swaps, target)
-            if self._starting is not None:
-                self._starting.abort()
+            self._loader.abort()
             if not self.busy:
                 self._thread = threading.Thread(target=self._work, name="variant-swap", daemon=True)
                 self._thread.start()
@@ -148,89 +157,64 @@ class VariantHost:
     def _work(self) -> None:
         while True:
             with self._lock:
-                skipped, self._superseded = self._superseded, deque()
+                skipped, self._superseded = list(self._superseded), deque()
                 job, self._queued = self._queued, None
-                if job is None or self._closed:
+                reason = "a newer request"
+                if job is not None and self._closed:
+                    skipped, job, reason = [*skipped, job], None, _SHUTTING_DOWN
+                self._doing = job
+                if job is None and not skipped:
                     self._thread = None
                     return
             for old in skipped:
-                self._on_swap(self._result(old, self._engine, time.monotonic(), "a newer request", superseded=True))
-            self._on_swap(self._exchange(job))
+                self._on_swap(self._result(old, self._engine, time.monotonic(), reason, superseded=True))
+            if job is not None:
+                self._on_swap(self._exchange(job))
 
     def _exchange(self, job: _Job) -> SwapResult:
-        begin, previous, options = time.monotonic(), self._engine, self._options()
-        held_ns: int | None = None
+        begin, previous = time.monotonic(), self._engine
         running = self._target if self._active else None
-        if running is not None and (running.engine, running.weights) == (job.target.engine, job.target.weights):
-            return self._result(job, previous, begin)
+        limit = 0
         try:
-            shortage = self._shortage(job.target, options)
+            options = self._options()
+            worker, limit = self._worker, options.memory_limit
+            # One that died unnoticed is replaced, and so is one that is not warm for how chunks follow each other now.
+            ready = worker is not None and worker.alive and worker.warm_for(options.chunking)
+            if ready and running is not None and _same(running, job.target):
+                return self._result(job, previous, begin)
+            shortage = self._loader.shortage(job.target, options)
             if shortage and self._worker is not None:
                 if options.shortage is Shortage.REFUSE:
                     raise PolicyError(f"{shortage}; parameter swap_when_memory_is_short is {options.shortage.value}")
-                held_ns = self._hold(f"{shortage}: {previous} is closed before {job.target.engine} is loaded")
-            loaded = self._load(job.target, options)
+                self._hold(f"{shortage}: {previous} is closed before {job.target.engine} is loaded")
+            loaded = self._loader.load(job.target, options, self._unwanted)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises while loading is a refused exchange
-            reason = str(error) or type(error).__name__
-            if options.memory_limit:
-                reason += f" (engine_memory_limit_mb is {options.memory_limit // MIB})"
-            newer = self._overtaken()
-            gap_ms = 0.0
-            if held_ns is not None and not newer:
-                reason += self._bring_back(options)
-                gap_ms = (time.monotonic_ns() - held_ns) / 1e6
-            reason = f"a newer request ({reason})" if newer else reason
-            return self._result(job, previous, begin, reason, superseded=newer, gap_ms=gap_ms, held=held_ns is not None)
-        gap_ms, reason = self._switch(loaded, held_ns)
+            return self._failed(job, previous, begin, str(error) or type(error).__name__, limit)
+        held = self._held_ns is not None
+        gap_ms, reason = self._switch(loaded)
         return self._result(
-            job, previous, begin, reason, gap_ms=gap_ms, held=held_ns is not None, parity=loaded.parity,
-            peak=self._peaks.get((job.target.weights, job.target.runtime), 0),
+            job, previous, begin, reason, superseded=bool(reason), gap_ms=gap_ms, held=held, parity=loaded.parity,
+            peak=self._loader.peak(job.target),
         )  # fmt: skip
 
-    def _overtaken(self) -> bool:
+    def _failed(self, job: _Job, previous: str, begin: float, reason: str, memory_limit: int) -> SwapResult:
+        """Bring back what had to go, unless a newer request (which would, too) or the end is waiting."""
+        if memory_limit:
+            reason += f" (engine_memory_limit_mb is {memory_limit // MIB})"
+        held_ns, gap_ms = self._held_ns, 0.0
         with self._lock:
-            return self._queued is not None and not self._closed
+            needless = _SHUTTING_DOWN if self._closed else "a newer request" if self._queued is not None else ""
+        if needless:
+            reason = f"{needless} ({reason})"
+        elif held_ns is not None:
+            reason += self._bring_back()
+            gap_ms = (time.monotonic_ns() - held_ns) / 1e6
+        held = held_ns is not None
+        return self._result(job, previous, begin, reason, superseded=bool(needless), gap_ms=gap_ms, held=held)
 
-    def _shortage(self, target: Target, options: HostOptions) -> str:
-        """Say that a worker does not fit beside the one that runs; empty where it does, or where that is unknown."""
-        needed = self._peaks.get((target.weights, target.runtime)) or options.needed_memory(target)
-        free = options.free_memory()
-        if not free or needed + options.reserve <= free:
-            return ""
-        kept = f" and {options.reserve // MIB} MiB are to stay free" if options.reserve else ""
-        return f"{target.engine} needs about {needed // MIB} MiB, {free // MIB} MiB are free{kept}"
-
-    def _load(self, target: Target, options: HostOptions) -> _Loaded:
-        worker = EngineWorker(
-            target.bundle,
-            target.variant,
-            threads=self.threads,
-            runtime=target.runtime,
-            python=options.python or sys.executable,
-            memory_limit=options.memory_limit,
-            chunking=options.chunking,
-        )
-        try:
-            with self._lock:
-                self._starting = worker
-                if self._closed or self._queued is not None:
-                    worker.abort()
-            opened = worker.start(options.start_timeout_s or runtime_facts(target.runtime).start_timeout_s)
-            engine = f"{opened.engine.partition('/')[0]}/{target.label}"
-            parity, accept = self._parity.check(
-                target.bundle,
-                target.variant,
-                engine,
-                lambda seen, seed, chunk: worker.predict(seen, seed=seed, chunk=chunk),
-            )
-            self._peaks[target.weights, target.runtime] = peak_bytes(opened.pid)
-        except BaseException:
-            worker.close()
-            raise
-        finally:
-            with self._lock:
-                self._starting = None
-        return _Loaded(worker, target, engine, parity, accept)
+    def _unwanted(self) -> bool:
+        with self._lock:
+            return self._closed or self._queued is not None
 
     @contextlib.contextmanager
     def _boundary(self) -> Iterator[None]:
@@ -238,43 +222,49 @@ class VariantHost:
         with self._turn, self._use:
             yield
 
-    def _hold(self, reason: str) -> int:
-        """Let the running variant go; returns the monotonic time from which on nothing is computed, nanoseconds."""
+    def _hold(self, reason: str) -> None:
+        """Let the running variant go: from here on nothing is computed."""
         with self._boundary():
-            begin, old = time.monotonic_ns(), self._worker
+            self._held_ns, old = time.monotonic_ns(), self._worker
             self._forget()
-        self._on_hold(reason)
-        if old is not None:
-            old.close()
-        return begin
+        try:
+            self._on_hold(reason)
+        finally:
+            if old is not None:
+                old.close()
 
-    def _bring_back(self, options: HostOptions) -> str:
+    def _bring_back(self) -> str:
         """Load the variant again that had to go; returns what to add to the reason."""
         target = self._target
-        if target is None or self._closed:
+        if target is None:
             return ""
         try:
-            _, problem = self._switch(self._load(target, options), None)
+            options = dataclasses.replace(self._options(), chunking=self._warm)  # another method may be what failed
+            _, problem = self._switch(self._loader.load(target, options, self._unwanted))
         except Exception as error:  # noqa: BLE001 - as above
-            problem = str(error)
+            problem = "a newer request" if self._unwanted() else str(error) or type(error).__name__
         return f"; {target.engine} could not be brought back: {problem}" if problem else f"; {target.engine} is back"
 
-    def _switch(self, loaded: _Loaded, held_ns: int | None) -> tuple[float, str]:
+    def _switch(self, loaded: Loaded) -> tuple[float, str]:
         """Put a worker in the place of the running one; returns the gap in milliseconds, and why it was not done."""
         old: EngineWorker | None = loaded.worker
-        reason = "the policy is shutting down"
-        with self._boundary():
-            begin = time.monotonic_ns() if held_ns is None else held_ns
-            with self._lock:
-                if not self._closed:
-                    old, self._worker, reason = self._worker, loaded.worker, ""
-                    self._target, self._active, self._engine = loaded.target, loaded.target.label, loaded.engine
-            if not reason:
-                loaded.accept()
-                self._on_active(self._active)
-            gap_ms = (time.monotonic_ns() - begin) / 1e6
-        if old is not None:
-            old.close()
+        reason = _SHUTTING_DOWN
+        try:
+            with self._boundary():
+                begin = time.monotonic_ns() if self._held_ns is None else self._held_ns
+                with self._lock:
+                    if not self._closed:
+                        old, self._worker, reason = self._worker, loaded.worker, ""
+                        self._target, self._active, self._engine = loaded.target, loaded.target.label, loaded.engine
+                        self._warm = loaded.worker.chunking
+                        self._held_ns = None
+                if not reason:
+                    loaded.accept()
+                    self._on_active(self._active)
+                gap_ms = (time.monotonic_ns() - begin) / 1e6
+        finally:
+            if old is not None:
+                old.close()
         return gap_ms, reason
 
     def _result(
@@ -363,8 +353,9 @@ class VariantHost:
         """Kill the workers, so that whoever waits for one goes on; no request is taken until :meth:`reopen`."""
         with self._lock:
             self._closed = True
-            workers = [worker for worker in (self._starting, self._worker) if worker is not None]
-        for worker in workers:
+            worker = self._worker
+        self._loader.abort()
+        if worker is not None:
             worker.abort()
 
     def reopen(self) -> None:
@@ -390,7 +381,7 @@ class VariantHost:
 
     def _drop(self) -> None:
         with self._boundary():
-            worker = self._worker
+            worker, self._held_ns = self._worker, None
             self._forget()
         if worker is not None:
             worker.close()
@@ -399,3 +390,8 @@ class VariantHost:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(CLOSE_TIMEOUT_S)
+
+
+def _same(one: Target, other: Target) -> bool:
+    """Whether two names mean the same weights on the same runtime."""
+    return (one.engine, one.weights) == (other.engine, other.weights)

@@ -122,7 +122,7 @@ class EngineWorker:
         self.variant = variant
         self.threads = threads
         self.steps = self.spec.diffusion.steps if steps is None else steps
-        self._python, self._memory_limit, self._chunking = python, memory_limit, chunking
+        self._python, self._memory_limit, self.chunking = python, memory_limit, chunking
         self._layout = ObservationLayout(self.spec)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -149,6 +149,10 @@ class EngineWorker:
         """Tell whether the worker runs; cheap enough for a 1 Hz check that notices a death between two chunks."""
         process = self._process
         return self._info is not None and process is not None and process.poll() is None
+
+    def warm_for(self, method: Method) -> bool:
+        """Tell whether chunks of ``method`` need nothing that is not loaded yet; of GUIDED, the derivative."""
+        return method is not Method.GUIDED or self.chunking is method
 
     def how_it_ended(self) -> str | None:
         """Say how the worker's process ended; None while it runs or before it was started."""
@@ -201,7 +205,7 @@ class EngineWorker:
                 "steps": self.steps,
                 "weights": self.spec.variant(self.variant).weights,
                 "memory_limit": self._memory_limit,
-                "chunking": self._chunking.value,
+                "chunking": self.chunking.value,
             }
             try:
                 ready = self._ask(request, timeout)["ready"]

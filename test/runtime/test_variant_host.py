@@ -15,6 +15,7 @@ import pytest
 
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.write import write_bundle
+from dcqfa_ros.runtime.chunking import Method
 from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
 from dcqfa_ros.runtime.swaps import ComputedBy, HostOptions, Outcome, Shortage, SwapResult
 from dcqfa_ros.runtime.variant_host import VariantHost
@@ -97,6 +98,30 @@ def test_a_damaged_file_or_description_leaves_the_old_variant_running(hosted):
     assert host.host.predict(observation(), 1, 0, None)[1] == "fp32"
 
 
+def test_the_variant_that_runs_is_loaded_anew_where_it_is_not_warm_for_the_method(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    old = host.host._worker.info.pid
+    assert host.host.warm_for(Method.SOFT) and not host.host.warm_for(Method.GUIDED)
+    host.options = HostOptions(chunking=Method.GUIDED)
+    assert host.load("fp32").ok and host.host.warm_for(Method.GUIDED)
+    new = host.host._worker.info.pid
+    assert new != old and not Path(f"/proc/{old}").exists()
+    assert host.load("fp32").ok and host.host._worker.info.pid == new, "it was warm"
+
+
+@pytest.mark.parametrize("shortage", [Shortage.REFUSE, Shortage.STOP])
+def test_a_variant_that_cannot_be_made_warm_for_a_method_runs_on_as_it_was(hosted, shortage):
+    host, _ = hosted
+    host.load("w8a8")
+    short = shortage is Shortage.STOP
+    host.options = HostOptions(chunking=Method.GUIDED, shortage=shortage, free_memory=lambda: int(short), reserve=2**50)
+    failed = host.load("w8a8")
+    assert not failed.ok and "no derivative" in failed.reason and failed.held is short
+    assert host.host.active == "w8a8" and not host.host.warm_for(Method.GUIDED)
+    assert host.host.predict(observation(), 1, 0, None)[1] == "w8a8"
+
+
 def test_the_engine_is_named_once_it_is_open_and_until_it_is_gone(hosted):
     host, _ = hosted
     assert host.host.engine == ""
@@ -155,7 +180,7 @@ def test_closing_while_a_variant_loads_does_not_wait_for_it(hosted):
     host, _ = hosted
     host.host.request("fp32")
     deadline = time.monotonic() + 10
-    while host.host._starting is None and time.monotonic() < deadline:
+    while host.host._loader.starting is None and time.monotonic() < deadline:
         time.sleep(0.001)
     host.host.close()
     assert host.host.active == "" and not host.host.busy
@@ -209,8 +234,8 @@ def test_a_worker_killed_while_it_loads_leaves_the_old_variant_running(hosted):
     host, _ = hosted
     host.load("fp32")
     host.host.request("w8a8")
-    until(lambda: host.host._starting is not None and host.host._starting._process is not None)
-    host.host._starting._process.kill()
+    until(lambda: host.host._loader.starting is not None and host.host._loader.starting._process is not None)
+    host.host._loader.starting._process.kill()
     failed = host.outcome(2)
     assert not failed.ok and "SIGKILL" in failed.reason and failed.engine == "onnxruntime/fp32"
     assert host.load("w8a8").ok
@@ -235,7 +260,7 @@ def test_a_newer_request_does_not_wait_for_one_that_hangs(make_host, tmp_path):
     host = make_host()
     host.options = HostOptions(python=str(sleeper))
     first = host.host.request("w8a8")
-    until(lambda: host.host._starting is not None)
+    until(lambda: host.host._loader.starting is not None)
     host.options = HostOptions()
     second = host.host.request("fp32")
     host.outcome(2)
@@ -395,3 +420,39 @@ def test_a_host_whose_workers_were_killed_takes_requests_again(hosted):
         host.host.request("w8a8")
     host.host.reopen()
     assert host.host.active == "" and host.load("w8a8").active == "w8a8"
+
+
+def test_what_had_to_go_comes_back_also_where_the_next_two_requests_come_to_nothing(make_host, tmp_path):
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    host = make_host()
+    host.load("fp32")
+    (host.host.targets.bundle.folder / "variants/w8a8/encoder.onnx").write_bytes(b"")
+    host.options = HostOptions(shortage=Shortage.STOP, python=str(sleeper), **SHORT)
+    host.host.request("w8a8")
+    until(lambda: host.host._loader.starting is not None)
+    host.options = HostOptions(shortage=Shortage.STOP, **SHORT)
+    host.host.request("w8a8")
+    waited, failed = host.outcome(2), host.outcome(3)
+    assert waited.outcome is Outcome.SUPERSEDED and waited.held and waited.engine == ""
+    assert failed.outcome is Outcome.FAILED and failed.reason.endswith("onnxruntime/fp32 is back")
+    assert failed.held and failed.gap_ms > 50.0 and host.told == ["fp32", "", "fp32"]
+
+
+def test_an_exchange_that_the_end_cuts_short_is_told_and_blames_no_variant(hosted):
+    host, _ = hosted
+    host.host.request("fp32")
+    until(lambda: host.host._loader.starting is not None)
+    host.host.close()
+    told = host.outcome(1)
+    assert told.outcome is Outcome.SUPERSEDED and told.reason.startswith("the policy is shutting down")
+
+
+def test_a_worker_that_died_unnoticed_is_replaced_by_one_of_the_same_variant(hosted):
+    host, _ = hosted
+    host.load("fp32")
+    host.host._worker.abort()
+    until(lambda: not host.host._worker.alive)
+    again = host.load("fp32")
+    assert again.ok and again.peak_bytes and host.host.predict(observation(), 1, 0, None)[1] == "fp32"
