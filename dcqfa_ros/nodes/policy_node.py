@@ -211,6 +211,7 @@ class PolicyNode(ManagedNode):
         lost = host.lost()
         if lost:
             self._lose_worker(lost)
+        self._chunking.settle()
         ages = session.observations.ages_ms(time.monotonic_ns())
         values = {
             "variant": host.active,

@@ -25,19 +25,23 @@ class PolicyChunking:
     """Parameters ``chunking``, ``execution_horizon`` and ``delay``, live, and their agreement with what runs.
 
     What the active variant cannot do is refused at once, and so is a variant that cannot do what is set. In lockstep
-    (``rate`` max) the cell waits for the policy: there chunks follow each other synchronously only.
+    (``rate`` max) the cell waits for the policy: there chunks follow each other synchronously only. Where the running
+    worker has not loaded what a method needs (``guided``: the denoiser's derivative), the variant is loaded anew in the
+    background; until then chunks follow each other as before, and where that fails the parameter goes back.
     """
 
     def __init__(self, node: ManagedNode, host: Callable[[], VariantHost | None]) -> None:
         """Declare the parameters on ``node``; ``host`` returns the owner of the running variant."""
         self._node, self._host = node, host
         self._spec: BundleSpec | None = None
+        self._followed = Method.SYNCHRONOUS  # how chunks follow each other until what was set is loaded
+        self._loading = False
         add, told = node.add_parameter, ", ".join(METHODS)
         add("chunking", Method.SYNCHRONOUS.value, f"how chunks follow each other: {told}", choices=METHODS)
         add("execution_horizon", 0, "actions between two observations inferred on; 0: the bundle's own", minimum=0)
         add("delay", -1, "actions from an observation to its chunk; -1: from the measured latency", minimum=-1)
         add("rate", RATES[0], "pace of the cell; in lockstep (max) observations do not age", choices=RATES)
-        node.on_parameter("chunking", self._validate)
+        node.on_parameter("chunking", self._validate, lambda _: node.post(self._load))
         node.on_parameter("rate", self._validate_rate)
         node.on_parameter("execution_horizon", self._validate_horizon)
         node.on_parameter("delay", self._validate_delay)
@@ -64,7 +68,7 @@ class PolicyChunking:
         )
         for reason in filter(None, reasons):
             raise PolicyError(reason)
-        self._spec = bundle.spec
+        self._spec, self._followed = bundle.spec, self.method
 
     def close(self) -> None:
         """Forget the bundle."""
@@ -88,12 +92,37 @@ class PolicyChunking:
         running = None if host is None else host.target
         if running is not None:
             spec = running.bundle.spec
+        method = self.method
+        if host is not None and not host.warm_for(method):
+            method = self._followed
+        self._followed = method
         return Chunking(
-            self.method,
+            method,
             int(self._node.parameter("execution_horizon")),
             int(self._node.parameter("delay")),
             0 if spec is None else spec.diffusion.prefix,
         )
+
+    def _load(self) -> None:
+        """Load the running variant anew where its worker lacks what the method needs."""
+        host = self._host()
+        target = None if host is None else host.target
+        if host is None or target is None or host.warm_for(self.method):
+            return
+        host.request(target.label, target.runtime)
+        self._loading = True
+
+    def settle(self) -> None:
+        """Set the parameter back where what its method needs could not be loaded; called on the executor's thread."""
+        host, method = self._host(), self.method
+        if not self._loading or (host is not None and host.busy):
+            return
+        self._loading = False
+        if host is None or host.target is None or host.warm_for(method):
+            return
+        self._node.restore_parameter("chunking", self._followed.value)
+        text = f"chunking {method.value} was not taken, its variant could not be loaded for it: {self._followed.value}"
+        self._node.event(2, f"{text} goes on", requested=method.value, active=self._followed.value)
 
     def listen(self, consumed: Callable[[Report], None]) -> None:
         """Hear what the arm has consumed of the chunks."""
@@ -119,7 +148,7 @@ class PolicyChunking:
                 reason = method_refusal(method, target.bundle.spec, target.variant, target.runtime)
             elif self._spec is not None:
                 reason = method_refusal(method, self._spec)
-            if reason is None and host.busy:  # what comes may not be able to
+            if reason is None and host.changing:  # what comes may not be able to
                 reason = "an exchange of variants is under way: set it when that is done"
         return reason
 
