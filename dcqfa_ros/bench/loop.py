@@ -44,7 +44,7 @@ class LoopBench:
     """Result of one run.
 
     Attributes:
-        jitter_p50_ms, jitter_p99_ms, jitter_max_ms: how late control ticks began, all of them.
+        jitter_p50_ms, jitter_p99_ms, jitter_max_ms: how late control ticks began, all of them since the last arming.
         missed: ticks that began over a full period late.
         ticks: in the measured span.
         overhead_p50_ms, overhead_p99_ms, overhead_max_ms: from an observation's stamp (the tick of the camera's frame
@@ -234,7 +234,7 @@ class _Run:
         inference = float(policy["inference_p50_ms"])
         jitter, overhead = float(arm["jitter_p99_ms"]), float(policy["overhead_p99_ms"])
         size = self._size
-        missed = int(arm["missed_ticks"])
+        missed = int(arm["missed_ticks_in_all"]) - int(arm_before["missed_ticks_in_all"])  # also of before a stop
         problem = self._problem(seen)
         return LoopBench(
             jitter_p50_ms=float(arm["jitter_p50_ms"]),

@@ -80,7 +80,10 @@ def _gpu(nvml: Any, index: int) -> GpuHealth:
     text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
     temperature = _ask(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
     limit = _ask(nvml, nvml.nvmlDeviceGetTemperatureThreshold, handle, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
-    bits = _ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+    # Renamed in NVML 12: which of the two names there is depends on the package's version.
+    named = (f"nvmlDeviceGetCurrentClocks{what}Reasons" for what in ("Throttle", "Event"))
+    reasons_of = next((getattr(nvml, name) for name in named if hasattr(nvml, name)), None)
+    bits = None if reasons_of is None else _ask(nvml, reasons_of, handle)
     memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     reasons = None if bits is None else tuple(what for bit, what in THROTTLE_REASONS.items() if bits & bit)
     return GpuHealth(

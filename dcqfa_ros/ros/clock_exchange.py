@@ -20,6 +20,7 @@ from dcqfa_ros.runtime.clock_skew import ClockLimits, ClockWatch
 from dcqfa_ros.safety.stops import Stop
 
 PERIOD_S = 0.2
+_TRIES, _TOGETHER_NS = 5, 1_000_000
 
 
 class NodeClock:
@@ -34,6 +35,19 @@ class NodeClock:
         """Return the node's time, ns."""
         offset_ms: float = self._node.parameter("clock_offset_ms")
         return int(self._node.get_clock().now().nanoseconds) + round(offset_ms * 1e6)
+
+    def now_both_ns(self) -> tuple[int, int]:
+        """Return the node's time and the monotonic one of the same moment, ns.
+
+        A thread that the system interrupts between the two readings would take its own delay for a clock that was set.
+        """
+        readings = []
+        for _ in range(_TRIES):
+            before, now, after = time.monotonic_ns(), self.now_ns(), time.monotonic_ns()
+            readings.append((after - before, now, (before + after) // 2))
+            if after - before <= _TOGETHER_NS:
+                break
+        return min(readings)[1:]
 
 
 class ClockEcho:
@@ -92,7 +106,7 @@ class ClockProbe:
 
     def _send(self) -> None:
         message = TimeReference()
-        own_ns, now_ns = self._clock.now_ns(), time.monotonic_ns()
+        own_ns, now_ns = self._clock.now_both_ns()
         message.header.stamp, message.header.frame_id = to_time(own_ns), self._name
         self.watch.probe(own_ns, now_ns)
         self._publisher.publish(message)

@@ -205,6 +205,7 @@ class Nvml(types.SimpleNamespace):
     fails: tuple[str, ...] = ()
     bits = 0
     closed = 0
+    reasons = "nvmlDeviceGetCurrentClocksThrottleReasons"
 
     def __getattr__(self, name: str):
         answers = {
@@ -215,7 +216,7 @@ class Nvml(types.SimpleNamespace):
             "nvmlDeviceGetName": lambda _: b"NVIDIA GeForce RTX 4090",
             "nvmlDeviceGetTemperature": lambda *_: 71,
             "nvmlDeviceGetTemperatureThreshold": lambda *_: 98,
-            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda _: self.bits,
+            self.reasons: lambda _: self.bits,
             "nvmlDeviceGetMemoryInfo": lambda _: types.SimpleNamespace(free=5 * 2**30),
         }
 
@@ -224,6 +225,8 @@ class Nvml(types.SimpleNamespace):
                 raise self.NVMLError("Not Supported")
             return answers[name](*arguments)
 
+        if name not in answers:
+            raise AttributeError(name)
         return call
 
 
@@ -239,6 +242,12 @@ def test_nvml_tells_temperature_throttling_and_free_memory(tmp_path: Path) -> No
     probe.close()
     probe.close()
     assert nvml.closed == 1
+
+
+@pytest.mark.parametrize("name", ["nvmlDeviceGetCurrentClocksEventReasons", "neither"])
+def test_throttling_is_told_under_the_newer_name_and_unknown_without_one(name: str) -> None:
+    ((gpu,), _) = NvmlProbe(Nvml(bits=0x04, reasons=name))()
+    assert gpu.throttling == (None if name == "neither" else ("software power cap",))
 
 
 def test_what_a_gpu_does_not_answer_is_unknown() -> None:

@@ -16,7 +16,7 @@ from rclpy.parameter import Parameter
 from dcqfa_ros.nodes.policy_node import PolicyNode
 from dcqfa_ros.ros.diagnostics import Status, to_message
 from dcqfa_ros.ros.isolation import isolated_environment
-from dcqfa_ros.runtime import variant_host
+from dcqfa_ros.runtime import variant_loading
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.worker import EngineWorker, WorkerInfo
 
@@ -59,7 +59,7 @@ class Graph:
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Graph]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(variant_host, "EngineWorker", WithoutTensorRt)
+    monkeypatch.setattr(variant_loading, "EngineWorker", WithoutTensorRt)
     with isolated_environment() as isolation:
         monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         context = Context()
