@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from std_srvs.srv import Trigger
-
 from dcqfa_ros.drivers.arm_protocol import ArmReadiness, ArmState, MotionOutcome, MotionResult
 from dcqfa_ros.drivers.inovo import InovoArm
 from dcqfa_ros.drivers.patience import connect_patiently
@@ -23,16 +21,16 @@ from dcqfa_ros.drivers.protocols import DriverError
 from dcqfa_ros.drivers.rosbridge import LinkError
 from dcqfa_ros.ros import arm_messages as msg
 from dcqfa_ros.ros import arm_parameters as par
-from dcqfa_ros.ros.arm_diagnostics import arm_status
+from dcqfa_ros.ros.arm_diagnostics import arm_state, arm_status
 from dcqfa_ros.ros.arm_outputs import make_topic_arm
+from dcqfa_ros.ros.arm_services import ArmServices
 from dcqfa_ros.ros.clock_exchange import ClockProbe, NodeClock
 from dcqfa_ros.ros.conversions import MessageError, consumption_message, from_time, status_message
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.generic_arm import TopicArm
-from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
+from dcqfa_ros.ros.node import ManagedNode, run_node
 from dcqfa_ros.ros.realtime_parameters import RealtimeParameters
-from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
-from dcqfa_ros.runtime.arm_executor import ArmRefusedError
+from dcqfa_ros.runtime.arm_activity import CommandRefusal
 from dcqfa_ros.runtime.arm_gate import Listeners
 from dcqfa_ros.runtime.arm_stream import ArmStream
 from dcqfa_ros.runtime.consumption import Report
@@ -62,7 +60,7 @@ class CellArmNode(ManagedNode):
         self._watchdog: WatchdogClient | None = None
         self._control: threading.Thread | None = None
         self._halt = threading.Event()
-        self._pressed = False
+        self._operator = ArmServices(self, lambda: self._running()[0], self._hindrance, self._publish_arm_state)
         self._state_lock = threading.Lock()
         self._latch = StopLatch()  # of the process: to configure again resets no stop
 
@@ -111,11 +109,7 @@ class CellArmNode(ManagedNode):
                         "motion_result", "consumption")
         }  # fmt: skip
         self._subscribe()
-        for key, callback in (
-            ("arm", self._arm), ("disarm", self._disarm), ("reset_stop", self._reset_stop),
-            ("stop_service", self._stop_service),
-        ):  # fmt: skip
-            self.create_guarded_service(key, callback)
+        self._operator.open()
 
     def _subscribe(self) -> None:
         hear = self.create_guarded_subscription
@@ -128,7 +122,6 @@ class CellArmNode(ManagedNode):
                     heard = self._checked(functools.partial(callback, source))
                     self._topics[source, key] = hear(key, heard, source=source)
         self._topics["", "wrench"] = hear("wrench", self._on_wrench)  # of no source: everyone relies on it
-        hear("operator_stop", self._on_operator_stop)
         for camera in par.cameras(self):
             hear("camera_info", functools.partial(self._on_camera, camera), camera=camera)
 
@@ -238,27 +231,7 @@ class CellArmNode(ManagedNode):
         if stream is None:
             return
         with self._state_lock:  # what is published last is what was true last
-            now = stream.snapshot()
-            armed = now.activity is not Activity.DISARMED
-            stopped = now.latched or not armed  # a retreat is both armed and stopped
-            values = {
-                "state": "armed" if armed else "disarmed",
-                "activity": now.activity.value,
-                "episode": now.episode,
-                "code": now.stop.code.value if stopped else "",
-                "reason": now.stop.text if stopped else "",
-                "latched": now.latched,
-                "contact": now.contact,
-                "source": stream.lease.holder,
-                "seed": 0,
-                "rate": "realtime",
-                "step": stream.player.consumed,
-                "missed_ticks": stream.ticker.missed,
-                "missed_ticks_in_all": stream.ticker.missed_in_all,
-                "starved_ticks": stream.player.starved,
-            }
-            text = "armed" if armed else f"disarmed: {now.stop.text}"
-            level = Level.ERROR if now.latched else Level.OK
+            level, text, values = arm_state(stream)
             stamp = self._time.now_ns()
             self._out["arm_state"].publish(status_message(stamp, "arm", level, text, values))
 
@@ -335,11 +308,6 @@ class CellArmNode(ManagedNode):
             taken, now = self._times(message.header.stamp)
             self._stream.on_camera(camera, min(taken, now))
 
-    def _on_operator_stop(self, message: Any) -> None:
-        self._pressed = bool(message.data)
-        if self._pressed and self._stream is not None:
-            self._stream.operator_stop("operator_stop: true")
-
     def _check_rivals(self) -> None:
         rivals = self._rivals()
         stream = self._stream
@@ -364,54 +332,10 @@ class CellArmNode(ManagedNode):
                 return f"two publishers on {subscription.topic_name}: only one process may publish what moves the arm"
         return ""
 
-    # Services
-
-    def _arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        stream, _driver = self._running()
-        if not self.is_active:
-            raise Refused("arm_node is not active")
-        rivals = self._rivals()
-        if rivals:
-            raise Refused(rivals)
+    def _hindrance(self, stream: ArmStream) -> str:
+        """Why the arm must not be armed: two publishers of what moves it, or a clock that cannot be relied on."""
         clock = self._clocks.problem() if stream.lease.holder == "policy" else None
-        if clock is not None:
-            raise Refused(f"{clock.code.value}: {clock.text}")
-        stream.ticker.count_anew()
-        self._refusing(stream.arm)
-        self._publish_arm_state()
-        response.success, response.message = True, f"armed, episode {stream.episode}"
-        return response
-
-    def _disarm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        done = self._running()[0].disarm(Stop(StopCode.OPERATOR, "disarmed by ~/disarm"))
-        response.success, response.message = True, "disarmed" if done else "was not armed"
-        return response
-
-    def _stop_service(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        self._running()[0].operator_stop("stopped by ~/stop")
-        response.success, response.message = True, "stopped; call ~/reset_stop before arming again"
-        return response
-
-    def _reset_stop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        stream, _driver = self._running()
-        if not self.is_active:
-            raise Refused("arm_node is not active")
-        if self._pressed:
-            raise Refused("the last message on operator_stop is true: release it first")
-        stop = self._refusing(stream.reset_stop)
-        self._publish_arm_state()
-        response.success = True
-        response.message = (
-            "nothing was latched" if stop is None else f"{stop.code.value} was reset; the arm is disarmed"
-        )
-        return response
-
-    @staticmethod
-    def _refusing(work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except (ArmRefusedError, DriverError) as error:
-            raise Refused(str(error)) from error
+        return self._rivals() or (f"{clock.code.value}: {clock.text}" if clock is not None else "")
 
     # Diagnostics
 
