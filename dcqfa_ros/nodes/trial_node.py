@@ -226,8 +226,8 @@ class TrialNode(ManagedNode):
         for note in session.notes:
             self.event(1, note)
         self._progress = f"done: mean score {summary.mean_score:.3f} over {len(summary.trials)} trials"
+        self._series_running = False  # before it is told: who hears it may start the next series
         self.event(0, self._progress, report=summary.report)
-        self._series_running = False
         normal = all(t.stop_reason in NORMAL_STOPS for t in summary.trials)
         self._end(0 if normal else ABNORMAL_EXIT, self._progress)
 
