@@ -109,8 +109,9 @@ class PolicyChunking:
         target = None if host is None else host.target
         if host is None or target is None or host.warm_for(self.method):
             return
-        host.request(target.label, target.runtime)
         self._loading = True
+        if not (host.closed or host.changing):  # else what is on its way, or the next start, is loaded for it
+            host.request(target.label, target.runtime)
 
     def settle(self) -> None:
         """Set the parameter back where what its method needs could not be loaded; called on the executor's thread."""

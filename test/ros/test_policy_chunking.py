@@ -59,7 +59,7 @@ class Host:
         self.bundle = SimpleNamespace(spec=tiny_spec()[0])
         self.target = SimpleNamespace(bundle=self.bundle, variant="fp32", label="fp32", runtime="onnxruntime")
         self.loaded = Method.SYNCHRONOUS
-        self.busy = self.changing = False
+        self.busy = self.changing = self.closed = False
         self.requests: list[tuple[str, str]] = []
 
     def warm_for(self, method: Method) -> bool:
@@ -117,3 +117,15 @@ def test_another_method_may_be_set_while_the_same_variant_is_loaded_anew_but_not
     assert node.set("chunking", "soft") is None and chunking.now().method is Method.SOFT
     host.changing = True
     assert "exchange of variants is under way" in str(node.set("chunking", "guided"))
+
+
+@pytest.mark.parametrize("state", ["changing", "closed"])
+def test_loading_anew_displaces_no_exchange_and_asks_nothing_of_killed_workers(parts: Parts, state: str) -> None:
+    node, host, _ = parts
+    validate, apply = node.rules["chunking"]
+    assert validate("guided") is None
+    apply("guided")
+    node.values["chunking"] = "guided"
+    setattr(host, state, True)  # between the parameter and what follows from it
+    node.posted.pop(0)()
+    assert host.requests == []
