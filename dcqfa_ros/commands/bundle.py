@@ -1,4 +1,4 @@
-"""``dcqfa bundle show|verify``: look at a bundle and check it."""
+"""``dcqfa bundle show|verify|record-chunks``: look at a bundle, check it, let it say what its variants compute."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.bundle.schema import VariantSpec
 from dcqfa_ros.bundle.verify import verify_bundle
+from dcqfa_ros.errors import UserError
 from dcqfa_ros.paths import find_bundle
 
 
@@ -19,13 +20,20 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bundle",
         help="show or check a policy bundle",
-        description="Show or check a bundle: the folder that holds everything a robot needs to run a policy.",
+        description="Show or check a bundle: the folder that holds everything a robot needs to run a policy. "
+        "record-chunks adds what its variants compute on ONNX Runtime for fixed observations: robots compare newly "
+        "loaded engines with it.",
         epilog="example: dcqfa bundle verify models/pusht_keypoints --json",
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     for name, function, text in (
         ("show", _show, "print what the policy sees and does, and its variants; every file is checked first"),
         ("verify", _verify, "check every byte and every field; exit code 1 where something is wrong"),
+        (
+            "record-chunks",
+            _record_chunks,
+            "write into bundle.yaml what every variant computes for fixed observations; no other file changes",
+        ),
     ):
         action = actions.add_parser(
             name, help=text, description=text, epilog=f"example: dcqfa bundle {name} models/pusht_keypoints"
@@ -33,6 +41,8 @@ def register(subparsers: Any) -> None:
         action.add_argument("bundle", metavar="DIR", help="folder of a bundle, or its name in models/ or DCQFA_MODELS")
         action.add_argument("--json", action="store_true", help="print JSON")
         action.set_defaults(func=function)
+    action.add_argument("--anew", action="store_true", help="also where they are recorded (after a meant edit)")
+    action.add_argument("--threads", type=int, default=1, metavar="N", help="threads of the engine (default: 1)")
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -57,6 +67,21 @@ def _verify(args: argparse.Namespace) -> int:
     state = "ok" if report.ok else f"{len(report.errors)} error(s)"
     print(f"{folder}: {state}; {report.files} files, {report.bytes} bytes right")
     return 0 if report.ok else 1
+
+
+def _record_chunks(args: argparse.Namespace) -> int:
+    from dcqfa_ros.runtime.record_chunks import record_chunks  # an engine: the other actions need none
+
+    if args.threads < 1:
+        raise UserError(f"--threads: expected at least 1, got {args.threads}")
+    folder = find_bundle(args.bundle)
+    names = record_chunks(folder, threads=args.threads, anew=args.anew)
+    if args.json:
+        print(json.dumps({"folder": str(folder), "recorded": list(names)}, indent=2))
+    else:
+        told = f"recorded the chunks of {', '.join(names)}" if names else "every variant's chunks are recorded already"
+        print(f"{folder}: {told}")
+    return 0
 
 
 def _describe(bundle: Bundle) -> Iterator[str]:

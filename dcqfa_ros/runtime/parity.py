@@ -144,7 +144,7 @@ class ParityLog:
             if recorded.size != found.chunks.size:
                 raise ParityError(
                     f"{bundle.folder}: variant {variant!r}: parity.fixed_chunks has {recorded.size} entries, expected "
-                    f"{found.chunks.size} {found.chunks.shape}; export the bundle again"
+                    f"{found.chunks.size} {found.chunks.shape}: dcqfa bundle record-chunks --anew {bundle.folder}"
                 )
             other = _Accepted("its bundle records", found.weights, record, recorded.reshape(found.chunks.shape))
         elif known:
@@ -154,9 +154,15 @@ class ParityLog:
         allowed = _allowed(found, other)
         rms = float(np.sqrt(np.mean(np.square(found.chunks.astype(np.float64) - other.chunks))))
         if not rms <= allowed:
+            what = "the weights of one of the two are wrong"
+            if record.fixed_chunks is not None:
+                what = (
+                    "the file, or the runtime, is not right; where bundle.yaml was changed on purpose: "
+                    f"dcqfa bundle record-chunks --anew {bundle.folder}"
+                )
             raise ParityError(
                 f"{engine} computes other actions than {other.engine}: they differ by rms {rms:.3g} (normalised units, "
-                f"{SAMPLES} fixed observations), allowed is {allowed:.3g}; the weights of one of the two are wrong"
+                f"{SAMPLES} fixed observations), allowed is {allowed:.3g}; {what}"
             )
         return Parity(rms, allowed, other.engine), accept
 

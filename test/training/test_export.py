@@ -18,6 +18,7 @@ from dcqfa_ros.cli import main
 from dcqfa_ros.devices.detect import detect
 from dcqfa_ros.devices.select import budget_for, choose
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine, session_options
+from dcqfa_ros.runtime.parity import SAMPLES
 from training.checkpoint import CheckpointError
 from training.data.episodes import read_demonstrations
 from training.export import bundle as bundle_module
@@ -147,6 +148,8 @@ def test_a_checkpoint_becomes_a_bundle_that_verifies(trained_run: Path, tmp_path
     assert list(spec.observations) == ["keypoints", "agent_position"]
     assert (spec.action.horizon, spec.action.first_executed, spec.action.executed) == (16, 1, 8)
     full, small = spec.variants
+    actions = spec.action.executed * spec.action.dim
+    assert all(len(variant.parity.fixed_chunks or ()) == SAMPLES * actions for variant in spec.variants)
     assert full.parity.max_abs <= 1e-4
     assert full.size.paper_bytes == 4 * full.size.parameters
     assert small.size.disk_bytes < full.size.disk_bytes

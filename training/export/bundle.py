@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dcqfa_ros.bundle.load import BUNDLE_YAML, Bundle, load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec, LatencyRecord, QualityRecord
 from dcqfa_ros.bundle.write import write_bundle
+from dcqfa_ros.runtime.record_chunks import with_fixed_chunks
 from training.config import override
 from training.data.episodes import read_demonstrations
 from training.export.beside import check_same_policy, merged
@@ -184,7 +185,7 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
         whole, variants, contents = _beside(there, meaning.specification(), trained.path, whole, variants, contents)
     spec = BundleSpec.model_validate_json(json.dumps(whole | {"variants": variants}), strict=True)
     old = None if there is None else there.spec
-    spec = recorded(spec, old, options.quality, options.latency)
+    spec = with_fixed_chunks(recorded(spec, old, options.quality, options.latency), contents, threads=options.threads)
     write_bundle(folder, spec, contents)
     return spec
 

@@ -24,6 +24,7 @@ from dcqfa_ros.bundle.types import NAME_PATTERN
 from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.runtime.engine import ROLES
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.record_chunks import with_fixed_chunks
 from training.checkpoint_engine import refuse_images
 from training.config import override
 from training.data.episodes import read_demonstrations
@@ -161,6 +162,7 @@ def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> Bu
         contents = files | contents
     spec = BundleSpec.model_validate_json(json.dumps(whole | {"variants": documents}), strict=True)
     spec = recorded(spec, None if there is None else there.spec, options.quality, options.latency)
+    spec = with_fixed_chunks(spec, contents)
     write_bundle(folder, spec, contents)
     return spec
 
