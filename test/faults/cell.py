@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 from geometry_msgs.msg import Transform, Twist, TwistStamped
+from sensor_msgs.msg import TimeReference
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
 
@@ -148,6 +149,10 @@ class FaultCell:
             for key, hear in (("arm_state", self._hear), ("diagnostics", self._hear_diagnostics)):
                 entry = interface(key)
                 self.graph.node.create_subscription(entry.message_class(), entry.name, hear, qos(entry.qos))
+            echo = self.publisher("clock_echo", "policy")
+            entry = interface("clock_probe")
+            answer = functools.partial(self._answer, echo)
+            self.graph.node.create_subscription(entry.message_class(), entry.name, answer, qos(entry.qos))
             for device, (key, fields) in SIGNS_OF_LIFE.items():
                 entry = interface(key)
                 take = functools.partial(self._note, device)
@@ -207,6 +212,12 @@ class FaultCell:
             "hold_after_s": 0.8,
             "stop_after_s": 1.5,
         }
+
+    def _answer(self, publisher: Any, probe: Any) -> None:
+        """Tell the arm the clock of the policy's host, as policy_node does."""
+        echo = TimeReference(time_ref=probe.header.stamp, source=probe.header.frame_id)
+        echo.header.stamp = self.graph.node.get_clock().now().to_msg()
+        publisher.publish(echo)
 
     def _note(self, device: str, _: bytes) -> None:
         self.heard_ns[device] = time.monotonic_ns()
