@@ -136,9 +136,18 @@ class VariantControl:
         )
 
     def load_pinned(self) -> None:
-        """Ask for the variant that the parameter names, where it names one."""
-        if self._node.parameter("variant") != AUTO:
-            self._want(str(self._node.parameter("variant")))
+        """Ask for the variant that the parameter names, where it names one.
+
+        Raises:
+            PolicyError: the node cannot run it as its other parameters are.
+        """
+        wanted = str(self._node.parameter("variant"))
+        if self.host is None or wanted == AUTO:
+            return
+        problem = self._problem(wanted)
+        if problem:
+            raise PolicyError(problem)
+        self._want(wanted)
 
     def start(self) -> None:
         """Ask for a variant; in ``auto`` the selector's choice is awaited for a while, then the default is used."""

@@ -14,6 +14,7 @@ from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.ros import policy_variants as module
 from dcqfa_ros.ros.conversions import status_message
 from dcqfa_ros.ros.policy_variants import VariantControl
+from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.swaps import Outcome, SwapResult
 from dcqfa_ros.runtime.variant_targets import Target, Targets
 from test.runtime.conftest import tiny_spec
@@ -224,3 +225,8 @@ def test_a_request_that_another_purpose_displaced_is_made_again(make):
     host.end(Outcome.SUPERSEDED)
     node.drain()
     assert host.asked == ["onnxruntime/w8a8"]
+
+
+def test_a_pinned_variant_that_does_not_suit_is_refused_when_the_node_is_set_up(make):
+    with pytest.raises(PolicyError, match="cannot do it"):
+        make("fp32", lambda _: "cannot do it")
