@@ -18,7 +18,6 @@ from dcqfa_ros.drivers.protocols import DriverError
 from dcqfa_ros.rotations import rotation_of
 from dcqfa_ros.runtime.arm_activity import Activity, CommandRefusal
 from dcqfa_ros.runtime.arm_moves import ArmMoves
-from dcqfa_ros.runtime.ticker import pause
 from dcqfa_ros.safety.stops import Stop, StopCode
 from dcqfa_ros.safety.supervision import Command
 
@@ -123,8 +122,7 @@ class ArmStream(ArmMoves):
             if early:
                 self._attention.clear()
                 soonest = max(last + _EARLIEST * period_ns, last_early + _EARLY_APART * period_ns)
-                while (left_ns := soonest - time.monotonic_ns()) > 0 and not pause(halt, left_ns / 1e9):
-                    pass
+                halt.wait(max(0.0, (soonest - time.monotonic_ns()) / 1e9))
                 self.ticker.restart(round(_AFTER_EARLY * period_ns))
             now = time.monotonic_ns()
             if halt.is_set():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -15,24 +14,6 @@ from dcqfa_ros.runtime.realtime import scheduling
 
 JITTER_WINDOW = 1000
 _STAT = Path("/proc/stat")
-_WAITS_ON_SYSTEM_TIME = sys.version_info < (3, 11)
-_SLICE_S = 0.002
-
-
-def pause(wake: threading.Event, seconds: float) -> bool:
-    """Wait for ``seconds`` of the monotonic clock, or until ``wake`` is set; may return early, never late for a clock.
-
-    Up to Python 3.10 an event's time-out is one of the system's clock (bpo-41710): set back by an hour, it would keep a
-    control thread waiting, and the arm without its deadman, for an hour. There it is slept in slices, which are not.
-
-    Returns:
-        Whether ``wake`` is set.
-    """
-    if not _WAITS_ON_SYSTEM_TIME:
-        return wake.wait(seconds)
-    if not wake.is_set() and seconds > 0.0:
-        time.sleep(min(seconds, _SLICE_S))
-    return wake.is_set()
 
 
 class Ticker:
@@ -83,7 +64,7 @@ class Ticker:
             remaining = deadline - time.monotonic_ns()
             if remaining <= 0:
                 break
-            if pause(halt, remaining / 1e9):
+            if halt.wait(remaining / 1e9):
                 return
         now = time.monotonic_ns()
         late = max(0, now - deadline)

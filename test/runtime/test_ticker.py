@@ -70,25 +70,3 @@ def test_the_report_holds_lateness_work_load_and_scheduler(clock):
 def test_a_period_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="period"):
         Ticker(0)
-
-
-@pytest.mark.parametrize("on_system_time", [False, True])
-def test_a_pause_is_ended_by_its_event_and_never_lasts_longer_than_asked(monkeypatch, on_system_time):
-    monkeypatch.setattr(module, "_WAITS_ON_SYSTEM_TIME", on_system_time)
-    wake = threading.Event()
-    assert not module.pause(wake, 0.0) and not module.pause(wake, 0.001)
-    threading.Timer(0.05, wake.set).start()
-    ticker = Ticker(10**12)
-    ticker.wait(wake)
-    assert wake.is_set() and ticker.ticks == 0 and module.pause(wake, 100.0)
-
-
-def test_where_events_wait_on_the_systems_clock_none_is_waited_for(monkeypatch):
-    class Hung(threading.Event):
-        def wait(self, timeout=None):
-            raise AssertionError("a clock that is set back would keep this waiting")
-
-    monkeypatch.setattr(module, "_WAITS_ON_SYSTEM_TIME", True)
-    ticker = Ticker(5_000_000)
-    ticker.wait(Hung())
-    assert ticker.ticks == 1
