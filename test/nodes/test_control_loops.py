@@ -145,8 +145,8 @@ def test_the_six_axis_arm_ticks_without_imports_or_collections_of_the_whole_heap
             feed()
             if not stream.armed:
                 with contextlib.suppress(Refused):  # something is still missing
-                    node._reset_stop(None, Trigger.Response())
-                    node._arm(None, Trigger.Response())
+                    node._operator._reset_stop(None, Trigger.Response())
+                    node._operator._arm(None, Trigger.Response())
             return bool(stream.armed and stream.sent)
 
         loop.until(armed)
