@@ -35,6 +35,7 @@ from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.parity import fixed_observation
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
+from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S
 from dcqfa_ros.runtime.swaps import HostOptions, SwapResult
 from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
 from dcqfa_ros.runtime.ticker import Ticker
@@ -244,11 +245,14 @@ def _version(python: str, runtime: str) -> str:
 @contextlib.contextmanager
 def _running(bundle: Bundle, rate_hz: float, threads: int, python: str, seed: int) -> Iterator[_Cell]:
     cell = _Cell(bundle, rate_hz, threads, python, seed)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as nodes do
     try:
         cell.start()
         yield cell
     finally:
         cell.close()
+        sys.setswitchinterval(interval)
 
 
 class _Left(tuple[int, int, int]):

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dcqfa_ros.ros.parameter_files import ParameterFileError, check_parameter_files
+from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S
 
 if TYPE_CHECKING:
     from dcqfa_ros.ros.node import ManagedNode
@@ -130,6 +131,7 @@ def run_node(factory: Callable[[], ManagedNode], argv: Sequence[str] | None = No
     """
     name = getattr(factory, "NODE_NAME", "node")
     stop = StopRequest()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         if not die_with_parent():
             return 0

@@ -16,6 +16,12 @@ from dataclasses import dataclass
 
 from dcqfa_ros.errors import UserError
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread of a node may keep Python's interpreter lock while another waits (``sys.setswitchinterval``).
+
+With the default of 5 ms, whatever another thread computes delays a control tick by as much.
+"""
+
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 _HINT = "see docs/realtime.md for limits.conf"
 

@@ -89,7 +89,22 @@ class _Key:
         return value.astype(spec.dtype, copy=False)
 
     def nearest(self, stamp_ns: int) -> _Sample | None:
-        return min(self.samples, key=lambda s: abs(s.stamp_ns - stamp_ns), default=None)
+        found = None
+        for sample in reversed(self.samples):  # by stamp; what is asked for is among the newest
+            if found is not None and abs(sample.stamp_ns - stamp_ns) > abs(found.stamp_ns - stamp_ns):
+                break
+            found = sample
+        return found
+
+    def keep(self, sample: _Sample) -> None:
+        """Put a sample where its stamp belongs; one of the same stamp is replaced."""
+        later: list[_Sample] = []
+        while self.samples and self.samples[-1].stamp_ns > sample.stamp_ns:
+            later.append(self.samples.pop())
+        if self.samples and self.samples[-1].stamp_ns == sample.stamp_ns:
+            self.samples.pop()
+        self.samples.append(sample)
+        self.samples.extend(reversed(later))
 
     def at(self, stamp_ns: int) -> tuple[NDArray[Any] | None, str]:
         """Value for a frame at ``stamp_ns``; or None, and what is missing."""
@@ -156,6 +171,7 @@ class ObservationSynchronizer:
         self._keys = {
             name: _Key(name, spec, given.get(name, default_tolerance_ns(spec))) for name, spec in self.specs.items()
         }
+        self._cheapest_first = sorted(self._keys.items(), key=lambda item: item[1].is_window)
         self._condition = threading.Condition()
         self._pending: list[_Sample] = []  # of the reference, rising stamps
         self._frames: list[Frame] = []  # rising stamps
@@ -219,9 +235,7 @@ class ObservationSynchronizer:
         samples = entry.samples
         if began_anew:
             samples.clear()
-        if samples and samples[-1].stamp_ns == sample.stamp_ns:
-            samples.pop()
-        samples.append(sample)
+        entry.keep(sample)
         most = entry.spec.shape[0] + KEPT if entry.is_window else PENDING if entry.spec.type in PICTURES else KEPT
         while len(samples) > most:
             samples.popleft()
@@ -231,8 +245,8 @@ class ObservationSynchronizer:
         waiting: list[_Sample] = []
         news = False
         for reference in self._pending:
-            values = {name: key.at(reference.stamp_ns)[0] for name, key in self._keys.items() if name != self.reference}
-            if any(value is None for value in values.values()):
+            values = self._others(reference.stamp_ns)
+            if values is None:
                 waiting.append(reference)
                 continue
             values[self.reference] = reference.value
@@ -243,6 +257,17 @@ class ObservationSynchronizer:
         if news:
             del self._frames[: self._expired()]
             self._condition.notify_all()
+
+    def _others(self, stamp_ns: int) -> dict[str, NDArray[Any]] | None:
+        """Values of all keys but the reference for a frame, None where one has not come; asked at every sample."""
+        values: dict[str, NDArray[Any]] = {}
+        for name, key in self._cheapest_first:
+            if name != self.reference:
+                value, _ = key.at(stamp_ns)
+                if value is None:
+                    return None
+                values[name] = value
+        return values
 
     def _expired(self) -> int:
         """Return how many frames no history reaches back to any more."""
