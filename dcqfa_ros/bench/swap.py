@@ -35,7 +35,7 @@ from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.parity import fixed_observation
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
-from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S
+from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S, RealtimeSettings, apply
 from dcqfa_ros.runtime.swaps import HostOptions, SwapResult
 from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
 from dcqfa_ros.runtime.ticker import Ticker
@@ -72,6 +72,7 @@ class SwapBench:
         variants, runtime, runtime_version, python: what was exchanged, and the interpreter of the workers.
         threads: of an engine.
         rate_hz, seconds, seed: what was measured.
+        tick_scheduler: of the control tick's thread.
         conditions: what else went on.
         goals_met: no tick missed, no failure, memory within 2 %, nothing left.
     """
@@ -105,6 +106,7 @@ class SwapBench:
     rate_hz: float
     seconds: float
     seed: int
+    tick_scheduler: str
     conditions: Conditions
     goals_met: bool
 
@@ -118,6 +120,7 @@ def run_swap_bench(
     threads: int = 1,
     python: str = "",
     seed: int = 0,
+    realtime_priority: int = 0,
     progress: bool = False,
 ) -> SwapBench:
     """Exchange variants ``swaps`` times, in an order drawn with ``seed``, while the control tick goes on.
@@ -131,16 +134,19 @@ def run_swap_bench(
         threads: of an engine.
         python: interpreter of the workers; this one's where empty.
         seed: of the order and of the policy's noise.
+        realtime_priority: SCHED_FIFO priority of the control tick's thread; 0: none.
         progress: tell how far it is, on stderr.
 
     Raises:
-        BenchError: a value is out of range, or the first variant cannot be loaded at all.
+        BenchError: a value is out of range, the first variant cannot be loaded at all, or the system refuses the
+            priority.
     """
     names = tuple(variants) or tuple(v.name for v in bundle.spec.variants)
     for name, value, low, high in (
         ("swaps", swaps, 1, 10**6),
         ("rate", rate_hz, 1.0, 1000.0),
         ("seed", seed, 0, 2**31),
+        ("realtime priority", realtime_priority, 0, 99),
     ):
         if not low <= value <= high:
             raise BenchError(f"{name}: expected {low:g} to {high:g}, got {value:g}")
@@ -148,7 +154,7 @@ def run_swap_bench(
         raise BenchError(f"variants: expected at least two different ones, got {', '.join(names)}")
     version = _version(python or sys.executable, runtime)
     before = _Left.now()
-    with _running(bundle, rate_hz, threads, python, seed) as cell:
+    with _running(bundle, rate_hz, threads, python, seed, realtime_priority) as cell:
         for name in (*names, names[0]):  # once round before anything is measured
             result = cell.exchange(name, runtime)
             if not result.ok:
@@ -172,7 +178,7 @@ def run_swap_bench(
                 )
         seconds, seen = time.monotonic() - begin, conditions()
         jitter = [cell.ticker.jitter.percentile_ns(share) / 1e6 for share in (50, 99, 100)]
-        missed, ticks = cell.ticker.missed, cell.ticker.ticks - ticks
+        missed, ticks, scheduler = cell.ticker.missed, cell.ticker.ticks - ticks, cell.ticker.report()["scheduler"]
         chunks, starved = cell.chunks - chunks, cell.starved - starved
         if name != names[0]:
             cell.exchange(names[0], runtime)
@@ -214,6 +220,7 @@ def run_swap_bench(
         rate_hz=rate_hz,
         seconds=round(seconds, 1),
         seed=seed,
+        tick_scheduler=scheduler,
         conditions=seen,
         goals_met=not (missed or failed or workers or files) and descriptors <= 0 and growth <= GROWTH_LIMIT,
     )
@@ -243,8 +250,8 @@ def _version(python: str, runtime: str) -> str:
 
 
 @contextlib.contextmanager
-def _running(bundle: Bundle, rate_hz: float, threads: int, python: str, seed: int) -> Iterator[_Cell]:
-    cell = _Cell(bundle, rate_hz, threads, python, seed)
+def _running(bundle: Bundle, rate_hz: float, threads: int, python: str, seed: int, priority: int) -> Iterator[_Cell]:
+    cell = _Cell(bundle, rate_hz, threads, python, seed, priority)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)  # as nodes do
     try:
@@ -278,8 +285,9 @@ def _children() -> list[int]:
 class _Cell:
     """A control tick that consumes a policy's chunks, one action per tick."""
 
-    def __init__(self, bundle: Bundle, rate_hz: float, threads: int, python: str, seed: int) -> None:
+    def __init__(self, bundle: Bundle, rate_hz: float, threads: int, python: str, seed: int, priority: int = 0) -> None:
         self.ticker = Ticker(round(1e9 / rate_hz))
+        self._realtime = RealtimeSettings(priority)
         self.chunks = self.starved = 0
         self._seed = seed
         self._spec: BundleSpec = bundle.spec
@@ -362,6 +370,10 @@ class _Cell:
             self._changed.notify_all()
 
     def _tick(self) -> None:
+        refusals = apply(self._realtime)
+        if refusals:
+            self._fail(refusals[0])
+            return
         step, period = 0, self.ticker.period_ns
         while True:
             self.ticker.wait(self._halt)

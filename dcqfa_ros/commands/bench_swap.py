@@ -41,6 +41,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of an engine (default %(default)s)")
     parser.add_argument("--python", default="", metavar="FILE", help="interpreter of the workers (default: this one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (default %(default)s)")
+    parser.add_argument(
+        "--realtime-priority",
+        type=int,
+        default=0,
+        metavar="N",
+        help="SCHED_FIFO priority of the control tick, 1 to 99 (default: none)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_run)
 
@@ -61,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
         args.threads,
         args.python,
         args.seed,
+        args.realtime_priority,
         progress=sys.stderr.isatty(),
     )
     if args.json:
@@ -78,8 +86,8 @@ def _describe(b: SwapBench) -> list[str]:
         ),
         *(f"  {reason}" for reason in b.reasons),
         (
-            f"control tick at {b.rate_hz:g} Hz, {b.ticks} ticks: {b.missed_ticks} missed, jitter p50 "
-            f"{b.jitter_p50_ms:.2f} ms, p99 {b.jitter_p99_ms:.2f} ms, max {b.jitter_max_ms:.2f} ms"
+            f"control tick at {b.rate_hz:g} Hz ({b.tick_scheduler}), {b.ticks} ticks: {b.missed_ticks} missed, "
+            f"jitter p50 {b.jitter_p50_ms:.2f} ms, p99 {b.jitter_p99_ms:.2f} ms, max {b.jitter_max_ms:.2f} ms"
         ),
         (
             f"an exchange takes p50 {b.swap_ms_p50:.0f} ms, p99 {b.swap_ms_p99:.0f} ms; no chunk can be begun for p99 "
