@@ -118,7 +118,7 @@ def build_ladder(
     Raises:
         BudgetError: a number of steps or the margin is out of range.
     """
-    most = spec.diffusion.train_timesteps
+    most = spec.diffusion.most_steps
     for steps in steps_allowed:
         if not 1 <= steps <= most:
             raise BudgetError(f"steps_allowed: expected numbers from 1 to {most}, got {steps}")

@@ -102,8 +102,8 @@ def choose(
         BudgetError: steps, threads or quality_margin are out of range.
         EngineError: there is no such runtime.
     """
-    if not 0 <= steps <= spec.diffusion.train_timesteps:
-        raise BudgetError(f"steps: expected 0 (the bundle's) to {spec.diffusion.train_timesteps}, got {steps}")
+    if not 0 <= steps <= spec.diffusion.most_steps:
+        raise BudgetError(f"steps: expected 0 (the bundle's) to {spec.diffusion.most_steps}, got {steps}")
     if threads < 1:
         raise BudgetError(f"threads: expected at least 1, got {threads}")
     if runtime != AUTO:

@@ -67,7 +67,7 @@ class PolicyNode(ManagedNode):
         self._halt = threading.Event()  # one per activation, so that an old thread can never come back to life
 
     def _validate_steps(self, value: int) -> str | None:
-        limit = self._bundle.spec.diffusion.train_timesteps if self._bundle else 10_000
+        limit = self._bundle.spec.diffusion.most_steps if self._bundle else 10_000
         return None if 0 <= value <= limit else f"expected 0 (the bundle's own) to {limit}"
 
     def _steps(self) -> int | None:

@@ -209,8 +209,8 @@ class VariantControl:
         return "" if self._bundle is None else self._bundle.spec.default_variant
 
     @property
-    def _train_timesteps(self) -> int:
-        return 0 if self._bundle is None else self._bundle.spec.diffusion.train_timesteps
+    def _most_steps(self) -> int:
+        return 0 if self._bundle is None else self._bundle.spec.diffusion.most_steps
 
     def _use_default(self) -> None:
         self._fallback.cancel()
@@ -345,7 +345,7 @@ class VariantControl:
         pinned = str(self._node.parameter("variant"))
         target = choice if pinned == AUTO else pinned  # a pinned variant may have a better runtime
         reasons = [self._problem(name) for name in (choice, target)]
-        steps, most = values.get("steps", ""), self._train_timesteps
+        steps, most = values.get("steps", ""), self._most_steps
         if steps and not (steps.isdecimal() and 1 <= int(steps) <= most):
             reasons.append(f"steps is {steps!r}, expected a number from 1 to {most}")
         reason = next(filter(None, reasons), None)

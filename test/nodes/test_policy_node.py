@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,11 +50,12 @@ class Graph:
         return self.node
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
-        for _ in range(int(TIMEOUT_S / 0.05)):
-            if condition():
-                return True
+        end = time.monotonic() + TIMEOUT_S
+        while not condition():
+            if time.monotonic() > end:
+                return False
             self.executor.spin_once(timeout_sec=0.05)
-        return condition()
+        return True
 
 
 @pytest.fixture
