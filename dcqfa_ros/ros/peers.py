@@ -117,7 +117,10 @@ class Peer:
             return None
         if self.faulted:
             return Finding.FAULTED
-        return Finding.DEACTIVATED if now - self.arrived > SETTLE_S else None
+        if now - self.arrived <= SETTLE_S:
+            return None
+        # A deactivated node is inactive; an unconfigured one is most likely a successor of one that was never heard.
+        return Finding.RESTARTED if self.state == UNCONFIGURED else Finding.DEACTIVATED
 
     def describe(self, finding: Finding, now: float) -> str:
         """Return one sentence for an operator."""

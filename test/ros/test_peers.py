@@ -60,6 +60,14 @@ def test_an_answer_is_a_sign_of_life_of_a_node_whose_reports_have_not_been_heard
     assert peer.describe(Finding.SILENT, 4.0) == "arm is lost: no sign of life for 3.0 s"
 
 
+def test_a_successor_of_a_node_that_died_before_it_was_heard_is_a_restart() -> None:
+    peer = Peer("arm", "/arm", wanted=True)
+    peer.arrive("active", 1.0)
+    heard("two", "unconfigured", 1.2, peer)
+    assert peer.finding(1.3, LOST) is None, "it may be a late report"
+    assert peer.finding(2.2, LOST) is Finding.RESTARTED
+
+
 def test_a_node_in_a_transition_may_be_silent() -> None:
     peer = heard()
     peer.busy = True
