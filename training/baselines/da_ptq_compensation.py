@@ -1,0 +1,173 @@
+"""DA-PTQ compensation: what brings the outputs of a quantized layer back to the moments they had (``algorithms.md`` 7).
+
+With outputs y of the full-precision layer and q of the quantized one over the same calibration inputs::
+
+    z = g q + d          g = clip(sigma_y / sigma_q), d = mu_y - g mu_q, per channel
+    y^ = M (z - mu_y) + mu_y      M = I + U V^T
+
+``g`` and ``d`` match mean and variance of every channel. ``M`` matches the covariance in ``rank`` directions: those of
+the generalised eigenproblem ``Cov(y) v = lambda Cov(z) v`` whose correction changes the covariance most; at full rank
+it matches all of it. Everything is affine, so it folds into weight and bias of the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcqfa_ros.errors import UserError
+
+Floats = NDArray[np.float64]
+
+GAINS = (0.5, 2.0)  # bounds of every gain, of channels and of directions
+RANK = 16
+NO_VARIANCE = 1e-10  # share of the greatest variance below which a channel or direction counts as constant
+SAME = 1e-6  # relative difference of variances that counts as none: float32 statistics hold no more
+
+
+class CompensationError(UserError, ValueError):
+    """Statistics or options that no compensation follows from; the message names them."""
+
+
+class Moments:
+    """Mean and covariance of rows observed batch by batch, in float64.
+
+    Attributes:
+        count: rows observed.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Begin with nothing observed of rows of ``channels`` values."""
+        self.count = 0
+        self._mean = np.zeros(channels)
+        self._scatter = np.zeros((channels, channels))
+
+    def observe(self, rows: NDArray[np.floating]) -> None:
+        """Take rows (N, channels); batches may be of any size (Chan et al. 1979, pairwise update).
+
+        Raises:
+            CompensationError: rows of another width, or values that are not finite.
+        """
+        batch = np.asarray(rows, np.float64)
+        if batch.ndim != 2 or batch.shape[1] != len(self._mean) or not np.isfinite(batch).all():
+            raise CompensationError(f"rows: expected finite values (N, {len(self._mean)}), got shape {batch.shape}")
+        if not len(batch):
+            return
+        mean = batch.mean(axis=0)
+        centred, shift, total = batch - mean, mean - self._mean, self.count + len(batch)
+        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
+        self._mean += shift * (len(batch) / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Floats:
+        """(channels,)."""
+        return self._mean
+
+    @property
+    def covariance(self) -> Floats:
+        """(channels, channels), divided by the number of rows.
+
+        Raises:
+            CompensationError: nothing was observed.
+        """
+        if not self.count:
+            raise CompensationError("moments: calibration never ran this layer")
+        return self._scatter / self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """An affine map of the outputs of one layer, ``y^ = (I + U V^T)(gain q) + shift``.
+
+    Attributes:
+        gain: (C,).
+        shift: (C,), constant that puts the mean right, of ``M`` too.
+        u: (C, r), r may be 0.
+        v: (C, r).
+        clipped: gains of channels and of directions that met a bound.
+    """
+
+    gain: Floats
+    shift: Floats
+    u: Floats
+    v: Floats
+    clipped: int
+
+    def matrix(self) -> Floats:
+        """``(I + U V^T) diag(gain)``, (C, C)."""
+        return np.diag(self.gain) + self.u @ (self.v.T * self.gain)
+
+    def __call__(self, rows: NDArray[np.floating]) -> Floats:
+        """Apply it to outputs (N, C)."""
+        scaled = np.asarray(rows, np.float64) * self.gain
+        result: Floats = scaled + (scaled @ self.v) @ self.u.T + self.shift
+        return result
+
+    def folded(self, weight: NDArray[np.floating], bias: NDArray[np.floating]) -> tuple[Floats, Floats]:
+        """Weight (C, in) and bias (C,) of a layer in floating point that computes its compensated outputs by itself."""
+        matrix = self.matrix()
+        return matrix @ np.asarray(weight, np.float64), matrix @ np.asarray(bias, np.float64) + self.shift
+
+
+def compensation(
+    target: Moments, quantized: Moments, *, rank: int = RANK, gains: tuple[float, float] = GAINS
+) -> Compensation:
+    """The compensation that takes the moments of quantized outputs to those of the full-precision ones.
+
+    Channels without variance on either side keep gain 1 and get the right mean.
+
+    Args:
+        target: of the full-precision layer.
+        quantized: of the quantized one, over the same inputs.
+        rank: most directions of ``M``; 0 for gains and shifts alone, which is all that a layer of integer codes can
+            fold (into its scales and bias).
+        gains: least and greatest gain.
+
+    Raises:
+        CompensationError: the moments are of different widths or samples, or an option is out of range.
+    """
+    low, high = gains
+    if rank < 0 or not 0.0 < low <= 1.0 <= high:
+        raise CompensationError(f"rank {rank}, gains {gains}: expected rank >= 0 and 0 < least gain <= 1 <= greatest")
+    if target.mean.shape != quantized.mean.shape or target.count != quantized.count:
+        raise CompensationError(
+            f"moments: {target.count} rows of {len(target.mean)} channels and {quantized.count} of "
+            f"{len(quantized.mean)}; both networks have to run on the same calibration inputs"
+        )
+    wanted, found = target.covariance, quantized.covariance
+    variance, measured = np.diag(wanted), np.diag(found)
+    alive = (measured > NO_VARIANCE * measured.max()) & (variance > NO_VARIANCE * variance.max())
+    ratio = np.sqrt(variance / np.where(alive, measured, 1.0), where=alive, out=np.ones_like(variance))
+    gain = np.clip(ratio, low, high)
+    scaled = gain[:, None] * found * gain
+    u, v, stopped = _directions(wanted, scaled, rank, gains)
+    centre = gain * quantized.mean
+    shift = target.mean - centre - u @ (v.T @ centre)
+    return Compensation(gain, shift, u, v, int((gain != ratio).sum()) + stopped)
+
+
+def _directions(wanted: Floats, found: Floats, rank: int, gains: tuple[float, float]) -> tuple[Floats, Floats, int]:
+    """U, V (C, r) and the number of directions whose gain met a bound.
+
+    The generalised eigenvectors v_i, with ``v_i^T found v_j = delta_ij`` and ``v_i^T wanted v_j = lambda_i delta_ij``,
+    diagonalise both covariances. ``M = I + sum_i (sqrt(lambda_i) - 1) (found v_i) v_i^T`` scales direction i alone:
+    ``v_i^T (M found M^T) v_j`` becomes ``lambda_i delta_ij`` where i is corrected and stays as it was where it is not.
+    """
+    empty = np.zeros((len(found), 0))
+    values, vectors = np.linalg.eigh(found)
+    seen = values > NO_VARIANCE * max(values[-1], 0.0)
+    if not rank or not seen.any() or values[-1] <= 0.0:
+        return empty, empty, 0
+    whitening = vectors[:, seen] / np.sqrt(values[seen])
+    ratios, turned = np.linalg.eigh(whitening.T @ wanted @ whitening)
+    v = whitening @ turned
+    carried = found @ v
+    change = np.abs(ratios - 1.0) * np.square(carried).sum(axis=0)
+    chosen = np.argsort(-change, kind="stable")[:rank]
+    chosen = chosen[np.abs(ratios[chosen] - 1.0) > SAME]
+    exact = np.sqrt(np.maximum(ratios[chosen], 0.0))
+    bounded = np.clip(exact, *gains)
+    return carried[:, chosen] * (bounded - 1.0), v[:, chosen], int((bounded != exact).sum())
