@@ -29,9 +29,9 @@ from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.runtime.engine import Engine
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from dcqfa_ros.runtime.policy import PolicyRuntime
-from dcqfa_ros.sim.pusht import EPISODE_STEPS
 from dcqfa_ros.trials.statistics import mean_interval, paired_difference
 from training.envs.pusht import PushTWorlds, WorldState
+from training.stress import STANDARD, Stress
 
 LAST_SEED = 2**32 - 1  # of the legacy generator that draws start states
 WORLDS_TOGETHER = 250  # more would not be faster, and memory grows with them
@@ -65,7 +65,14 @@ class Scores:
     steps: tuple[int, ...]
 
 
-def roll_out(policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None = None) -> Scores:
+def roll_out(
+    policy: ChunkPolicy,
+    seeds: Sequence[int],
+    history: int,
+    steps: int | None = None,
+    stress: Stress = STANDARD,
+    progress: bool = True,
+) -> Scores:
     """Run one episode per seed, at most :data:`WORLDS_TOGETHER` at a time, and return their scores.
 
     Args:
@@ -73,21 +80,24 @@ def roll_out(policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int
         seeds: legacy start seeds.
         history: observations per policy call.
         steps: denoising steps; None for the bundle's own.
+        stress: what makes the worlds harder than the published ones.
+        progress: show it.
     """
     finished: list[WorldState] = []
-    with tqdm(total=len(seeds) * EPISODE_STEPS, desc="eval", unit="step", mininterval=1.0) as bar:
+    total = len(seeds) * stress.episode_steps
+    with tqdm(total=total, desc="eval", unit="step", mininterval=1.0, disable=not progress) as bar:
         for start in range(0, len(seeds), WORLDS_TOGETHER):
             together = seeds[start : start + WORLDS_TOGETHER]
-            finished.extend(_episodes(policy, together, history, steps, bar))
+            finished.extend(_episodes(policy, together, history, steps, stress, bar))
             bar.set_postfix(score=f"{np.mean([state.score for state in finished]):.3f}", refresh=False)
     return Scores(tuple(seeds), tuple(state.score for state in finished), tuple(state.steps for state in finished))
 
 
 def _episodes(
-    policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None, bar: tqdm
+    policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None, stress: Stress, bar: tqdm
 ) -> list[WorldState]:
     """Run one episode per seed, all together, and return their last states."""
-    worlds = PushTWorlds(seeds, history)
+    worlds, limit = PushTWorlds(seeds, history, stress.world), stress.episode_steps
     states = worlds.reset()
     active = list(range(len(seeds)))
     chunk = 0
@@ -97,7 +107,7 @@ def _episodes(
         for index, executed in zip(active, actions, strict=True):
             before = states[index].steps
             states[index] = worlds.step(index, executed)
-            bar.update((EPISODE_STEPS if states[index].done else states[index].steps) - before)
+            bar.update((limit if states[index].done else states[index].steps) - before)
         active = [index for index in active if not states[index].done]
         score = np.mean([state.score for state in states])
         bar.set_postfix(score=f"{score:.3f}", active=len(active), refresh=False)

@@ -184,6 +184,25 @@ class PushTWorld:
         self._running = self._coverage <= SUCCESS_COVERAGE and self._steps < self.step_limit
         return StepResult(self._coverage, self._score, self._steps, not self._running)
 
+    def displace_block(self, shift: ArrayLike, turn: float) -> None:
+        """Move the block by ``shift`` (2,) px and turn it by ``turn`` rad, as a hand would between two steps.
+
+        Nothing is scored before the next step, whose physics pushes apart what overlaps.
+
+        Raises:
+            ValueError: the shift is not two finite numbers, or the turn is none; nothing has moved.
+            EpisodeOverError: no episode is running.
+        """
+        vector = np.asarray(shift, dtype=np.float64)
+        if vector.shape != (2,) or not np.isfinite([*vector, turn]).all():
+            raise ValueError(f"shift and turn: expected three finite numbers, got {vector.tolist()} and {turn}")
+        if not self._running:
+            raise EpisodeOverError("no Push-T episode is running: reset the world first")
+        block = self._env.block
+        block.position = (block.position.x + float(vector[0]), block.position.y + float(vector[1]))
+        block.angle += float(turn)
+        self._env.space.reindex_shapes_for_body(block)
+
     def _integrate(self, target_x: float, target_y: float) -> None:
         """Run the environment's PD control and physics for one action."""
         env = self._env

@@ -6,13 +6,62 @@ policy costs, so a pool of processes would gain nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dcqfa_ros.sim.pusht import PushTWorld
+from dcqfa_ros.sim.pusht import PushTWorld, StepResult
+
+
+class World(Protocol):
+    """The part of :class:`PushTWorld` that closed-loop evaluation needs; ``training.stress`` wraps it.
+
+    ``observation`` is asked once after a reset and once after every step.
+    """
+
+    @property
+    def step_limit(self) -> int:
+        """Steps after which an episode ends."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps taken since the last reset."""
+        ...
+
+    @property
+    def score_so_far(self) -> float:
+        """Maximum over the steps since the reset of coverage / 0.95, clipped to [0, 1]."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether only a reset continues."""
+        ...
+
+    @property
+    def state(self) -> NDArray[np.float64]:
+        """Agent x, y, block x, y [px] and block angle [rad], (5,)."""
+        ...
+
+    def observation(self) -> dict[str, NDArray[np.float32]]:
+        """``keypoints`` (9, 2) and ``agent_position`` (2,), px."""
+        ...
+
+    def reset(self, seed: int) -> NDArray[np.float64]:
+        """Start the episode of a legacy seed and return its state."""
+        ...
+
+    def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Hold the target ``action`` (2,) px for one control period."""
+        ...
+
+    def displace_block(self, shift: NDArray[np.float64], turn: float) -> None:
+        """Move the block by ``shift`` (2,) px and turn it by ``turn`` rad."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +77,7 @@ class WorldState:
 class PushTWorlds:
     """Push-T worlds of given start seeds; each has its own physics, so none depends on the others."""
 
-    def __init__(self, seeds: Sequence[int], history: int) -> None:
+    def __init__(self, seeds: Sequence[int], history: int, make_world: Callable[[], World] = PushTWorld) -> None:
         """Make one world per legacy start seed; each reports its ``history`` newest observations.
 
         Raises:
@@ -36,7 +85,7 @@ class PushTWorlds:
         """
         self.seeds = tuple(seeds)
         self._history = history
-        self._worlds = [PushTWorld() for _ in self.seeds]
+        self._worlds = [make_world() for _ in self.seeds]
         self._past: list[list[dict[str, NDArray[np.float32]]]] = [[] for _ in self.seeds]
 
     def reset(self) -> list[WorldState]:
