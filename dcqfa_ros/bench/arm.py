@@ -17,6 +17,7 @@ import numpy as np
 
 from dcqfa_ros.bench.conditions import Conditions, watch_conditions
 from dcqfa_ros.bench.processes import BenchError
+from dcqfa_ros.ros.arm_messages import wrench_message
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.qos import qos
 from dcqfa_ros.ros.testing import Graph, Spawned, wait_until
@@ -25,6 +26,7 @@ from dcqfa_ros.sim.inovo import InovoEmulator, MotionFrame
 ARM_NODE = "dcqfa_ros.nodes.cell_arm_node"
 SETTLED_S = 0.15
 _WAIT_S = 3.0
+_WRENCH_RATE = 100.0  # Hz
 _STEP = 0.004  # m/s, between two commands; small against every limit
 _SHOWS = 1e-5  # m/s, of change that shows a command: what the jerk limit lets through in the shortest tick is more
 PARAMETERS: dict[str, Any] = {
@@ -177,11 +179,13 @@ def wrenches(graph: Graph) -> Iterator[None]:
     """Publish wrenches without contact at 100 Hz while the body runs: the node moves nothing without them."""
     entry = interface("wrench")
     publisher = graph.node.create_publisher(entry.message_class(), entry.name, qos(entry.qos))
-    halt, message = threading.Event(), entry.message_class()()
+    halt, zero = threading.Event(), np.zeros(3)
 
     def run() -> None:
-        while not halt.wait(0.01):
-            publisher.publish(message)
+        due = time.monotonic()
+        while not halt.wait(max(0.0, due - time.monotonic())):
+            due = max(due + 1 / _WRENCH_RATE, time.monotonic())
+            publisher.publish(wrench_message(graph.node.get_clock().now().to_msg(), "ft_sensor", zero, zero))
 
     thread = threading.Thread(target=run, name="wrenches", daemon=True)
     thread.start()

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from dcqfa_ros.runtime.realtime import processor_ticks, steal_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Conditions:
 
 def watch_conditions() -> Callable[[], Conditions]:
     """Note load and processor time now; the function returned says what the conditions have been since."""
-    before, load = _cpu_ticks(), os.getloadavg()[0]
-    return lambda: Conditions(load, _steal_share(before, _cpu_ticks()), _scheduler())
+    before, load = processor_ticks(), os.getloadavg()[0]
+    return lambda: Conditions(load, round(steal_share(before, processor_ticks()) or 0.0, 4), _scheduler())
 
 
 @contextmanager
@@ -49,21 +50,6 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_ticks() -> list[int]:
-    """Return the processor time counters of ``/proc/stat`` (user, nice, system, idle, iowait, irq, softirq, steal)."""
-    try:
-        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
-    except OSError:
-        return []
-    return [int(field) for field in first.split()[1:9]]
-
-
-def _steal_share(before: list[int], after: list[int]) -> float:
-    spent = [b - a for a, b in zip(before, after, strict=True)]
-    total = sum(spent)
-    return round(spent[7] / total, 4) if total else 0.0
 
 
 def _scheduler() -> str:

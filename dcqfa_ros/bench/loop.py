@@ -8,22 +8,17 @@ nothing.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dcqfa_ros.bench.arm import ARM_NODE, PARAMETERS, available_cores
+from dcqfa_ros.bench.arm import ARM_NODE, PARAMETERS, available_cores, wrenches
 from dcqfa_ros.bench.arm_policy import CAMERAS, SOURCES, VARIANT, ArmPolicy, write_arm_policy
 from dcqfa_ros.bench.conditions import Conditions, watch_conditions
 from dcqfa_ros.bench.processes import BenchError
-from dcqfa_ros.ros.arm_messages import wrench_message
 from dcqfa_ros.ros.camera_stream import cpu_seconds
 from dcqfa_ros.ros.diagnostics import from_message
 from dcqfa_ros.ros.interfaces import interface
@@ -35,7 +30,6 @@ from dcqfa_ros.sim.inovo import InovoEmulator
 CAMERA_NODE, POLICY_NODE = "dcqfa_ros.nodes.camera_node", "dcqfa_ros.nodes.policy_node"
 JITTER_LIMIT_MS, OVERHEAD_LIMIT_MS = 2.0, 5.0
 _SETTLE_S = 3.0  # from the first chunk: imports, discovery and the first allocations are over
-_WRENCH_RATE = 100.0
 _POLL_S = 0.25
 
 
@@ -119,35 +113,13 @@ def run_loop_bench(
         tempfile.TemporaryDirectory(prefix="dcqfa_loop_") as folder,
         Graph() as graph,
         InovoEmulator(ready=True) as emulator,
-        stamped_wrenches(graph),
+        wrenches(graph),
     ):
         bundle = write_arm_policy(Path(folder) / "random_arm", size)
         run = _Run(graph, emulator.port, bundle, size, rate_hz, realtime_priority)
         result = run.measure(seconds)
         graph.stop_all()
     return result
-
-
-@contextlib.contextmanager
-def stamped_wrenches(graph: Graph) -> Iterator[None]:
-    """Publish wrenches without contact at 100 Hz, with stamps, while the body runs."""
-    entry = interface("wrench")
-    publisher = graph.node.create_publisher(entry.message_class(), entry.name, qos(entry.qos))
-    halt, zero = threading.Event(), np.zeros(3)
-
-    def run() -> None:
-        due = time.monotonic()
-        while not halt.wait(max(0.0, due - time.monotonic())):
-            due = max(due + 1 / _WRENCH_RATE, time.monotonic())
-            publisher.publish(wrench_message(graph.node.get_clock().now().to_msg(), "ft_sensor", zero, zero))
-
-    thread = threading.Thread(target=run, name="wrenches", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        halt.set()
-        thread.join()
 
 
 class _Run:

@@ -362,7 +362,7 @@ class _Cell:
             self._problem = self._problem or reason
             self._changed.notify_all()
 
-    def _take(self, stamp_ns: int, actions: NDArray[np.float32]) -> None:
+    def _take(self, stamp_ns: int, actions: NDArray[np.float32], _: float) -> None:
         with self._buffer_lock, contextlib.suppress(PolicyError, KeyError):  # too late
             self._buffer.push(self._consumed[stamp_ns], actions)
         with self._changed:

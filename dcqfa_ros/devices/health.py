@@ -18,6 +18,7 @@ from dcqfa_ros.devices.detect import memory_of
 from dcqfa_ros.devices.gpu_health import GpuHealth, NvmlProbe
 from dcqfa_ros.devices.sysfs import folders, numbered, read_int, read_text
 from dcqfa_ros.devices.throttling import Throttling, ThrottlingReader
+from dcqfa_ros.runtime.realtime import processor_ticks, steal_share
 
 _PLAUSIBLE_C = (-40.0, 150.0)  # a zone that is switched off says -256 or so
 _SYSTEM_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
@@ -122,7 +123,7 @@ class HealthReader:
             self._nvml = gpus = NvmlProbe()
         self._gpus: GpuProbe = gpus or (lambda: ((), ()))
         self._throttling = ThrottlingReader(root)
-        self._ticks = self._cpu_ticks()
+        self._ticks = processor_ticks(self._root / "proc/stat")
         self._waited = self._cpu_waited()
 
     def close(self) -> None:
@@ -224,18 +225,9 @@ class HealthReader:
         found = re.match(r"(\d+\.\d+) ", read_text(self._root / "proc/loadavg") or "")
         return float(found[1]) if found else None
 
-    def _cpu_ticks(self) -> list[int]:
-        """User, nice, system, idle, iowait, irq, softirq, steal of all processors, clock ticks since boot."""
-        found = re.match(r"cpu +((?:\d+ ?)+)", read_text(self._root / "proc/stat") or "")
-        ticks = [int(field) for field in found[1].split()[:8]] if found else []
-        return ticks if len(ticks) == 8 else []
-
     def _steal(self) -> float | None:
-        before, self._ticks = self._ticks, self._cpu_ticks()
-        if not before or not self._ticks:
-            return None
-        spent = [max(0, b - a) for a, b in zip(before, self._ticks, strict=True)]
-        return spent[7] / sum(spent) if sum(spent) else 0.0
+        before, self._ticks = self._ticks, processor_ticks(self._root / "proc/stat")
+        return steal_share(before, self._ticks)
 
     def _cpu_waited(self) -> tuple[float, int] | None:
         """Share of the last 10 s and microseconds since boot for which some process waited for a processor."""

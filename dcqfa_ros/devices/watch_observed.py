@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from dcqfa_ros.devices.watch_limits import WatchLimits
 from dcqfa_ros.devices.watch_types import Cause, Sample
-from dcqfa_ros.devices.watch_window import Holds, LatencyWindow, RateWindow, percentile
+from dcqfa_ros.devices.watch_window import Holds, LatencyWindow, RateWindow
+from dcqfa_ros.runtime.histogram import percentiles
 
 _FEWEST_TICKS = 10
 
@@ -42,7 +43,7 @@ class Observed:
 
     def p95(self) -> float | None:
         """Return the 95th percentile of recent latencies, ms; None where there are too few."""
-        return percentile(self._recent, 95) if self._recent else None
+        return next(iter(percentiles(self._recent, 95)), None)
 
     def share(self, latency_ms: float) -> str:
         """Return a latency as a share of the budget, in words."""
@@ -91,7 +92,7 @@ class Observed:
 
     def figures(self) -> dict[str, str]:
         """Return key-value pairs; empty values are unknown."""
-        p50, p95 = (percentile(self._recent, q) if self._recent else None for q in (50, 95))
+        p50, p95 = percentiles(self._recent, 50, 95) or (None, None)
         missed, starved = self._missed.share(), self._starved.share()
         return {
             "latency_p50_ms": "" if p50 is None else f"{p50:.2f}",

@@ -34,14 +34,6 @@ class LatencyWindow:
         return sorted(recent) if len(recent) >= self._fewest else []
 
 
-def percentile(ascending: list[float], percent: float) -> float:
-    """Return a percentile of values in ascending order, at least one, linear between neighbours."""
-    place = percent / 100.0 * (len(ascending) - 1)
-    low = int(place)
-    high = min(low + 1, len(ascending) - 1)
-    return ascending[low] + (place - low) * (ascending[high] - ascending[low])
-
-
 class RateWindow:
     """Share of one counter's growth in another's over the last seconds; a counter that fell was begun anew."""
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 
-import numpy as np
+from dcqfa_ros.runtime.histogram import percentiles
 
 _WINDOW_FRAMES = 120  # frames over which rate and work are reported
 
@@ -68,4 +68,4 @@ class CaptureRecord:
         age = (time.monotonic_ns() - pictures[-1][0]) / 1e6
         span = pictures[-1][0] - pictures[0][0]
         rate = (len(pictures) - 1) * 1e9 / span if span > 0 else float("nan")
-        return rate, age, float(np.percentile([work for _, work in pictures], 99)) / 1e6
+        return rate, age, percentiles((work for _, work in pictures), 99)[0] / 1e6

@@ -301,15 +301,9 @@ class InovoArm:
 
     def report(self) -> dict[str, str]:
         """Return facts for diagnostics: supply, drives, gripper, program, link."""
-        link, values = self.client.statistics, self.state_topics.values
-        psu, arm = values(m.PSU_STATUS), values(m.ARM_STATE)
+        link = self.client.statistics
         facts: dict[str, object] = {
-            "voltage_v": psu.get("voltage", ""), "current_a": psu.get("current", ""),
-            "bus": psu.get("state", ""), "fault_code": psu.get("fault_code", ""),
-            "speed_limited": values(m.ROBOT_STATE).get("speed_limited", ""),
-            "motor_max_c": max(arm["temperatures"], default="") if arm else "",
-            "torques_nm": [round(torque, 2) for torque in arm["torques"]] if arm else "",
-            "sequence": values(m.RUNTIME_STATE).get("state", ""),
+            **self.state_topics.facts(),
             "streaming": self.is_streaming, "connections": link.connections, "losses": link.losses,
             "frames_sent": link.sent, "frames_superseded": link.superseded, "frames_refused": link.refused,
             "malformed": link.malformed + sum(self.state_topics.malformed.values()) + self._move.malformed

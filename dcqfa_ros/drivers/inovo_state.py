@@ -156,6 +156,20 @@ class InovoState:
                 gripper_holds=None if gripper is None else gripper["stalled"],
             )
 
+    def facts(self) -> dict[str, object]:
+        """Return supply, drives and program, for diagnostics; empty texts where nothing was heard."""
+        psu, arm = self.values(m.PSU_STATUS), self.values(m.ARM_STATE)
+        return {
+            "voltage_v": psu.get("voltage", ""),
+            "current_a": psu.get("current", ""),
+            "bus": psu.get("state", ""),
+            "fault_code": psu.get("fault_code", ""),
+            "speed_limited": self.values(m.ROBOT_STATE).get("speed_limited", ""),
+            "motor_max_c": max(arm["temperatures"], default="") if arm else "",
+            "torques_nm": [round(torque, 2) for torque in arm["torques"]] if arm else "",
+            "sequence": self.values(m.RUNTIME_STATE).get("state", ""),
+        }
+
     def _on_joints(self, message: m.Message, arrival_ns: int) -> None:
         positions, velocities = m.read_joint_states(message)
         self._joints = (_frozen(positions), _frozen(velocities))

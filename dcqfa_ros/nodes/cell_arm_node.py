@@ -39,7 +39,6 @@ from dcqfa_ros.safety.stops import Stop, StopCode, StopLatch
 from dcqfa_ros.watchdog.client import WatchdogClient
 
 RIVALS_PERIOD_S = 0.2
-_REPEAT_TICKS = 20  # a policy need not hear the same count again and again
 _COMMANDS = ("twist_command", "pose_command", "joint_command", "gripper_command")
 _CHUNKS = ("chunk", "gripper_chunk")
 
@@ -102,7 +101,6 @@ class CellArmNode(ManagedNode):
         listeners = Listeners(self._on_stop, lambda: self.post(self._publish_arm_state), self._on_moved)
         self._stream = ArmStream(self._driver, stage, lease, settings, mount, listeners, self._watchdog)
         self._every = max(1, round(settings.rate / float(self.parameter("state_rate"))))
-        self._told: tuple[int, ...] = ()  # of the actions consumed, and in which tick
         self._ticks = 0
         publish = self.create_interface_publisher
         self._out = {
@@ -182,9 +180,7 @@ class CellArmNode(ManagedNode):
         stamp = self._time.now_ns() - max(0, now_ns - state.stamp_ns)
         out = self._out
         if stream.armed:
-            self._tell_consumption(stream, now_ns)
-        else:
-            self._told = ()
+            out["consumption"].publish(self._consumption(stream, now_ns))
         if state.readiness is ArmReadiness.DISCONNECTED:
             return  # its last figures are not of now
         out["joint_states"].publish(msg.joints_message(stamp, self._names, state))
@@ -192,15 +188,6 @@ class CellArmNode(ManagedNode):
         out["tcp_speed"].publish(msg.twist_message(stamp, state.linear, state.angular))
         if state.gripper is not None:
             out["gripper_state"].publish(msg.gripper_message(stamp, state.gripper))
-
-    def _tell_consumption(self, stream: ArmStream, now_ns: int) -> None:
-        """Publish what was consumed when that has changed, and now and then for those who join late."""
-        player = stream.player
-        counts = player.consumed, player.remaining, player.starved
-        if self._told[:3] == counts and self._ticks - self._told[3] < _REPEAT_TICKS:
-            return
-        self._told = (*counts, self._ticks)
-        self._out["consumption"].publish(self._consumption(stream, now_ns))
 
     def _consumption(self, stream: ArmStream, now_ns: int) -> Any:
         """What the arm has consumed of its chunks by the control period at ``now_ns``."""

@@ -190,10 +190,9 @@ class PolicyNode(ManagedNode):
 
     # what the session asks for, on the inference thread
 
-    def _publish_chunk(self, stamp_ns: int, actions: NDArray[np.float32]) -> None:
-        assert self._session is not None
-        self._recent.add(self._session.inference_ms)
-        self._outputs.publish(stamp_ns, actions, self._session.inference_ms)
+    def _publish_chunk(self, stamp_ns: int, actions: NDArray[np.float32], inference_ms: float) -> None:
+        self._recent.add(inference_ms)
+        self._outputs.publish(stamp_ns, actions, inference_ms)
 
     def _tell_problem(self, reason: str) -> None:
         self.event(2, f"no further commands in this episode: {reason}", reason=reason)

@@ -29,6 +29,7 @@ from dcqfa_ros.drivers.protocols import WrenchSample
 from dcqfa_ros.ros.conversions import to_time
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
+from dcqfa_ros.runtime.histogram import percentiles
 from dcqfa_ros.safety.tool_load import Floats, ToolLoad, WrenchCompensation, ZeroRefusedError
 
 _WINDOW = 200  # readings over which rate and work are reported
@@ -281,7 +282,7 @@ class WrenchNode(ManagedNode):
         age = (time.monotonic_ns() - times[-1][0]) / 1e6
         span = times[-1][0] - times[0][0]
         rate = (len(times) - 1) * 1e9 / span if span > 0 else float("nan")
-        return rate, age, float(np.percentile([work for _, work in times], 99)) / 1e6
+        return rate, age, percentiles((work for _, work in times), 99)[0] / 1e6
 
 
 def _text(value: float) -> str:

@@ -116,7 +116,7 @@ class PolicyChunking:
     def settle(self) -> None:
         """Set the parameter back where what its method needs could not be loaded; called on the executor's thread."""
         host, method = self._host(), self.method
-        if not self._loading or (host is not None and host.busy):
+        if not self._loading or (host is not None and (host.busy or host.closed)):  # the next start asks again
             return
         self._loading = False
         if host is None or host.target is None or host.warm_for(method):

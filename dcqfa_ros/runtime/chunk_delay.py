@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Hashable
 
-import numpy as np
+from dcqfa_ros.runtime.histogram import percentiles
 
 KEPT = 100  # latencies that count
 PERCENTILE = 95.0
@@ -57,7 +57,7 @@ class DelayEstimator:
     def p95_s(self) -> float:
         """95th percentile of the latencies that count, seconds; of a warm-up run where none does."""
         latencies = list(self._latencies)  # diagnostics ask from another thread: it may be emptied meanwhile
-        return float(np.percentile(latencies, PERCENTILE)) if latencies else self._warm_up_s
+        return next(iter(percentiles(latencies, PERCENTILE)), self._warm_up_s)
 
     def actions(self, period_ns: int) -> int:
         """Return the delay in actions of ``period_ns`` nanoseconds each, rounded up."""

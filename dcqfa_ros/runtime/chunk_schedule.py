@@ -18,6 +18,7 @@ from dcqfa_ros.bundle.schema import ActionSpec
 from dcqfa_ros.runtime.chunk_delay import DelayEstimator
 from dcqfa_ros.runtime.chunking import ChunkPlan, Inference, Method, Published, Timing
 from dcqfa_ros.runtime.consumption import ConsumptionLog
+from dcqfa_ros.runtime.histogram import percentiles
 
 TELL_S = 0.05  # to wait at most for the arm's count of actions at an observation
 LATENCIES_KEPT = 500
@@ -65,7 +66,7 @@ class ChunkFigures:
 
     def values(self) -> dict[str, str]:
         """For diagnostics: times in ms, delay and horizon in actions, discontinuity in units of the action."""
-        p50, p99 = np.percentile(np.array(self._inference_ms or [0.0]), [50, 99])
+        p50, p99 = percentiles(list(self._inference_ms), 50, 99) or (0.0, 0.0)
         return {
             "chunks": str(self.chunks),
             "inference_p50_ms": f"{p50:.2f}",

@@ -1,11 +1,28 @@
-"""Percentiles of any number of durations in constant memory and constant time per duration."""
+"""Percentiles: of a few values at once, and of any number of durations in constant memory and time per duration."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
 RESOLUTION_NS = 10_000
 BINS = 20_000  # up to 200 ms
+
+
+def percentiles(values: Iterable[float], *percents: float) -> list[float]:
+    """Return percentiles, linear between neighbours; empty where there are no values.
+
+    Not ``np.percentile``: its first call imports ``numpy.ma``, 40 ms in whatever loop makes it.
+    """
+    ascending = sorted(values)
+    return [_place(ascending, percent / 100.0 * (len(ascending) - 1)) for percent in percents] if ascending else []
+
+
+def _place(ascending: list[float], place: float) -> float:
+    low = int(place)
+    high = min(low + 1, len(ascending) - 1)
+    return ascending[low] + (place - low) * (ascending[high] - ascending[low])
 
 
 class Histogram:

@@ -41,7 +41,8 @@ class SessionHooks:
     """What a session asks of its owner.
 
     Attributes:
-        publish: sends a chunk: stamp of its observation (ns) and actions (n, Da) in the bundle's units.
+        publish: sends a chunk: stamp of its observation (ns), actions (n, Da) in the bundle's units, and what the
+            engine's worker took (ms).
         problem: told once per episode why no further command is sent.
         lost: told when the engine's worker has died.
         steps: denoising steps to use now; None for the bundle's.
@@ -50,7 +51,7 @@ class SessionHooks:
         advice: told what was changed, where delay or execution horizon do not fit the bundle's chunks.
     """
 
-    publish: Callable[[int, NDArray[np.float32]], None]
+    publish: Callable[[int, NDArray[np.float32], float], None]
     problem: Callable[[str], None]
     lost: Callable[[str], None]
     steps: Callable[[], int | None]
@@ -73,7 +74,6 @@ class PolicySession:
         """Bind the parts; no episode is under way."""
         self.spec, self.host, self.observations = spec, host, observations
         self.problem = ""  # why nothing is sent in this episode
-        self.inference_ms = 0.0  # of the chunk that is published now: what the engine's worker took
         self._hooks = hooks
         self._schedule = ChunkSchedule(spec.action, period_ns)
         self._advised = ""
@@ -200,9 +200,8 @@ class PolicySession:
         with self._lock:
             if self._episode is not episode or halt.is_set():
                 return False  # the arm was disarmed meanwhile: no command after a stop
-            self.inference_ms = (answered - asked) * 1e3
             published = self._schedule.take(inference, stamp_ns, actions)
-            self._hooks.publish(stamp_ns, published.actions)
+            self._hooks.publish(stamp_ns, published.actions, (answered - asked) * 1e3)
             now = time.monotonic()
             latency_s = self._age_s(stamp_ns, now - begin)
             computed_by = self.host.engine, variant, steps

@@ -13,6 +13,7 @@ import resource
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from dcqfa_ros.errors import UserError
 
@@ -92,6 +93,30 @@ def scheduling(thread: int = 0) -> Scheduling:
     names = ("SCHED_OTHER", "SCHED_FIFO", "SCHED_RR", "SCHED_BATCH", "SCHED_IDLE")
     found = {getattr(os, name): name for name in names if hasattr(os, name)}
     return Scheduling(found.get(number, "unknown"), priority, cpus)
+
+
+def processor_ticks(stat: Path = Path("/proc/stat")) -> list[int]:
+    """Return user, nice, system, idle, iowait, irq, softirq, steal of all processors, clock ticks since boot.
+
+    Empty where the system does not say.
+    """
+    try:
+        words = stat.read_text(encoding="ascii").split("\n", 1)[0].split()
+        ticks = [int(word) for word in words[1:9]] if words[:1] == ["cpu"] else []
+    except (OSError, ValueError):
+        return []
+    return ticks if len(ticks) == 8 else []
+
+
+def steal_share(before: Collection[int], after: Collection[int]) -> float | None:
+    """Return the share (0 to 1) of processor time that the hypervisor took between two :func:`processor_ticks`.
+
+    None where one of them is empty; 0 where no time has passed.
+    """
+    if not before or not after:
+        return None
+    spent = [max(0, b - a) for a, b in zip(before, after, strict=True)]
+    return spent[7] / sum(spent) if sum(spent) else 0.0
 
 
 def apply(settings: RealtimeSettings) -> list[str]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 from collections import deque
-from pathlib import Path
 
-from dcqfa_ros.runtime.histogram import Histogram
-from dcqfa_ros.runtime.realtime import scheduling
+from dcqfa_ros.runtime.histogram import Histogram, percentiles
+from dcqfa_ros.runtime.realtime import processor_ticks, scheduling, steal_share
 
 JITTER_WINDOW = 1000
-_STAT = Path("/proc/stat")
 
 
 class Ticker:
@@ -39,7 +36,7 @@ class Ticker:
         self._busy: deque[int] = deque(maxlen=JITTER_WINDOW)
         self._begin = 0
         self._thread: int | None = None  # native id of the thread that ticks
-        self._processor = _processor_ticks()
+        self._processor = processor_ticks()
         self._lock = threading.Lock()
         self.restart()
 
@@ -53,7 +50,7 @@ class Ticker:
         with self._lock:
             self.missed = 0
             self.jitter.clear()
-            self._processor = _processor_ticks()
+            self._processor = processor_ticks()
 
     def wait(self, halt: threading.Event) -> None:
         """Sleep to the next deadline (or until ``halt`` is set) and account for lateness."""
@@ -91,8 +88,8 @@ class Ticker:
         :meth:`count_anew` (``jitter_...``), ms; load; the share of processor time that the hypervisor took since then
         (``steal_share``, 0 to 1); scheduler, priority and processors of the thread that ticks, as the system says.
         """
-        processor = _processor_ticks()
-        total, stolen = (now - then for now, then in zip(processor, self._processor, strict=True))
+        processor = processor_ticks()
+        stolen = steal_share(self._processor, processor)
         # Before the first tick nothing is known about its thread.
         thread = scheduling(self._thread) if self._thread is not None else None
         return {
@@ -103,25 +100,13 @@ class Ticker:
             **_percentiles("work", self._busy),
             **self.jitter.figures("jitter"),
             "load_1min": f"{os.getloadavg()[0]:.2f}",
-            "steal_ticks": str(processor[1]),
-            "steal_share": f"{stolen / total:.4f}" if total else "",
+            "steal_ticks": str(processor[7]) if processor else "",
+            "steal_share": "" if stolen is None else f"{stolen:.4f}",
             "scheduler": thread.text if thread else "",
             "cpus": ",".join(map(str, thread.cpus)) if thread else "",
         }
 
 
 def _percentiles(name: str, values: deque[int]) -> dict[str, str]:
-    """Nearest-rank percentiles. Not ``np.percentile``: its first call imports ``numpy.ma``, 40 ms in a control loop."""
-    data = sorted(values)
-    ranks = [data[math.ceil(share * len(data)) - 1] for share in (0.5, 0.99, 1.0)] if data else []
-    texts = [f"{value / 1e6:.3f}" for value in ranks] or ["", "", ""]
+    texts = [f"{value / 1e6:.3f}" for value in percentiles(values, 50, 99, 100)] or ["", "", ""]
     return {f"{name}_{which}_ms": text for which, text in zip(("p50", "p99", "max"), texts, strict=True)}
-
-
-def _processor_ticks() -> tuple[int, int]:
-    """Clock ticks since boot, summed over processors: all, and those that the hypervisor stole (Linux; 0 elsewhere)."""
-    try:
-        fields = [int(field) for field in _STAT.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
-        return sum(fields), fields[7]
-    except (OSError, IndexError, ValueError):
-        return 0, 0

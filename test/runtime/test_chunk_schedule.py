@@ -243,7 +243,7 @@ class Cell:
         for thread in self.threads:
             thread.start()
 
-    def take(self, stamp_ns: int, actions: np.ndarray) -> None:
+    def take(self, stamp_ns: int, actions: np.ndarray, _: float) -> None:
         with self.lock:
             self.buffer.push(self.known[stamp_ns], actions)
 

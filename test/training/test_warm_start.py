@@ -17,7 +17,7 @@ from dcqfa_ros.bundle.schema import NormalizerKind, NormalizerSpec
 from dcqfa_ros.bundle.stored import stored_as_half
 from dcqfa_ros.bundle.write import file_spec, write_bundle
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
-from training import warm_start
+from training import graph_weights
 from training.checkpoint import CheckpointError
 from training.export.bundle import ExportOptions, export_bundle
 from training.export.diffusion_policy_t import export_graphs
@@ -311,5 +311,5 @@ def test_the_time_position_is_found_from_few_time_steps(trained_run: Path) -> No
     network = load_trained(trained_run).network
     state = network.state_dict()
     table = network.timestep_keys_values(torch.arange(2))
-    found = warm_start.solve_time_position(state, table, network.frequencies)
+    found = graph_weights.solve_time_position(state, table, network.frequencies)
     torch.testing.assert_close(found, state["memory_position"][0, 0], rtol=0, atol=1e-4)

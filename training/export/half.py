@@ -21,8 +21,8 @@ from torch import Tensor
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.stored_half import stored_half_names
 from training.export.diffusion_policy_t import export_graphs
+from training.graph_weights import graph_state
 from training.policies.diffusion_policy_t import DiffusionPolicyT
-from training.warm_start import graph_state
 
 LEAST_ELEMENTS = 1024  # smaller constants (biases, norms, masks) would save next to nothing
 SUFFIX = ".float16"
