@@ -184,7 +184,7 @@ def _check_names(options: SubnetOptions, there: BundleSpec | None) -> None:
         raise ExportError(f"--default {options.default}: no such variant; there are {', '.join(sorted(known))}")
 
 
-class _AsStored(TorchEngine):
+class AsStored(TorchEngine):
     """A subnet in PyTorch with the memory MLP and the table of time steps as the graphs store them."""
 
     def __init__(self, network: ElasticDiffusionPolicyT, rest: Rest, train_timesteps: int, threads: int) -> None:
@@ -218,9 +218,9 @@ class _Export:
         subnet, network = self.supernet.subnet(asked)
         rest = REST[subnet.precision]
         graphs = export_graphs(network, self.diffusion.train_timesteps, rest)
-        engine = _AsStored(network, rest, self.diffusion.train_timesteps, threads)
+        engine = AsStored(network, rest, self.diffusion.train_timesteps, threads)
         chunks = denoise_chunks(engine, self.diffusion, network.config, self.inputs)
-        document, files = entry(name, _described(subnet), _precision(subnet), graphs, _rows(network, subnet, rest))
+        document, files = entry(name, _described(subnet), precision_name(subnet), graphs, _rows(network, subnet, rest))
         parts = self._parts(name, graphs, engine, network)
         agreement = parity(
             name,
@@ -251,7 +251,7 @@ class _Export:
         return document, files
 
     def _parts(
-        self, name: str, graphs: Mapping[str, bytes], stored: _AsStored, network: ElasticDiffusionPolicyT
+        self, name: str, graphs: Mapping[str, bytes], stored: AsStored, network: ElasticDiffusionPolicyT
     ) -> dict[str, float]:
         """Largest relative error of encoder, table and every block, each from the training-side network's inputs."""
         inputs = self.inputs[: min(BLOCK_SAMPLES, len(self.inputs))]
@@ -317,7 +317,7 @@ def _described(subnet: Subnet) -> str:
     return f"subnet of {subnet.depth} blocks, {how} with learned steps; {OUTSIDE}"
 
 
-def _precision(subnet: Subnet) -> str:
+def precision_name(subnet: Subnet) -> str:
     """The bundle's word for the bits of a subnet."""
     if subnet.precision is not Precision.INT:
         return subnet.precision.value

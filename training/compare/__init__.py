@@ -1,0 +1,1 @@
+"""One table of methods, bits and tasks on equal seeds: ``dcqfa compare``."""
