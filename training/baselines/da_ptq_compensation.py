@@ -32,17 +32,18 @@ class CompensationError(UserError, ValueError):
 
 
 class Moments:
-    """Mean and covariance of rows observed batch by batch, in float64.
+    """Mean and variance, or covariance, of rows observed batch by batch; sums of batches are kept in float64.
 
     Attributes:
         count: rows observed.
     """
 
-    def __init__(self, channels: int) -> None:
-        """Begin with nothing observed of rows of ``channels`` values."""
+    def __init__(self, channels: int, *, full: bool = True) -> None:
+        """Begin with nothing observed of rows of ``channels`` values; their covariance is left out unless ``full``."""
         self.count = 0
         self._mean = np.zeros(channels)
-        self._scatter = np.zeros((channels, channels))
+        self._full = full
+        self._scatter = np.zeros((channels, channels) if full else channels)
 
     def observe(self, rows: NDArray[np.floating]) -> None:
         """Take rows (N, channels); batches may be of any size (Chan et al. 1979, pairwise update).
@@ -50,15 +51,16 @@ class Moments:
         Raises:
             CompensationError: rows of another width, or values that are not finite.
         """
-        batch = np.asarray(rows, np.float64)
-        if batch.ndim != 2 or batch.shape[1] != len(self._mean) or not np.isfinite(batch).all():
-            raise CompensationError(f"rows: expected finite values (N, {len(self._mean)}), got shape {batch.shape}")
-        if not len(batch):
+        if rows.ndim != 2 or rows.shape[1] != len(self._mean) or not np.isfinite(rows).all():
+            raise CompensationError(f"rows: expected finite values (N, {len(self._mean)}), got shape {rows.shape}")
+        if not len(rows):
             return
-        mean = batch.mean(axis=0)
-        centred, shift, total = batch - mean, mean - self._mean, self.count + len(batch)
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
-        self._mean += shift * (len(batch) / total)
+        mean = rows.mean(axis=0, dtype=np.float64)
+        centred, shift, total = rows - mean.astype(rows.dtype), mean - self._mean, self.count + len(rows)
+        squares = centred.T @ centred if self._full else np.square(centred).sum(axis=0, dtype=np.float64)
+        between = np.outer(shift, shift) if self._full else shift * shift
+        self._scatter += squares + between * (self.count * len(rows) / total)
+        self._mean += shift * (len(rows) / total)
         self.count = total
 
     @property
@@ -67,14 +69,26 @@ class Moments:
         return self._mean
 
     @property
-    def covariance(self) -> Floats:
-        """(channels, channels), divided by the number of rows.
+    def variance(self) -> Floats:
+        """(channels,), divided by the number of rows.
 
         Raises:
             CompensationError: nothing was observed.
         """
         if not self.count:
             raise CompensationError("moments: calibration never ran this layer")
+        result: Floats = (np.diag(self._scatter) if self._full else self._scatter) / self.count
+        return result
+
+    @property
+    def covariance(self) -> Floats:
+        """(channels, channels), divided by the number of rows.
+
+        Raises:
+            CompensationError: only variances were kept, or nothing was observed.
+        """
+        if not self._full or not self.count:
+            raise CompensationError("moments: no covariance was observed; directions need full moments of both sides")
         return self._scatter / self.count
 
 
@@ -112,6 +126,17 @@ class Compensation:
         return matrix @ np.asarray(weight, np.float64), matrix @ np.asarray(bias, np.float64) + self.shift
 
 
+def check_bounds(rank: int, gains: tuple[float, float]) -> None:
+    """Refuse a rank or bounds of gains that mean nothing.
+
+    Raises:
+        CompensationError: naming them.
+    """
+    low, high = gains
+    if rank < 0 or not 0.0 < low <= 1.0 <= high < np.inf:
+        raise CompensationError(f"rank {rank}, gains {gains}: expected rank >= 0 and 0 < least gain <= 1 <= greatest")
+
+
 def compensation(
     target: Moments, quantized: Moments, *, rank: int = RANK, gains: tuple[float, float] = GAINS
 ) -> Compensation:
@@ -129,21 +154,21 @@ def compensation(
     Raises:
         CompensationError: the moments are of different widths or samples, or an option is out of range.
     """
-    low, high = gains
-    if rank < 0 or not 0.0 < low <= 1.0 <= high:
-        raise CompensationError(f"rank {rank}, gains {gains}: expected rank >= 0 and 0 < least gain <= 1 <= greatest")
+    check_bounds(rank, gains)
     if target.mean.shape != quantized.mean.shape or target.count != quantized.count:
         raise CompensationError(
             f"moments: {target.count} rows of {len(target.mean)} channels and {quantized.count} of "
             f"{len(quantized.mean)}; both networks have to run on the same calibration inputs"
         )
-    wanted, found = target.covariance, quantized.covariance
-    variance, measured = np.diag(wanted), np.diag(found)
+    variance, measured = target.variance, quantized.variance
     alive = (measured > NO_VARIANCE * measured.max()) & (variance > NO_VARIANCE * variance.max())
     ratio = np.sqrt(variance / np.where(alive, measured, 1.0), where=alive, out=np.ones_like(variance))
-    gain = np.clip(ratio, low, high)
-    scaled = gain[:, None] * found * gain
-    u, v, stopped = _directions(wanted, scaled, rank, gains)
+    gain = np.clip(ratio, *gains)
+    u = v = np.zeros((len(gain), 0))
+    stopped = 0
+    if rank:
+        scaled = gain[:, None] * quantized.covariance * gain
+        u, v, stopped = _directions(target.covariance, scaled, rank, gains)
     centre = gain * quantized.mean
     shift = target.mean - centre - u @ (v.T @ centre)
     return Compensation(gain, shift, u, v, int((gain != ratio).sum()) + stopped)
@@ -159,7 +184,7 @@ def _directions(wanted: Floats, found: Floats, rank: int, gains: tuple[float, fl
     empty = np.zeros((len(found), 0))
     values, vectors = np.linalg.eigh(found)
     seen = values > NO_VARIANCE * max(values[-1], 0.0)
-    if not rank or not seen.any() or values[-1] <= 0.0:
+    if values[-1] <= 0.0 or not seen.any():
         return empty, empty, 0
     whitening = vectors[:, seen] / np.sqrt(values[seen])
     ratios, turned = np.linalg.eigh(whitening.T @ wanted @ whitening)

@@ -1,0 +1,237 @@
+"""DA-PTQ: compensation of quantized outputs, and 16 bits for the layers that drift most (``algorithms.md`` section 7).
+
+Allocation: the 30 % of layers with the largest ``|dL_drift / dW|`` keep weights and inputs in floating point, the rest
+gets the bits asked for, rounded to nearest. The mean of its bits is therefore far above them; the report says it.
+
+Compensation, layer by layer in the order of execution, each on what the compensated layers before it produce: gain and
+shift of every channel fold into the scales and the bias of a layer of integer codes. ``M = I + U V^T`` mixes channels,
+and a mixture of integer codes is none, so it folds only into weights in floating point: the layers that are kept, and
+the final layer, the interface to the actions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.baselines import QuantizedPolicy
+from training.baselines.allocation import kept
+from training.baselines.bits import FLOAT, BaselineError, Bits
+from training.baselines.calibration import Calibration
+from training.baselines.da_ptq_compensation import GAINS, RANK, Compensation, Moments, check_bounds, compensation
+from training.baselines.da_ptq_drift import DAMPING, ROTATION, TRANSLATION, dimension_weights, drift_gradients
+from training.baselines.network import PlainLinear, linear_names, plain_copy, plain_linears
+from training.baselines.parts import Unquantized
+from training.baselines.report import calls_of, finish, report
+from training.baselines.rtn import no_options, quantize_activations
+from training.policies.diffusion_policy_t import DiffusionPolicyT
+from training.trained import TrainedPolicy
+
+SHARE = 0.3  # of the layers, kept in floating point
+HEAD = "head"
+NO_CHAIN = "none: the task has no kinematic chain, every action dimension weighs 1"
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
+
+
+class DaPtq:
+    """See the module."""
+
+    name = "da_ptq"
+    trains = False
+
+    def quantize(
+        self,
+        policy: TrainedPolicy,
+        bits: Bits,
+        calibration: Calibration,
+        *,
+        seed: int = 0,  # noqa: ARG002 (of the protocol)
+        jacobians: ArrayLike | None = None,
+        share: float = SHARE,
+        compensate: bool = True,
+        rank: int = RANK,
+        gains: tuple[float, float] = GAINS,
+        progress: bool = True,
+        **options: Any,
+    ) -> QuantizedPolicy:
+        """See :class:`training.baselines.Baseline`; ``seed`` has no effect, nothing is drawn.
+
+        Args:
+            policy: see there.
+            bits: of the layers that are not kept.
+            calibration: see there.
+            seed: see there.
+            jacobians: (N, 6, Da) of the end-effector's pose by the action dimensions along the kinematic chain, such as
+                :meth:`dcqfa_ros.drivers.kinematics.ArmKinematics.jacobian` gives for joint actions; None for a task
+                without one, whose dimensions all weigh 1.
+            share: of the layers that keep 16 bits.
+            compensate: whether outputs are compensated.
+            rank: directions whose covariance is matched where weights are in floating point.
+            gains: least and greatest gain of a channel or direction.
+            progress: show a bar.
+            **options: none.
+
+        Raises:
+            BaselineError: FP8 is asked for, or an option is none of the above.
+            AllocationError: Jacobians or the share are out of range.
+            CompensationError: rank or gains are out of range.
+        """
+        no_options(self.name, options)
+        if bits.fp8:
+            raise BaselineError("da_ptq: keeps some layers and makes integers of the rest; expected bits such as w4a4")
+        check_bounds(rank, gains)
+        kept(np.zeros(0), share)  # refused before the work and not behind it
+        started, width, count = time.monotonic(), policy.config.policy.action_dim, len(calibration.observation)
+        weights = np.ones(width) if jacobians is None else dimension_weights(jacobians)
+        with tqdm(total=count, desc="da_ptq drift", unit="chunk", disable=not progress) as bar:
+            slopes = drift_gradients(policy, calibration, bits, weights, progress=bar.update)
+        names = linear_names(policy.network)
+        stays = dict(zip(names, kept([slopes[name] for name in names], share).tolist(), strict=True))
+        network = plain_copy(policy.network)
+        quantize_activations(network, bits, calibration)
+        for name, linear in plain_linears(network).items():
+            if stays[name]:
+                linear.activation = Unquantized()
+            else:
+                linear.quantize_weight(bits.weights)
+        changed = any(not stays[name] for name in names) and (bits.weights, bits.activations) != (FLOAT, FLOAT)
+        found: dict[str, Compensation] = {}
+        if compensate and changed:
+            found = compensate_layers(policy.network, network, calibration, rank=rank, gains=gains)
+        finish(network)
+        passes = 1 + (2 if found else 0)
+        return QuantizedPolicy(
+            network,
+            report(
+                self.name,
+                "DA-PTQ" if compensate else "DA-PTQ allocation",
+                bits,
+                network,
+                calibration,
+                time.monotonic() - started,
+                calls_of(calibration, passes),
+                backward_calls=calls_of(calibration),
+                kept_layers=[name for name in names if stays[name]],
+                kept_share=share,
+                drift_gradient=slopes,
+                kinematic_chain=NO_CHAIN if jacobians is None else "given",
+                dimension_weights=weights.tolist(),
+                dimension_rule={"translation": TRANSLATION, "rotation": ROTATION, "damping": DAMPING},
+                compensated=sorted(found),
+                compensation_rank=rank,
+                compensation_gains=list(gains),
+                directions={name: c.u.shape[1] for name, c in found.items() if c.u.shape[1]},
+                clipped_gains=sum(c.clipped for c in found.values()),
+            ),
+        )
+
+
+def compensate_layers(
+    reference: DiffusionPolicyT,
+    network: DiffusionPolicyT,
+    calibration: Calibration,
+    *,
+    rank: int = RANK,
+    gains: tuple[float, float] = GAINS,
+) -> dict[str, Compensation]:
+    """Fold into every layer of ``network``, in place, what gives its outputs the moments that ``reference`` has there.
+
+    One pass over all calls at once: a layer is compensated before those behind it run.
+
+    Args:
+        reference: in full precision.
+        network: with plain linears, quantized.
+        calibration: what both run on.
+        rank: as in :func:`training.baselines.da_ptq_compensation.compensation`.
+        gains: likewise.
+
+    Returns:
+        The compensations by module path.
+    """
+    layers: dict[str, nn.Module] = {**plain_linears(network), HEAD: network.head}
+    free = {name: not isinstance(layer, PlainLinear) or _is_float(layer) for name, layer in layers.items()}
+    wanted: dict[str, Moments] = {}
+
+    def observe(name: str) -> Hook:
+        def call(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in wanted:
+                wanted[name] = Moments(output.shape[-1], full=free[name] and rank > 0)
+            wanted[name].observe(output.detach().flatten(0, -2).numpy())
+
+        return call
+
+    found: dict[str, Compensation] = {}
+
+    def correct(name: str) -> Hook:
+        def call(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen = Moments(output.shape[-1], full=free[name] and rank > 0)
+            seen.observe(output.flatten(0, -2).numpy())
+            found[name] = compensation(wanted[name], seen, rank=rank if free[name] else 0, gains=gains)
+            _fold(module, found[name])
+            result: Tensor = module.forward(arguments[0])
+            return result
+
+        return call
+
+    with torch.no_grad():
+        with _hooked(reference, {name: observe(name) for name in layers}):
+            _run_together(reference, calibration)
+        with _hooked(network, {name: correct(name) for name in layers}):
+            _run_together(network, calibration)
+    return found
+
+
+def _is_float(layer: PlainLinear) -> bool:
+    return bool((layer.row_bits == FLOAT).all())
+
+
+@torch.no_grad()
+def _fold(layer: nn.Module, found: Compensation) -> None:
+    """Make a layer compute its compensated outputs: a mixture of channels needs weights in floating point."""
+    if isinstance(layer, PlainLinear) and not _is_float(layer):
+        gain = torch.from_numpy(found.gain).to(torch.float32)
+        layer.weight_scale *= gain
+        layer.bias.copy_(layer.bias * gain + torch.from_numpy(found.shift).to(torch.float32))
+        return
+    assert isinstance(layer, PlainLinear | nn.Linear)
+    bias = np.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().numpy()
+    weight, shift = (torch.from_numpy(value).to(torch.float32) for value in found.folded(layer.weight.numpy(), bias))
+    if isinstance(layer, PlainLinear):
+        layer.set_weight(weight, shift)
+        return
+    layer.weight.copy_(weight)
+    layer.bias.copy_(shift)
+
+
+@contextmanager
+def _hooked(network: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    handles = [network.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_together(network: DiffusionPolicyT, calibration: Calibration) -> None:
+    """Run all calls in one pass; their observations are the same, so they are encoded once."""
+    calls = calibration.calls
+    conditions = network.conditions(calibration.observation).repeat(len(calls), 1, 1)
+    timesteps = torch.cat([call.timesteps for call in calls])
+    memory = torch.cat([network.time_tokens(timesteps), network.condition_tokens(conditions)], dim=1)
+    noisy = torch.cat([call.noisy for call in calls])
+    tokens = noisy.shape[1]
+    x = network.action_embedding(noisy) + network.action_position[:, :tokens]
+    for block in network.decoder_blocks():
+        keys, values = block.cross_attn.keys_values(memory)
+        x = block(x, keys, values, network.self_mask[:tokens, :tokens], network.cross_mask[:tokens])
+    network.head(network.norm(x))
