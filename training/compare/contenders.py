@@ -143,6 +143,29 @@ class Opener:
         self._supernets: dict[str, tuple[TrainedSupernet, str, Cost]] = {}
         self._bundles: dict[Path, Bundle] = {}
 
+    def check(self, entry: Entry) -> None:
+        """Refuse what is wrong with an entry and can be told without opening it.
+
+        Raises:
+            UserError: a file is not there, or a baseline, its bits or its checkpoint are unknown.
+        """
+        for field in ("checkpoint", "supernet", "trained"):
+            text = getattr(entry, field)
+            if text is not None and not found(text).exists():
+                raise CompareError(f"entry {entry.name}: {field} {text}: no such run or checkpoint")
+        if entry.bundle is not None:
+            find_bundle(str(found(entry.bundle)))
+        if entry.baseline is not None:
+            from training.baselines import find_baseline, parse_bits
+
+            method = find_baseline(entry.baseline)
+            parse_bits(entry.baseline_bits or entry.bits)
+            if method.trains != (entry.trained is not None):
+                raise CompareError(
+                    f"entry {entry.name}: baseline {entry.baseline} "
+                    + ("trains: name its checkpoint with trained" if method.trains else "takes no checkpoint (trained)")
+                )
+
     def open(self, entry: Entry) -> Contender:
         """Open one entry, and check that it belongs to the comparison.
 
@@ -369,11 +392,6 @@ class Opener:
         assert entry.baseline is not None
         method, bits = find_baseline(entry.baseline), parse_bits(entry.baseline_bits or entry.bits)
         options: dict[str, Any] = dict(entry.options)
-        if method.trains != (entry.trained is not None):
-            raise CompareError(
-                f"entry {entry.name}: baseline {entry.baseline} "
-                + ("trains: name its checkpoint with trained" if method.trains else "does not train: leave trained out")
-            )
         payload: dict[str, Any] = {}
         cost = None
         weights = self._policy_sha256

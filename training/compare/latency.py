@@ -1,0 +1,89 @@
+"""Latency of one chunk of an entry: from a device's look-up table, or measured here, and which of the two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dcqfa_ros.bench.conditions import no_garbage_collection, versions, watch_conditions
+from dcqfa_ros.devices.detect import detect
+from dcqfa_ros.runtime.policy import PolicyRuntime
+from training.compare.config import CompareConfig, found
+from training.compare.contenders import Runnable
+from training.cost import CostError, cost
+from training.lut import TableError, load_table
+from training.policy_shape import PolicyShape
+from training.subnet import Subnet
+
+WARM_UP = 5
+NO_SUBNET = "not told: the table knows no network of mixed bits outside a search space"
+SIMULATED = "not measured: simulated quantizers say nothing about a device"
+
+
+def table_latency(
+    config: CompareConfig, shape: PolicyShape, subnet: Subnet | None, steps: int, simulated: bool
+) -> dict[str, Any]:
+    """Latency by the look-up table of the comparison.
+
+    Args:
+        config: names the table.
+        shape: the policy.
+        subnet: what the table knows the entry as; None where it cannot be told.
+        steps: denoising steps of a chunk.
+        simulated: the entry has no exported form, so its method's own operations are not in the table.
+
+    Raises:
+        TableError: the table cannot be read.
+    """
+    assert config.latency.table is not None
+    table = load_table(found(config.latency.table))
+    kind = "modelled table" if table.modelled else "table"
+    row: dict[str, Any] = {"ms": None, "device": table.name, "kind": kind, "note": None}
+    if subnet is None:
+        return row | {"note": NO_SUBNET}
+    try:
+        row["ms"] = cost(table, shape, subnet, steps).latency_ms
+    except (CostError, TableError) as error:
+        return row | {"note": f"not told: {error}"}
+    if simulated:
+        row["note"] = "as the whole network at these bits; operations of the method's own are not counted"
+    return row
+
+
+def measured_latency(runnables: Mapping[str, Runnable], rounds: int, steps: int | None) -> dict[str, dict[str, Any]]:
+    """Median latency of one chunk, batch 1, one thread, the entries in turn within every round.
+
+    Entries without exported graphs are not measured.
+    """
+    device = f"{detect().processor.model}, 1 thread"
+    rows: dict[str, dict[str, Any]] = {}
+    policies = {name: PolicyRuntime(r.spec, r.engine()) for name, r in runnables.items() if r.graphs is not None}
+    times: dict[str, list[float]] = {name: [] for name in policies}
+    conditions = watch_conditions()
+    try:
+        for policy in policies.values():
+            policy.warm_up(steps, runs=WARM_UP)
+        with no_garbage_collection():
+            for number in range(rounds):
+                for name, policy in policies.items():
+                    observation = {
+                        key.name: np.zeros((1, policy.observations.history, *key.shape), key.dtype)
+                        for key in policy.observations.keys
+                    }
+                    started = time.perf_counter()
+                    policy.predict(observation, [0], [number], steps)
+                    times[name].append(1e3 * (time.perf_counter() - started))
+    finally:
+        for policy in policies.values():
+            policy.close()
+    seen = conditions()
+    for name in runnables:
+        row: dict[str, Any] = {"ms": None, "device": device, "kind": "measured", "note": SIMULATED}
+        if name in times:
+            note = f"median of {rounds}, batch 1, load {seen.load_1min:.1f}"
+            row |= {"ms": float(np.median(times[name])), "note": note, **versions(["onnxruntime"])}
+        rows[name] = row
+    return rows

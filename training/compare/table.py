@@ -1,0 +1,197 @@
+"""Rows, differences and verdicts, all computed from the scores of results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dcqfa_ros.trials.statistics import Interval, mean_interval, paired_difference
+from training.compare.config import Claim, CompareConfig
+from training.compare.paper import PaperFigures
+from training.compare.results import Results
+from training.stress import Stress
+
+Verdict = Literal["found", "not found", "not measured"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A paired mean difference ``first - second`` with its 95 % interval, and what it shows.
+
+    Attributes:
+        first, second: entries.
+        task, seeds: where.
+        interval: of the difference.
+        margin: of non-inferiority.
+    """
+
+    first: str
+    second: str
+    task: str
+    seeds: str
+    interval: Interval
+    margin: float
+
+    @property
+    def non_inferior(self) -> bool:
+        """Whether ``first`` is shown to be worse by less than the margin, if at all."""
+        return self.interval.not_below(self.margin)
+
+    @property
+    def shows(self) -> str:
+        """What the interval shows, in words."""
+        low, high = self.interval.low, self.interval.high
+        if low is None or high is None:
+            return "nothing (one seed)"
+        if low > 0.0:
+            return "better"
+        if high < -self.margin:
+            return "worse by more than the margin"
+        if self.non_inferior:
+            return "worse, within the margin" if high < 0.0 else "non-inferior"
+        return "worse" if high < 0.0 else "undecided"
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "task": self.task,
+            "seeds": self.seeds,
+            "n": self.interval.n,
+            "mean": self.interval.estimate,
+            "ci95": self.interval.half_width,
+            "low": self.interval.low,
+            "high": self.interval.high,
+            "margin": self.margin,
+            "non_inferior": self.non_inferior,
+            "shows": self.shows,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A claim of the paper, with what the intervals say to it."""
+
+    claim: Claim
+    verdict: Verdict
+    difference: Difference | None
+    opposite: bool
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            **self.claim.model_dump(mode="json"),
+            "verdict": self.verdict,
+            "opposite_found": self.opposite,
+            "difference": None if self.difference is None else self.difference.document(),
+            "paper_within_interval": self.paper_within,
+        }
+
+    @property
+    def paper_within(self) -> bool | None:
+        """Whether the paper's own difference lies in our interval; None where one of them is missing."""
+        ours = None if self.difference is None else self.difference.interval
+        paper = self.claim.paper_difference
+        if ours is None or ours.low is None or ours.high is None or paper is None:
+            return None
+        return ours.low <= paper <= ours.high
+
+
+def difference(results: Results, first: str, second: str, task: str, seeds: str, margin: float) -> Difference | None:
+    """The paired difference of two entries; None where one did not play."""
+    one, other = results.cell(first, task, seeds), results.cell(second, task, seeds)
+    if one is None or other is None:
+        return None
+    return Difference(first, second, task, seeds, paired_difference(one.by_seed(), other.by_seed()), margin)
+
+
+def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[dict[str, Any]]:
+    """The table: one row per entry, task and seed set, JSON-ready."""
+    made = []
+    entries = {entry.name: entry for entry in results.entries}
+    for task, seeds in results.groups():
+        planned = next((t for t in config.tasks if t.name == task), None)
+        for entry in results.entries:
+            cell = results.cell(entry.name, task, seeds)
+            if cell is None:
+                continue
+            interval = mean_interval(cell.scores)
+            against = difference(results, entry.name, results.reference, task, seeds, results.margin)
+            figure = paper.value(planned.paper, entry.method, entry.bits) if planned is not None else None
+            made.append(
+                {
+                    "entry": entry.name,
+                    "method": entry.method,
+                    "bits": entry.bits,
+                    "task": task,
+                    "stress": Stress.model_validate(cell.protocol.stress).described() or None,
+                    "seeds": seeds,
+                    "first_seed": cell.first_seed,
+                    "n": len(cell.scores),
+                    "mean": interval.estimate,
+                    "ci95": interval.half_width,
+                    "difference": None if against is None or entry.name == results.reference else against.document(),
+                    "size": entry.size.model_dump(mode="json"),
+                    "latency": None if entry.latency is None else entry.latency.model_dump(mode="json"),
+                    "cost": entry.cost.model_dump(mode="json"),
+                    "executed": entries[entry.name].executed,
+                    "sampler": entry.sampler,
+                    "denoising_steps": entry.denoising_steps,
+                    "mean_episode_steps": cell.mean_steps,
+                    "paper": figure,
+                }
+            )
+    return made
+
+
+def pairs(results: Results, config: CompareConfig) -> list[Difference]:
+    """The named pairs, on every task and seed set that both played."""
+    found = []
+    for pair in config.pairs:
+        for task, seeds in results.groups():
+            made = difference(results, pair.first, pair.second, task, seeds, results.margin)
+            if made is not None:
+                found.append(made)
+    return found
+
+
+def judged(results: Results, config: CompareConfig) -> list[Judged]:
+    """The paper's claims, each judged by the interval of its difference."""
+    return [judge(results, claim) for claim in config.claims]
+
+
+def judge(results: Results, claim: Claim) -> Judged:
+    """Judge one claim.
+
+    It is found where the whole interval lies where the claim says, and not found otherwise; the opposite is found where
+    the whole interval lies on the other side.
+    """
+    made = difference(results, claim.first, claim.second, claim.task, claim.seeds, results.margin)
+    if made is None or made.interval.low is None or made.interval.high is None:
+        return Judged(claim, "not measured", made, opposite=False)
+    low, high = made.interval.low, made.interval.high
+    bound = -results.margin if claim.kind == "not_worse" else 0.0
+    above, under = low > bound, high < bound
+    is_found, opposite = (under, above) if claim.kind == "below" else (above, under)
+    return Judged(claim, "found" if is_found else "not found", made, opposite)
+
+
+def reproduced(ours: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every row that both tables have, whether our mean lies in the committed interval."""
+    known = {(row["entry"], row["task"], row["seeds"], row["n"], row["first_seed"]): row for row in committed}
+    found = []
+    for row in ours:
+        other = known.get((row["entry"], row["task"], row["seeds"], row["n"], row["first_seed"]))
+        if other is not None:
+            within = other["ci95"] is None or abs(row["mean"] - other["mean"]) <= other["ci95"]
+            found.append(
+                {
+                    **{key: row[key] for key in ("entry", "task", "seeds")},
+                    "mean": row["mean"],
+                    "committed": other["mean"],
+                    "committed_ci95": other["ci95"],
+                    "within": within,
+                }
+            )
+    return found
