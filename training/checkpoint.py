@@ -13,6 +13,7 @@ from dcqfa_ros.errors import UserError
 
 FORMAT = 1
 CHECKPOINT = "checkpoint.pt"  # the one checkpoint file of a run folder
+BASELINE = "baseline"  # entry of checkpoints that hold a quantized policy in place of a trained one
 
 
 class CheckpointError(UserError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
-from training.checkpoint import CHECKPOINT, load_checkpoint
+from training.checkpoint import BASELINE, CHECKPOINT, load_checkpoint
 from training.compiling import check_compiler, compiled
 from training.nn.elastic import ElasticDecoderBlock
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
@@ -88,7 +88,10 @@ def find_variant(path: Path, name: str | None, option: str = "--variant") -> Che
         VariantError: the supernet has no such subnet, a single network was asked for a variant, or the policy reads
             images.
     """
-    if not is_supernet(load_checkpoint(path / CHECKPOINT if path.is_dir() else path)):
+    payload = load_checkpoint(path / CHECKPOINT if path.is_dir() else path)
+    if BASELINE in payload:
+        return _quantized(path, name, option)
+    if not is_supernet(payload):
         if name not in (None, PLAIN):
             raise VariantError(f"{option} {name}: {path} is a checkpoint and has no variants; export it first")
         trained = load_trained(path)
@@ -101,6 +104,18 @@ def find_variant(path: Path, name: str | None, option: str = "--variant") -> Che
         return CheckpointVariant(supernet, name, supernet.space.name(supernet.space.parse(name)))
     except SpaceError as error:
         raise VariantError(f"{option} {name}: not in the search space of {path} ({error})") from error
+
+
+def _quantized(path: Path, name: str | None, option: str) -> CheckpointVariant:
+    """The one network of an artifact of ``dcqfa baseline``; see :func:`find_variant`."""
+    from training.baselines.artifact import load_artifact
+
+    trained, report = load_artifact(path)
+    own = f"{report['method']}-{report['bits']}"
+    if name not in (None, PLAIN, own):
+        raise VariantError(f"{option} {name}: {path} holds one quantized policy, {own}")
+    refuse_images(trained.meaning, path)
+    return CheckpointVariant(trained, own, None)
 
 
 def refuse_images(meaning: PolicyMeaning, path: Path) -> None:

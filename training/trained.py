@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dcqfa_ros.bundle.provenance import TrainingSegment
 from dcqfa_ros.bundle.schema import NormalizerSpec
-from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
+from training.checkpoint import BASELINE, CHECKPOINT, CheckpointError, load_checkpoint
 from training.config import TrainConfig
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.specification import PolicyMeaning
@@ -39,6 +39,8 @@ def load_trained(path: Path) -> TrainedPolicy:
     """
     file = path / CHECKPOINT if path.is_dir() else path
     payload = load_checkpoint(file)
+    if BASELINE in payload:
+        raise CheckpointError(f"{file}: holds a quantized policy, expected a full-precision one; give its --checkpoint")
     meaning = policy_meaning(file, payload)
     if meaning.config.supernet is not None:
         raise CheckpointError(f"{file}: holds a supernet, expected a single policy; name one of its subnets")

@@ -57,6 +57,11 @@ class Baseline(Protocol):
 
 _MODULES = {
     "rtn": "training.baselines.rtn:Rtn",
+    "smoothquant": "training.baselines.smoothquant:SmoothQuant",
+    "awq": "training.baselines.awq:Awq",
+    "hadamard": "training.baselines.hadamard:Hadamard",
+    "qvla": "training.baselines.qvla:Qvla",
+    "da_ptq": "training.baselines.da_ptq:DaPtq",
 }
 """Where every method is: ``module:class``; a new one is one line here."""
 

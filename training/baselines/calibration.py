@@ -6,13 +6,14 @@ step is kept (:class:`Call`), over the tokens that a robot computes. A method th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from dcqfa_ros.runtime.denoising import DenoisingLoop
 from dcqfa_ros.runtime.noise import chunk_noise, step_noise
@@ -148,7 +149,6 @@ def statistics(
     network: DiffusionPolicyT,
     calibration: Calibration,
     groups: Sequence[InputGroup] | None = None,
-    progress: Callable[[], object] | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of the input of every group of linears, by the group's name, pooled over all calls."""
     groups = linear_groups(network) if groups is None else groups
@@ -161,10 +161,8 @@ def statistics(
         found[group.name].add(x, keep)
 
     with observed(network, observe, groups), torch.no_grad():
-        for call in calibration.calls:
+        for call in tqdm(calibration.calls, desc="calibrate", unit="step", mininterval=2.0, leave=False):
             network(call.noisy, call.timesteps, call.observation)
-            if progress is not None:
-                progress()
     return found
 
 

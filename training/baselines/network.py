@@ -62,6 +62,8 @@ class PlainLinear(nn.Module):
         fp8: whether the codes are E4M3 values.
         transforms: applied to the input in order, before it is quantized.
         activation: the quantizer of the input.
+        input_factor: (in,) what has been folded into the input relative to the original layer's, None for nothing.
+        output_factor: (out,) the same of the output. Both are for comparisons alone; see :meth:`output_error`.
     """
 
     codes: Tensor
@@ -80,6 +82,8 @@ class PlainLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features))
         self.transforms = nn.ModuleList()
         self.activation: Part = Unquantized()
+        self.input_factor: Tensor | None = None
+        self.output_factor: Tensor | None = None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> PlainLinear:
@@ -145,6 +149,13 @@ class PlainLinear(nn.Module):
         for transform in self.transforms:
             x = transform(x)
         return x
+
+    def output_error(self, original: nn.Linear, x: Tensor) -> float:
+        """Error of the outputs relative to ``original`` at its own inputs (tokens, in): E|y~ - y|^2 / E|y|^2."""
+        expected = nn.functional.linear(x, original.weight, original.bias)  # no hooks of the original run
+        y = self(x if self.input_factor is None else x * self.input_factor)
+        y = y if self.output_factor is None else y / self.output_factor
+        return float((y - expected).square().mean() / expected.square().mean().clamp_min(TINY))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""

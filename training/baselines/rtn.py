@@ -64,6 +64,16 @@ def no_options(method: str, options: Mapping[str, Any]) -> None:
         raise BaselineError(f"{method}: takes no option {', '.join(sorted(options))}")
 
 
+def check_switch(method: str, name: str, value: object) -> None:
+    """Refuse what is neither true nor false.
+
+    Raises:
+        BaselineError: naming the option.
+    """
+    if not isinstance(value, bool):
+        raise BaselineError(f"{method}: {name}: expected true or false, got {value!r}")
+
+
 class Rtn:
     """See the module."""
 
