@@ -48,8 +48,10 @@ def train(subparsers: Any) -> None:
         "that holds a checkpoint is continued, bit for bit as if it had never stopped (with equal threads, compilation "
         "and device). Ctrl-C writes a checkpoint, a second one interrupts at once. TensorBoard events are written to "
         "the run folder. A YAML with warm_start fine-tunes another policy: with policy.prefix for real-time chunking, "
-        "with a section consistency into one of few denoising steps. Several processes share every batch when torchrun "
-        "starts them: torchrun --nproc-per-node 2 -m dcqfa_ros.cli train --config ... (--threads is then per process).",
+        "with a section consistency into one of few denoising steps. A YAML with a section distill trains a supernet "
+        "further, on states that its networks visit in the simulated cell (docs/distillation.md). Several processes "
+        "share every batch when torchrun starts them: torchrun --nproc-per-node 2 -m dcqfa_ros.cli train --config ... "
+        "(--threads is then per process).",
         epilog="example: dcqfa train --config config/training/pusht_keypoints.yaml --data pusht_human_demos_lowdim.npz",
     )
     parser.add_argument("--config", type=Path, required=True, help="training YAML")
@@ -75,6 +77,13 @@ def train(subparsers: Any) -> None:
         metavar="SUBNET",
         help="train this one subnet of a supernet's space alone, for comparison (default run folder: runs/NAME.SUBNET)",
     )
+    parser.add_argument("--start", help="supernet that distillation trains on, in place of distill.start")
+    parser.add_argument("--workers", type=int, help="processes of rollouts, in place of distill.workers")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run rollouts on a Ray cluster: auto, local, host:port or ray://host:port, in place of distill.ray",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="in place of run.device")
     parser.add_argument("--threads", type=int, help="CPU threads, in place of run.threads")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
@@ -94,6 +103,11 @@ def _train(args: argparse.Namespace) -> int:
         if config.supernet is None:
             raise ArgumentError(f"--only {args.only}: {args.config} has no supernet section, hence no subnets")
         config = override(config, supernet={"only": args.only})
+    distill = {field: getattr(args, field) for field in ("start", "workers", "ray") if getattr(args, field) is not None}
+    if distill:
+        if config.distill is None:
+            raise ArgumentError(f"--{next(iter(distill))}: {args.config} has no distill section, hence no rollouts")
+        config = override(config, distill=distill)
     name = config.name if args.only is None else f"{config.name}.{args.only}"
     folder = args.out or Path("runs") / name
     for option, what in (("change_sandwich", "sandwich"), ("change_tables", "tables")):
@@ -131,6 +145,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _trainer(config: TrainConfig, folder: Path, **options: Any) -> Trainer | SupernetTrainer:
     """The run that ``config`` describes, continued where ``folder`` holds a checkpoint."""
+    if config.distill is not None:
+        from training.distill import DistillTrainer
+
+        return DistillTrainer(config, folder, **options)
     if config.supernet is not None:
         from training.supernet import SupernetTrainer
 

@@ -13,6 +13,7 @@ from dcqfa_ros.bundle.document import DocumentError, parse_document
 from dcqfa_ros.bundle.schema import Name, NormalizerKind, Positive, Rate, Text, consistency_levels
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
+from training.distill_config import DistillConfig
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.supernet_config import SupernetConfig
 
@@ -154,6 +155,7 @@ class TrainConfig(StrictModel):
     Attributes:
         warm_start: run folder, checkpoint or bundle whose full-precision policy a single policy starts from; where it
             knows no prefix and ``policy.prefix`` asks for one, the flag's weights start from zero.
+        distill: distillation of a trained supernet on the states that it visits.
     """
 
     name: Name
@@ -169,6 +171,7 @@ class TrainConfig(StrictModel):
     warm_start: Text | None = None
     consistency: ConsistencyConfig | None = None
     supernet: SupernetConfig | None = None
+    distill: DistillConfig | None = None
 
     @model_validator(mode="after")
     def _kinds_of_runs(self) -> TrainConfig:
@@ -184,6 +187,20 @@ class TrainConfig(StrictModel):
             raise ValueError("section consistency and diffusion.sampler consistency belong together; give both or none")
         if self.consistency is not None and self.warm_start is None:
             raise ValueError("consistency needs warm_start: the policy that is distilled")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation(self) -> TrainConfig:
+        if self.distill is None:
+            return self
+        if self.supernet is None:
+            raise ValueError("distill needs section supernet: space, teacher and losses of the networks that it trains")
+        if self.diffusion.sampler != "ddim":
+            raise ValueError(f"distill records denoising paths of sampler ddim, got {self.diffusion.sampler}")
+        if self.policy.image is not None:
+            raise ValueError("distill rolls policies of key points out; the Push-T cell renders no images for training")
+        if not 1 <= self.distill.denoising_steps <= self.diffusion.train_timesteps:
+            raise ValueError(f"distill.denoising_steps: expected 1 to {self.diffusion.train_timesteps}")
         return self
 
     @model_validator(mode="after")

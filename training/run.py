@@ -335,6 +335,9 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     if document["supernet"] is not None:
         for path in ("warm_start", "tables"):  # what they hold is compared instead
             del document["supernet"][path]
+    if document["distill"] is not None:
+        for field in ("start", "workers", "ray"):  # what start holds is compared; where groups run changes nothing
+            del document["distill"][field]
     flat: dict[str, Any] = {}
     for section, value in document.items():
         fields = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}

@@ -113,6 +113,7 @@ class SupernetTrainer(TrainingRun):
         self.model = ElasticDiffusionPolicyT(config.policy)
         self.model.load_state_dict(weights.state, strict=False)  # the quantizers' steps are not among them
         self.model.to(self.device)
+        self._prepare()
         self._tables_sha256, self.conditions = self._read_conditions()
         self.sampler = ConfigurationSampler(self.space, self.conditions, self.options.sampler, config.run.seed)
         if not (resume and self.checkpoint_path.exists()):
@@ -139,6 +140,9 @@ class SupernetTrainer(TrainingRun):
         self._saliency: Tensor | None = None
 
     # Preparation -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Make what another kind of supernet run needs besides, before a checkpoint is read."""
 
     def _read_conditions(self) -> tuple[str, Conditions]:
         """The devices of the run and a hash of their tables."""
@@ -290,7 +294,7 @@ class SupernetTrainer(TrainingRun):
         Raises:
             TrainingError: a loss or gradient is not finite; nothing was updated.
         """
-        config, seed = self.config, step_seed(self.config.run.seed, self.step)
+        seed = step_seed(self.config.run.seed, self.step)
         generator = torch.Generator().manual_seed(seed ^ SUBNET_STREAM)
         members, device = self.members(generator)
         torch.manual_seed(seed + self.world.rank)  # dropout
@@ -313,6 +317,19 @@ class SupernetTrainer(TrainingRun):
             if not np.isfinite(total):
                 self.optimizer.zero_grad()
                 raise self.diverged(f"the loss of {member.label} ({self.space.name(member.subnet)})", total)
+        norms = self._update()
+        record = self._record(members, rows, device) | norms
+        record |= self._update_sampler(members, rows, generator)
+        self.step += 1
+        return record | {"lr": float(self.optimizer.param_groups[0]["lr"])}
+
+    def _update(self) -> Record:
+        """Clip the gradients of all networks, step and average; returns the gradients' norms.
+
+        Raises:
+            TrainingError: a gradient is not finite; nothing was updated.
+        """
+        config = self.config
         self.world.average_gradients([*self.parameters, *self.steps])
         clip = config.optimizer.clip_norm
         norms = [torch.nn.utils.clip_grad_norm_(group, clip).item() for group in (self.parameters, self.steps)]
@@ -325,10 +342,7 @@ class SupernetTrainer(TrainingRun):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average(self.averaged, self.weights)
-        record = self._record(members, rows, device) | {"norm": norms[0], "step_norm": norms[1]}
-        record |= self._update_sampler(members, rows, generator)
-        self.step += 1
-        return record | {"lr": float(self.optimizer.param_groups[0]["lr"])}
+        return {"norm": norms[0], "step_norm": norms[1]}
 
     def _member_step(
         self, member: Member, stem: SharedStem, batch: Batch, teacher: Tensor, alpha: Tensor, share: float

@@ -56,7 +56,7 @@ class RayExecutor:
         if not ADDRESS.fullmatch(address):
             raise DistanceError(f"--ray {address}: expected auto, local, host:port or ray://host:port")
         self.address, self.workers = address, workers
-        self._ray = _import_ray()
+        self._ray = import_ray()
 
     @contextmanager
     def measuring(self, distance: SubnetDistance) -> Iterator[tuple[Measure, int]]:
@@ -68,7 +68,7 @@ class RayExecutor:
         """
         parcel = distance.parcel()
         try:
-            self._connect(sum(value.nbytes for value in parcel.state.values()))
+            connect(self._ray, self.address, self.workers, sum(value.nbytes for value in parcel.state.values()))
             count = self.workers or min(MOST_WORKERS, int(self._ray.cluster_resources().get("CPU", 0)))
             if not count:
                 raise DistanceError(f"--ray {self.address}: the cluster has no CPU to measure with")
@@ -76,33 +76,45 @@ class RayExecutor:
             yield crew.measure, count
         except ConnectionError as error:
             raise DistanceError(
-                f"--ray {self.address}: the connection was lost ({_short(error)}); what was measured is kept: "
+                f"--ray {self.address}: the connection was lost ({short(error)}); what was measured is kept: "
                 "give the same command again"
             ) from error
         finally:
             self._ray.shutdown()  # ends the actors of this driver, and the processes of a local instance
 
-    def _connect(self, shipped: int) -> None:
-        options: dict[str, Any] = {}
-        if self.address == "local":
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            options = {
-                "num_cpus": self.workers or len(os.sched_getaffinity(0)),
-                "include_dashboard": False,
-                "object_store_memory": STORE_BYTES + 4 * shipped,
-            }
-        try:
-            if ":" in self.address:
-                host, _, port = self.address.removeprefix("ray://").rpartition(":")
-                # Ray takes minutes to find out that nobody is there, and may abort this process then.
-                with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
-                    pass
-            self._ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (OSError, OverflowError, RuntimeError, ValueError, AssertionError) as error:
-            raise DistanceError(
-                f"--ray {self.address}: no cluster can be reached there ({_short(error)}); start one with "
-                "`ray start --head` (one that asks for a token needs RAY_AUTH_MODE=token here), or give --ray local"
-            ) from error
+
+def connect(ray: Any, address: str, cpus: int | None, shipped: int) -> None:
+    """Connect to a cluster, or start an instance of this machine where ``address`` is ``local``.
+
+    Args:
+        ray: the module.
+        address: as :class:`RayExecutor` takes it.
+        cpus: of a local instance; None for every core that this process may use.
+        shipped: bytes that go through a local instance's object store at a time.
+
+    Raises:
+        DistanceError: there is no cluster.
+    """
+    options: dict[str, Any] = {}
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options = {
+            "num_cpus": cpus or len(os.sched_getaffinity(0)),
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES + 4 * shipped,
+        }
+    try:
+        if ":" in address:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            # Ray takes minutes to find out that nobody is there, and may abort this process then.
+            with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
+                pass
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, OverflowError, RuntimeError, ValueError, AssertionError) as error:
+        raise DistanceError(
+            f"--ray {address}: no cluster can be reached there ({short(error)}); start one with "
+            "`ray start --head` (one that asks for a token needs RAY_AUTH_MODE=token here), or give --ray local"
+        ) from error
 
 
 class Worker:
@@ -220,11 +232,11 @@ class _Crew:
         try:
             value = self._ray.get(ref)
         except errors.RayTaskError as error:
-            raise DistanceError(f"--ray {self._address}: a worker failed ({_cause(error)}); {INSTALL}") from error
+            raise DistanceError(f"--ray {self._address}: a worker failed ({cause(error)}); {INSTALL}") from error
         except errors.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 raise DistanceError(
-                    f"--ray {self._address}: a worker cannot start ({_cause(error)}); {INSTALL}"
+                    f"--ray {self._address}: a worker cannot start ({cause(error)}); {INSTALL}"
                 ) from error
             return None
         if not task.introduction:
@@ -241,7 +253,12 @@ class _Crew:
         return float(distance)
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """The module ``ray``, imported where an address is given.
+
+    Raises:
+        DistanceError: it is not installed.
+    """
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -251,12 +268,12 @@ def _import_ray() -> Any:
     return ray
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     """The first line, and the last one where there are several: of a remote traceback it names the error."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The last line of a remote traceback, which names the error."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

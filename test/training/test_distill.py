@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from training.checkpoint import CheckpointError, load_checkpoint
+from training.config import ConfigError, TrainConfig, load_config
+from training.distill import DistillTrainer
+from training.distill_buffer import StateBuffer
+from training.distill_config import DistillConfig
+from training.objective import Objective
+from training.rollouts_group import Visited
+from training.run import TrainingError
+from training.supernet_checkpoint import load_supernet
+from training.world import WorldError
+
+from .conftest import SupernetFiles
+
+Make = Callable[..., DistillTrainer]
+ROUND = {"worlds": 4, "groups": 2, "calls": 2, "horizons": [1, 2], "collect_every": 2, "buffer": 24}
+
+
+@pytest.fixture(scope="module")
+def document(supernet_files: SupernetFiles, supernet_run: Path) -> dict[str, Any]:
+    """A distillation of the tiny supernet for six steps."""
+    found = yaml.safe_load(supernet_files.config.read_text())
+    found["supernet"].update(width_from=0.0, depth_from=0.0)
+    found["distill"] = {"start": str(supernet_run), "denoising_steps": 2, "warmup_steps": 3, "workers": 1, **ROUND}
+    return dict(found)
+
+
+@pytest.fixture
+def configured(document: dict[str, Any], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Return a factory of configurations; its arguments replace fields of ``distill``, ``sections`` of others."""
+
+    def make(sections: dict[str, dict[str, Any]] | None = None, **distill: Any) -> TrainConfig:
+        changed = document | {name: document[name] | fields for name, fields in (sections or {}).items()}
+        path = tmp_path / "distill.yaml"
+        path.write_text(yaml.safe_dump(changed | {"distill": document["distill"] | distill}, sort_keys=False))
+        return load_config(path)
+
+    return make
+
+
+@pytest.fixture
+def make(configured: Callable[..., TrainConfig], tmp_path: Path) -> Make:
+    """Return a factory of trainers; see ``configured``."""
+    return lambda folder="run", **fields: DistillTrainer(configured(**fields), tmp_path / folder)
+
+
+def weights_of(trainer: DistillTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+# Configuration -------------------------------------------------------------------------------------------------------
+
+
+def test_horizon_grows_in_equal_parts_and_the_teacher_fades_out_by_half() -> None:
+    config = DistillConfig(start="somewhere")
+    assert [config.horizon(p) for p in (0.0, 0.19, 0.2, 0.4, 0.6, 0.8, 0.99, 1.0)] == [1, 1, 2, 4, 8, 16, 16, 16]
+    assert [config.teacher_acts(p) for p in (0.0, 0.25, 0.5, 0.9)] == [1.0, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"worlds": 5}, "do not divide"),
+        ({"horizons": (1, 4)}, "exceeds the calls"),
+        ({"buffer": 7}, "does not hold one round"),
+        ({"path_share": 1.5}, "less than or equal to 1"),
+        ({"horizons": ()}, "at least 1"),
+        ({"weight": 0.0}, "greater than 0"),
+        ({"unknown": 1}, "Extra inputs"),
+    ],
+)
+def test_impossible_rounds_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DistillConfig(**({"start": "s", **ROUND, "horizons": (1, 2)} | fields))
+
+
+def test_the_section_needs_a_supernet_of_key_points_and_ddim(document: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    for change, message in (
+        ({"supernet": None}, "distill needs section supernet"),
+        ({"diffusion": document["diffusion"] | {"sampler": "ddpm"}}, "sampler ddim"),
+        ({"distill": document["distill"] | {"denoising_steps": 101}}, "denoising_steps: expected 1 to 100"),
+    ):
+        path.write_text(yaml.safe_dump(document | change))
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+
+
+def test_the_shipped_files_differ_in_the_states_alone() -> None:
+    folder = Path(__file__).parents[2] / "config/training"
+    method, control = (
+        load_config(folder / f"{name}.yaml").model_dump(exclude={"name"})
+        for name in ("pusht_keypoints_opd", "pusht_keypoints_opd_control")
+    )
+    assert (method["distill"].pop("states"), control["distill"].pop("states")) == ("rollouts", "demonstrations")
+    assert method == control
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_starts_from_the_averaged_supernet_and_its_sampler(make: Make, supernet_run: Path) -> None:
+    trainer, start = make(), load_supernet(supernet_run)
+    for name, value in start.network.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+    expected = start.sampler(trainer.sampler.state_dict())["network"]
+    assert all(torch.equal(trainer.sampler.state_dict()["network"][name], expected[name]) for name in expected)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_with_its_buffer(make: Make, tmp_path: Path) -> None:
+    whole = make("whole")
+    assert whole.run()
+    part = make("part")
+    for _ in range(3):
+        part.train_step()
+    part.save()
+    again = make("part")
+    assert again.step == 3 and again.buffer.count == part.buffer.count == 16
+    assert again.run()
+    assert torch.equal(weights_of(whole), weights_of(again)) and whole.teacher_calls == again.teacher_calls
+    ours, theirs = (trainer.buffer.state_dict()["arrays"] for trainer in (whole, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "part/log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 6
+
+
+def test_the_control_makes_as_many_teacher_calls_and_differs_in_states_alone(make: Make) -> None:
+    method, control = make("method"), make("control", states="demonstrations")
+    for ours, theirs in zip(method.jobs(), control.jobs(), strict=True):
+        assert (ours.closed, theirs.closed) == (True, False)
+        assert ours.subnet == theirs.subnet and ours.seeds == theirs.seeds
+        for name in ("starts", "teacher_acts", "teacher_asked"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+    records = [trainer.train_step() for trainer in (method, control)]
+    assert method.teacher_calls == control.teacher_calls > 0 and method.buffer.count == control.buffer.count == 8
+    assert records[0].keys() == records[1].keys()
+    control_states = control.buffer.state_dict()["arrays"]["observation"]
+    demonstrations = control.windows.observation
+    assert isinstance(demonstrations, torch.Tensor)
+    assert all(any(torch.equal(state, window) for window in demonstrations) for state in control_states)
+
+
+def test_the_loss_on_visited_states_moves_the_weights_by_its_weight(make: Make) -> None:
+    heavy, light = make("heavy", weight=1000.0, warmup_steps=0), make("light", weight=1e-9, warmup_steps=0)
+    records = [trainer.train_step() for trainer in (heavy, light)]
+    low = next(name for name in records[0] if name.startswith("opd/"))
+    assert records[0][low] == pytest.approx(records[1][low]) and records[0][low] > 0.0
+    assert records[0]["loss"] > records[1]["loss"]
+    assert not torch.equal(weights_of(heavy), weights_of(light))
+
+
+def test_weight_warms_up(make: Make) -> None:
+    trainer, found = make(weight=2.0), []
+    for trainer.step in range(4):
+        found.append(trainer.weight())
+    assert found == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
+
+
+def test_one_subnet_alone_drives_and_is_trained(make: Make) -> None:
+    trainer = make(sections={"supernet": {**yaml_supernet(make), "only": "w4a4"}})
+    assert {job.subnet for job in trainer.jobs()} == {trainer.space.parse("w4a4")}
+    assert "opd/only" in trainer.train_step()
+
+
+def yaml_supernet(make: Make) -> dict[str, Any]:
+    options = make("options").config.model_dump(mode="json")["supernet"]
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def test_drivers_are_biased_to_few_bits(make: Make) -> None:
+    trainer = make(low_share=0.0, candidates=4)
+    plain = make("plain", low_share=0.0, candidates=1)
+    bits = []
+    for owner in (trainer, plain):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [owner.driver(generator) for _ in range(40)]
+        layers = [layer for subnet in drawn for layer in subnet.layers if layer is not None]
+        bits.append(float(np.mean([layer.w + layer.a for layer in layers])))
+    assert bits[0] < bits[1]
+    always = make("low", low_share=1.0)
+    assert always.driver(torch.Generator().manual_seed(1)) == always.space.parse("w4a4")
+
+
+def test_a_start_of_another_teacher_or_space_is_refused(make: Make, configured: Callable[..., TrainConfig]) -> None:
+    options = configured().model_dump(mode="json")["supernet"]
+    space = {**options["space"], "head_ratios": [0.5, 1.0]}
+    with pytest.raises(ConfigError, match=r"supernet\.space is another one"):
+        make(sections={"supernet": {"space": space}})
+    with pytest.raises(ConfigError, match="executed_actions is another one"):
+        DistillTrainer(configured().model_copy(update={"executed_actions": 4}), Path("nowhere"))
+    with pytest.raises(ConfigError, match=r"distill\.low: "):
+        make(low="w2a2")
+
+
+def test_a_start_that_changed_and_checkpoints_of_other_runs_are_refused(
+    make: Make, supernet_run: Path, tmp_path: Path
+) -> None:
+    trainer = make()
+    trainer.train_step()
+    trainer.save()
+    payload = load_checkpoint(supernet_run / "checkpoint.pt")
+    name = next(iter(payload["ema"]))
+    payload["ema"][name] = payload["ema"][name] + 1.0
+    other = tmp_path / "other.pt"
+    torch.save(payload, other)
+    with pytest.raises(CheckpointError, match=r"other files than distill\.start"):
+        make(start=str(other))
+    with pytest.raises(CheckpointError, match=r"differs in distill\.states"):
+        make(states="demonstrations")
+
+
+def test_several_training_processes_are_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.world.World.__init__", lambda self: self.__dict__.update(size=2, rank=0))
+    with pytest.raises(WorldError, match="one process"):
+        make()
+
+
+def test_a_diverged_step_updates_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    before = weights_of(trainer)
+    monkeypatch.setattr(trainer, "weight", lambda: float("nan"))
+    with pytest.raises(TrainingError, match="is nan"):
+        trainer.train_step()
+    assert trainer.step == 0 and torch.equal(weights_of(trainer), before)
+
+
+def test_a_signal_keeps_a_checkpoint_and_ends_the_workers(make: Make) -> None:
+    trainer = make(workers=2)
+    original = trainer.collect
+
+    def collect() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    trainer.collect = collect  # type: ignore[method-assign]
+    assert not trainer.run()
+    assert trainer.checkpoint_path.exists() and trainer.step == 1 and trainer._workers is None
+
+
+# Buffer --------------------------------------------------------------------------------------------------------------
+
+
+def visited(first: int, count: int, known: bool = True) -> Visited:
+    values = np.arange(first, first + count, dtype=np.float32)
+    return Visited(
+        observation=np.broadcast_to(values[:, None, None], (count, 2, 3)).copy(),
+        path=np.broadcast_to(values[:, None, None, None], (count, 4, 5, 2)).copy(),
+        teacher=np.full((count, 5, 2), 0.25, np.float32),
+        known=np.full(count, known),
+        teacher_calls=count,
+        restarts=0,
+    )
+
+
+@pytest.fixture
+def objective(configured: Callable[..., TrainConfig]) -> Objective:
+    return Objective(configured(), torch.device("cpu"))
+
+
+STEPS = np.array([90, 60, 30, 0])
+
+
+def test_the_oldest_states_leave_first() -> None:
+    buffer = StateBuffer(10, STEPS)
+    for first in (0, 6, 12):
+        buffer.add(visited(first, 6))
+    assert buffer.count == 10
+    assert sorted(buffer.state_dict()["arrays"]["observation"][:, 0, 0].tolist()) == list(range(8, 18))
+    with pytest.raises(ValueError, match="at once"):
+        buffer.add(visited(0, 11))
+
+
+def test_half_of_any_first_rows_are_of_the_own_path_the_others_of_the_teacher(objective: Objective) -> None:
+    buffer = StateBuffer(10, STEPS)
+    buffer.add(visited(100, 10))
+    batch = buffer.draw(40, 0.5, objective, 100, torch.Generator().manual_seed(0))
+    own = batch.action[:, 0, 0] >= 50.0  # paths hold the state's number, the teacher's actions lie within 1
+    for count in (2, 7, 20, 40):
+        assert int(own[:count].sum()) == count // 2
+    assert torch.equal(batch.action[own][:, 0, 0], batch.observation[own][:, 0, 0])
+    assert set(batch.timesteps[own].tolist()) <= set(STEPS.tolist())
+    assert len(set(batch.timesteps[~own].tolist())) > 4
+    late = ~own & (batch.timesteps < 5)
+    assert torch.allclose(batch.action[late], torch.tensor(0.25), atol=0.6)
+
+
+def test_shares_of_none_and_all_and_a_buffer_that_cannot_serve(objective: Objective) -> None:
+    generator, buffer = torch.Generator().manual_seed(0), StateBuffer(10, STEPS)
+    with pytest.raises(ValueError, match="empty"):
+        buffer.draw(2, 1.0, objective, 100, generator)
+    buffer.add(visited(100, 4, known=False))
+    assert (buffer.draw(6, 1.0, objective, 100, generator).action >= 100).all()
+    with pytest.raises(ValueError, match="teacher's actions"):
+        buffer.draw(6, 0.5, objective, 100, generator)
+    buffer.add(visited(200, 1))
+    batch = buffer.draw(6, 0.0, objective, 100, generator)
+    assert (batch.observation == 200).all() and (batch.action < 50).all()
+
+
+def test_a_stored_buffer_of_other_steps_or_capacity_is_refused() -> None:
+    buffer = StateBuffer(10, STEPS)
+    buffer.add(visited(0, 8))
+    state = buffer.state_dict()
+    for other in (StateBuffer(7, STEPS), StateBuffer(10, STEPS[:2])):
+        with pytest.raises(ValueError, match="another capacity"):
+            other.load_state_dict(state)
+    same = StateBuffer(10, STEPS)
+    same.load_state_dict(state)
+    same.add(visited(8, 4))
+    buffer.add(visited(8, 4))
+    ours, theirs = buffer.state_dict()["arrays"], same.state_dict()["arrays"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_visited_states_join_in_order() -> None:
+    joined = Visited.join([visited(0, 2), replace(visited(2, 1), restarts=3)])
+    assert len(joined) == 3 and joined.observation[:, 0, 0].tolist() == [0, 1, 2]
+    assert (joined.teacher_calls, joined.restarts) == (3, 3)

@@ -1,0 +1,178 @@
+"""Processes that run groups of worlds: this one, others on this machine, or actors of a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from training.rollouts_group import Float, GroupRunner, Job, Kit, RolloutError, Visited
+
+STOP_SECONDS = 5.0
+
+
+class Workers(Protocol):
+    """Runs jobs. Which worker runs one does not change what it gives, beyond float rounding between machines.
+
+    Attributes:
+        count: number of workers.
+    """
+
+    count: int
+
+    def run(self, weights: Float, jobs: Sequence[Job]) -> list[Visited]:
+        """Run all jobs with these weights (see :func:`training.rollouts_group.flat_state`); results in their order.
+
+        Raises:
+            RolloutError: workers were lost, or a job failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the workers."""
+        ...
+
+
+class OwnProcess:
+    """Runs jobs one after the other in this process, on whatever threads PyTorch has."""
+
+    count = 1
+
+    def __init__(self, kit: Kit) -> None:
+        """Build the networks."""
+        self._runner = GroupRunner(kit)
+
+    def run(self, weights: Float, jobs: Sequence[Job]) -> list[Visited]:
+        """See :meth:`Workers.run`."""
+        self._runner.load(weights)
+        return [self._runner.run(job) for job in jobs]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class LocalWorkers:
+    """Processes of this machine, of one thread each; they read the weights from memory that all share.
+
+    A worker drives its worlds with a policy of its own: nothing is exchanged within a round, and every core computes
+    networks or physics all the time.
+    """
+
+    def __init__(self, kit: Kit, count: int) -> None:
+        """Start ``count`` processes."""
+        self.count = count
+        self._context = multiprocessing.get_context("spawn")
+        self._kit = kit
+        self._weights: Any = None  # shared, made when its size is known
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def _start(self, size: int) -> None:
+        self._weights = self._context.RawArray("f", size)
+        for _ in range(self.count):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs, self._kit, self._weights), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def run(self, weights: Float, jobs: Sequence[Job]) -> list[Visited]:
+        """See :meth:`Workers.run`."""
+        if self._weights is None:
+            self._start(len(weights))
+        np.frombuffer(self._weights, np.float32)[:] = weights
+        waiting, found = deque(enumerate(jobs)), dict[int, Visited]()
+        busy: dict[Connection, int] = {}
+        idle = list(self._pipes)
+        try:
+            while waiting or busy:
+                while waiting and idle:
+                    pipe, (number, job) = idle.pop(), waiting.popleft()
+                    pipe.send(job)
+                    busy[pipe] = number
+                for ready in wait(list(busy)):
+                    assert isinstance(ready, Connection)
+                    answer = ready.recv()
+                    if isinstance(answer, str):
+                        raise RolloutError(answer)
+                    found[busy.pop(ready)] = answer
+                    idle.append(ready)
+        except (EOFError, OSError) as error:
+            self.close()
+            raise RolloutError(
+                "a process that runs rollouts ended early (killed, or out of memory); the last checkpoint is kept: "
+                "give the same command again, with fewer --workers if memory is short"
+            ) from error
+        except BaseException:  # results of this round must not be taken for the next one's
+            self.close()
+            raise
+        return [found[number] for number in range(len(jobs))]
+
+    def close(self) -> None:
+        """End the processes; a further :meth:`run` starts new ones."""
+        for pipe in self._pipes:
+            pipe.close()  # a process that reads an end of file ends
+        for process in self._processes:
+            process.join(STOP_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes, self._weights = [], [], None
+
+
+def _serve(pipe: Connection, kit: Kit, shared: Any) -> None:
+    """Run jobs from ``pipe`` until it ends; what fails is answered as text."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent ends its step and its processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    runner = GroupRunner(kit)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            runner.load(np.frombuffer(shared, np.float32))
+            answer: Visited | str = runner.run(job)
+        except RolloutError as error:
+            answer = str(error)
+        except Exception as error:  # noqa: BLE001 (goes to the parent, which ends the run)
+            answer = f"a rollout failed: {type(error).__name__}: {error}"
+        pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def open_workers(kit: Kit, groups: int, workers: int | None, ray: str | None) -> Workers:
+    """Workers for rounds of ``groups`` jobs.
+
+    Args:
+        kit: what they need.
+        groups: jobs of a round; more workers than that are not started.
+        workers: processes or actors; None for one per core that this process may use, or per CPU of the cluster.
+        ray: address of a Ray cluster; None for this machine.
+
+    Raises:
+        UserError: no such cluster can be reached, or ray is not installed.
+    """
+    if ray is not None:
+        from training.rollouts_ray import RayWorkers  # Ray is imported where an address is given
+
+        return RayWorkers(kit, ray, min(groups, workers) if workers else groups)
+    count = min(groups, workers or len(os.sched_getaffinity(0)))
+    return OwnProcess(kit) if count == 1 else LocalWorkers(kit, count)
