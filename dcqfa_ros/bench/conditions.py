@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from dcqfa_ros.runtime.realtime import processor_ticks, steal_share
+from dcqfa_ros.runtime.realtime import processor_ticks, scheduling, steal_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,5 +53,4 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _scheduler() -> str:
-    names = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_BATCH: "batch"}
-    return f"{names.get(os.sched_getscheduler(0), 'unknown')}, nice {os.nice(0)}"
+    return f"{scheduling().text}, nice {os.nice(0)}"

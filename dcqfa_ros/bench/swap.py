@@ -35,7 +35,7 @@ from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.parity import fixed_observation
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
-from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S, RealtimeSettings, apply
+from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S, RealtimeSettings, apply, cover
 from dcqfa_ros.runtime.swaps import HostOptions, SwapResult
 from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
 from dcqfa_ros.runtime.ticker import Ticker
@@ -134,7 +134,7 @@ def run_swap_bench(
         threads: of an engine.
         python: interpreter of the workers; this one's where empty.
         seed: of the order and of the policy's noise.
-        realtime_priority: SCHED_FIFO priority of the control tick's thread; 0: none.
+        realtime_priority: SCHED_FIFO priority of the control tick's thread, one below of the other threads; 0: none.
         progress: tell how far it is, on stderr.
 
     Raises:
@@ -332,6 +332,7 @@ class _Cell:
         """Ask for a variant, wait for the outcome, and for a chunk that it computed."""
         try:
             number = self.host.request(variant, runtime)
+            cover(self._realtime.priority)  # the thread that loads it, too
         except UserError as error:
             raise BenchError(str(error)) from error
         result = self._await(lambda: self._results.pop(number, None), f"the outcome of exchange {number}")
@@ -374,6 +375,7 @@ class _Cell:
         if refusals:
             self._fail(refusals[0])
             return
+        cover(self._realtime.priority)
         step, period = 0, self.ticker.period_ns
         while True:
             self.ticker.wait(self._halt)

@@ -148,7 +148,7 @@ def run_node(factory: Callable[[], ManagedNode], argv: Sequence[str] | None = No
 
 
 def _run(factory: Callable[[], ManagedNode], stop: StopRequest, argv: Sequence[str]) -> int:
-    from rclpy.executors import SingleThreadedExecutor
+    from dcqfa_ros.ros.executor import StreamExecutor
 
     if stop.reason is not None:
         return 0
@@ -158,7 +158,7 @@ def _run(factory: Callable[[], ManagedNode], stop: StopRequest, argv: Sequence[s
     except ParameterFileError:
         node.destroy_node()
         raise
-    executor = SingleThreadedExecutor()
+    executor = StreamExecutor()
     executor.add_node(node)
     stop.attach(lambda: node.in_setup, node.wake)
     errors = 0

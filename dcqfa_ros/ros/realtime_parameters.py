@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dcqfa_ros.ros.diagnostics import Level
 from dcqfa_ros.ros.node import ManagedNode
-from dcqfa_ros.runtime.realtime import RealtimeSettings, apply, scheduling
+from dcqfa_ros.runtime.realtime import RealtimeSettings, apply, cover, scheduling
 
 
 class RealtimeParameters:
-    """Declares ``realtime_priority``, ``cpu_affinity`` and ``lock_memory`` on a node, and applies them to one thread.
+    """Declares ``realtime_priority``, ``cpu_affinity`` and ``lock_memory`` on a node, and applies them.
+
+    All are of the control thread; the other Python threads of the process get the priority below (see
+    :func:`~dcqfa_ros.runtime.realtime.cover`).
 
     What the system refuses is an event and a value in the diagnostics; the node goes on without it.
     """
@@ -17,9 +20,10 @@ class RealtimeParameters:
         """Declare the parameters."""
         self._node = node
         self._refusals: list[str] = []
+        self._entered = False
         add = node.add_parameter
-        add("realtime_priority", 0, "SCHED_FIFO priority of the control thread alone, 1 to 99; 0: none", minimum=0,
-            maximum=99, read_only=True)  # fmt: skip
+        add("realtime_priority", 0, "SCHED_FIFO priority of the control thread, 1 to 99, one below of the node's other "
+            "Python threads; 0: none", minimum=0, maximum=99, read_only=True)  # fmt: skip
         add("cpu_affinity", "", "processors the control thread may run on, such as 1 or 2,3; empty: any",
             read_only=True)  # fmt: skip
         add("lock_memory", False, "keep the process in memory (mlockall), so that no tick waits for a page",
@@ -38,14 +42,23 @@ class RealtimeParameters:
         """Apply the parameters to the calling thread, the control thread, and say what was refused."""
         settings = self.settings()
         self._refusals = apply(settings)
+        if not self._refusals:
+            self._refusals = list(filter(None, [cover(settings.priority)]))
         for refusal in self._refusals:
             self._node.event(Level.WARN, f"{refusal}; the control loop goes on without it")
+        self._entered = True
         if settings != RealtimeSettings():
             self._node.event(Level.OK, f"control thread: {scheduling().text}", scheduler=scheduling().text)
 
     def figures(self) -> dict[str, str]:
-        """What was asked for and what was refused, for diagnostics; what is in effect is in the ticker's report."""
+        """What was asked for and what was refused, for diagnostics; what is in effect is in the ticker's report.
+
+        Threads that have begun since the last call are covered, too.
+        """
+        priority = int(self._node.parameter("realtime_priority"))
+        if self._entered and not self._refusals:
+            self._refusals = list(filter(None, [cover(priority)]))
         return {
-            "realtime_priority": str(self._node.parameter("realtime_priority")),
+            "realtime_priority": str(priority),
             "realtime_refused": "; ".join(self._refusals),
         }

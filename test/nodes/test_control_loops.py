@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import rclpy
 from rclpy.context import Context
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import TimeReference
@@ -27,8 +25,8 @@ from dcqfa_ros.ros.conversions import planar_chunk_message
 from dcqfa_ros.ros.guarded import Refused
 from dcqfa_ros.ros.isolation import isolated_environment
 from dcqfa_ros.sim.inovo import InovoEmulator
+from test.nodes.spinning import Spinning
 
-TIMEOUT_S = 30.0
 TICKS = 30
 RATE = 50.0
 CELL = {
@@ -39,11 +37,11 @@ CELL = {
 }  # fmt: skip
 
 
-class Loop:
+class Loop(Spinning):
     """A node on an executor of this thread."""
 
     def __init__(self, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.context, self.executor = context, SingleThreadedExecutor(context=context)
+        super().__init__(context)
         self.events: list[str] = []
         self.node: Any = None
         for cls in (ArmNode, CellArmNode):
@@ -59,10 +57,7 @@ class Loop:
         return self.node
 
     def until(self, condition: Callable[[], Any]) -> None:
-        end = time.monotonic() + TIMEOUT_S
-        while not condition():
-            assert time.monotonic() < end, self.events
-            self.executor.spin_once(timeout_sec=0.005)
+        assert self.wait_for(condition), self.events
 
     def quiet(self, ticks: Callable[[], int], each: Callable[[], None]) -> tuple[set[str], int]:
         """Let the loop tick; return what was imported since activation, and what a full collection looks at."""

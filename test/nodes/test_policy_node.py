@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, KeyValue
 from rclpy.context import Context
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 
@@ -20,8 +18,7 @@ from dcqfa_ros.ros.isolation import isolated_environment
 from dcqfa_ros.runtime import variant_loading
 from dcqfa_ros.runtime.errors import EngineError
 from dcqfa_ros.runtime.worker import EngineWorker, WorkerInfo
-
-TIMEOUT_S = 30.0  # workers start on a busy machine
+from test.nodes.spinning import Spinning
 
 
 class WithoutTensorRt(EngineWorker):
@@ -33,11 +30,11 @@ class WithoutTensorRt(EngineWorker):
         return super().start(timeout)
 
 
-class Graph:
+class Graph(Spinning):
     """A policy node on an executor of its own in an isolated domain; events are kept."""
 
     def __init__(self, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.context, self.executor = context, SingleThreadedExecutor(context=context)
+        super().__init__(context)
         self.events: list[tuple[int, str]] = []
         self.node: PolicyNode | None = None
         monkeypatch.setattr(PolicyNode, "event", lambda _, level, text, **values: self.events.append((level, text)))
@@ -48,14 +45,6 @@ class Graph:
         self.executor.add_node(self.node)
         assert self.node.trigger_configure() == TransitionCallbackReturn.SUCCESS
         return self.node
-
-    def wait_for(self, condition: Callable[[], bool]) -> bool:
-        end = time.monotonic() + TIMEOUT_S
-        while not condition():
-            if time.monotonic() > end:
-                return False
-            self.executor.spin_once(timeout_sec=0.05)
-        return True
 
 
 @pytest.fixture

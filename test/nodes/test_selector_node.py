@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.context import Context
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 
@@ -19,16 +17,14 @@ from dcqfa_ros.ros.diagnostics import Status, to_message
 from dcqfa_ros.ros.isolation import isolated_environment
 from dcqfa_ros.ros.qos import qos
 from test.conftest import make_files, make_spec
+from test.nodes.spinning import Spinning
 
-TIMEOUT_S = 10.0
 
-
-class Graph:
+class Graph(Spinning):
     """A selector node and a late observer on one executor in an isolated domain."""
 
     def __init__(self, context: Context) -> None:
-        self.context = context
-        self.executor = SingleThreadedExecutor(context=context)
+        super().__init__(context)
         self.observer = rclpy.create_node("observer", context=context)
         self.executor.add_node(self.observer)
         self.choices: list[DiagnosticArray] = []
@@ -42,14 +38,6 @@ class Graph:
 
     def listen(self) -> None:
         self.observer.create_subscription(DiagnosticArray, "selector_node/choice", self.choices.append, qos("latched"))
-
-    def wait_for(self, condition: Callable[[], bool]) -> bool:
-        end = time.monotonic() + TIMEOUT_S
-        while not condition():
-            if time.monotonic() > end:
-                return False
-            self.executor.spin_once(timeout_sec=0.05)
-        return True
 
     def listen_to_proposals(self) -> list[DiagnosticArray]:
         heard: list[DiagnosticArray] = []

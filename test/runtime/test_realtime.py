@@ -47,6 +47,46 @@ def test_the_settings_change_the_calling_thread_and_no_other() -> None:
     assert scheduling() == before
 
 
+def test_whoever_holds_the_interpreter_lock_gets_a_priority_below() -> None:
+    seen: dict[str, list[realtime.Scheduling]] = {}
+    begun, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        begun.set()
+        done.wait(10.0)
+        seen["other"] = [scheduling()]
+        seen["child"] = in_thread(lambda: [scheduling()])  # begun by a thread that has a priority
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert begun.wait(10.0)
+    main = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+
+        def control() -> str:
+            refusals = apply(RealtimeSettings(5))
+            return refusals[0] if refusals else realtime.cover(5)
+
+        refusal = in_thread(control)
+        here = scheduling()
+    finally:
+        os.sched_setscheduler(0, *main)
+        done.set()
+        thread.join()
+    if refusal:
+        assert "realtime_priority 5 refused" in refusal
+        assert here.priority == seen["other"][0].priority == 0
+    else:
+        assert here.text == seen["other"][0].text == "SCHED_FIFO 4"
+        assert seen["child"][0].priority == 0
+
+
+def test_no_priority_covers_nothing() -> None:
+    before = scheduling()
+    assert realtime.cover(0) == ""
+    assert scheduling() == before
+
+
 def test_what_is_refused_is_said_and_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
