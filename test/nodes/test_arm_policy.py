@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
+from dcqfa_ros.bench.arm import wrenches
 from dcqfa_ros.bench.arm_policy import CAMERAS, SOURCES, VARIANT, ArmPolicy, write_arm_policy
-from dcqfa_ros.bench.loop import stamped_wrenches
 from dcqfa_ros.ros.conversions import status_values
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.qos import qos
@@ -90,7 +90,7 @@ class Watched:
 
 
 def test_pictures_wrench_and_joints_move_the_arm_which_stops_when_its_policy_dies(graph: Graph, bundle: Path) -> None:
-    with InovoEmulator(ready=True, time_scale=0.05) as emulator, stamped_wrenches(graph):
+    with InovoEmulator(ready=True, time_scale=0.05) as emulator, wrenches(graph):
         watched = Watched(graph)
         for camera in CAMERAS:
             graph.spawn_node(
