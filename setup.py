@@ -52,7 +52,7 @@ def entry_points() -> dict[str, list[str]]:
             *(f"{name} = training.commands:{name}" for name in ("train", "eval")),
             *(
                 f"{name} = training.commands_{name}:{name}"
-                for name in ("baseline", "export", "mixed", "pack", "profile", "sampler", "search", "subnet")
+                for name in ("baseline", "compare", "export", "mixed", "pack", "profile", "sampler", "search", "subnet")
             ),
         ]
         points["dcqfa.bench_commands"] = ["train = training.commands_bench:train"]

@@ -1,7 +1,7 @@
 """What it costs to serve N devices: one supernet and a search for each, against one fixed-bit training for each.
 
-Figures are measured ones, kept in a YAML file with the source of each. The full-precision policy is behind both ways and
-counts for neither; nor does profiling a device, which both need to know what a network costs there.
+Figures are measured ones, kept in a YAML file with the source of each. The full-precision policy is behind both ways
+and counts for neither; nor does profiling a device, which both need to know what a network costs there.
 """
 
 from __future__ import annotations

@@ -1,0 +1,139 @@
+"""``dcqfa compare``: one table of methods, bits and tasks on equal seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.commands import EXIT_INTERRUPTED, ArgumentError, check_least
+
+if TYPE_CHECKING:
+    from training.compare.config import CompareConfig
+    from training.compare.results import Results
+
+DEFAULT_CONFIG = "compare/pusht.yaml"
+REPORT = ("report.json", "report.md", "report.html")
+
+
+def compare(subparsers: Any) -> None:
+    """Register ``dcqfa compare``."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="one table of methods, bits and tasks on equal seeds",
+        description="Play every entry of a comparison on every task and the same seeds, and print one table: scores, "
+        "paired differences with 95 %% intervals, sizes by both conventions, latency, training cost, the paper's "
+        "figures and which of its claims are found. What can be exported plays as the graphs that a robot runs. Scores "
+        "are kept block by block: Ctrl-C ends after the blocks being played, and the same command goes on. Results of "
+        "other data, weights, seeds, protocol or simulator are never mixed: the field that differs is named. Writes "
+        "results.json and report.json, .md and .html to --out.",
+        epilog="example: dcqfa compare --config config/compare/pusht_quick.yaml --data pusht_cchi_v7_replay.zarr",
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help="comparison (default: %(default)s)")
+    parser.add_argument("--data", help="path of the demonstrations, which baselines calibrate on")
+    parser.add_argument("--out", type=Path, help="folder of scores and reports (default: compare/NAME)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that play (default: one per core)")
+    parser.add_argument(
+        "--from-results",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="play nothing: print the committed results (or those of FILE)",
+    )
+    parser.add_argument(
+        "--merge", action="append", default=[], type=Path, metavar="FILE", help="results of another machine to join"
+    )
+    parser.add_argument("--save-results", action="store_true", help="write the results to the file that the YAML names")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    check_least(args, workers=1)
+    if args.save_results and args.from_results is not None and not args.merge:
+        raise ArgumentError("--save-results: nothing new to save with --from-results; leave one of them out")
+    from dcqfa_ros.paths import find_config
+    from training.compare.config import found, load_compare
+    from training.compare.page import render
+    from training.compare.paper import load_paper
+    from training.compare.report import markdown, report
+    from training.compare.results import joined, read_results
+    from training.compare.session import dump
+    from training.lut import write_atomically
+
+    config = load_compare(find_config(args.config))
+    paper = load_paper(found(config.paper))
+    merged = [read_results(path) for path in args.merge]
+    out = args.out or Path("compare") / config.name
+    committed = found(config.results)
+    if args.from_results is not None:
+        file = Path(args.from_results) if args.from_results else committed
+        results: Results | None = read_results(file)
+    else:
+        results, file = _played(args, config, out), out / "results.json"
+        if results is None:
+            print("stopped; run the same command again to continue from here", file=sys.stderr)
+            return EXIT_INTERRUPTED
+    assert results is not None
+    results = joined([results, *merged], [str(file), *map(str, args.merge)])
+    document = report(results, config, paper)
+    if args.from_results is None and committed.is_file():
+        from training.compare.table import reproduced, rows
+
+        document["reproduces"] = reproduced(document["rows"], rows(read_results(committed), config, paper))
+    if args.save_results:
+        write_atomically(Path(config.results), dump(results.model_dump(mode="json", exclude_none=False)))
+        print(f"results kept in {config.results}", file=sys.stderr)
+    if args.from_results is None or args.out is not None:
+        texts = (json.dumps(document, indent=1) + "\n", markdown(document), render(document))
+        for name, text in zip(REPORT, texts, strict=True):
+            write_atomically(out / name, text.encode())
+        print(f"reports: {out / REPORT[1]} and {out / REPORT[2]}", file=sys.stderr)
+    print(json.dumps(document) if args.json else markdown(document) if args.markdown else _plain(document))
+    return 0
+
+
+def _played(args: argparse.Namespace, config: CompareConfig, out: Path) -> Results | None:
+    """Play what is missing; None where it was interrupted."""
+    from training.compare.results import parse_results
+    from training.compare.session import Session, default_workers
+
+    session = Session(config, out, args.data)
+    with session.locked():
+        document = session.run(args.workers or default_workers())
+    return None if document is None else parse_results(document, str(out / "results.json"))
+
+
+def _plain(document: dict[str, Any]) -> str:
+    """The tables as text."""
+    from training.compare.report import cost_text, groups, latency_text, signed, with_interval
+
+    lines = []
+    for heading, of in groups(document):
+        lines.append(f"{heading}; difference to {document['reference']}")
+        for row in of:
+            against = row["difference"]
+            shows = "" if against is None else against["shows"]
+            difference = "reference" if row["entry"] == document["reference"] else signed(against)
+            lines.append(
+                f"  {row['entry']:<22} {row['bits']:<6} {with_interval(row['mean'], row['ci95']):<17} {difference:<27} "
+                f"{shows:<22} {row['size']['paper_mib']:6.2f} MiB  {latency_text(row['latency']):<22} "
+                f"{cost_text(row['cost'])}"
+            )
+    for pair in document["pairs"]:
+        where = f"{pair['task']}, {pair['seeds']}"
+        lines.append(f"{pair['first']} - {pair['second']} ({where}): {signed(pair)}, {pair['shows']}")
+    for claim in document["claims"]:
+        lines.append(f"claim {claim['verdict']}: {claim['text']} {signed(claim['difference'])}")
+    costs = document["amortised"]
+    if costs is not None:
+        needed = [f"{costs[unit]['break_even'] or 'never'} ({unit})" for unit in ("steps", "hours")]
+        lines.append(f"one supernet costs no more than one training per device from: {', '.join(needed)} devices")
+    again = document.get("reproduces") or []
+    if again:
+        within = sum(row["within"] for row in again)
+        lines.append(f"{within} of {len(again)} means lie within the committed intervals")
+    return "\n".join(lines)
