@@ -60,6 +60,8 @@ _MODULES = {
     "smoothquant": "training.baselines.smoothquant:SmoothQuant",
     "awq": "training.baselines.awq:Awq",
     "hadamard": "training.baselines.hadamard:Hadamard",
+    "sqil": "training.baselines.sqil:Sqil",
+    "batchquant": "training.baselines.batchquant:BatchQuantSupernet",
     "qvla": "training.baselines.qvla:Qvla",
     "da_ptq": "training.baselines.da_ptq:DaPtq",
 }

@@ -5,9 +5,11 @@ With outputs y of the full-precision layer and q of the quantized one over the s
     z = g q + d          g = clip(sigma_y / sigma_q), d = mu_y - g mu_q, per channel
     y^ = M (z - mu_y) + mu_y      M = I + U V^T
 
-``g`` and ``d`` match mean and variance of every channel. ``M`` matches the covariance in ``rank`` directions: those of
-the generalised eigenproblem ``Cov(y) v = lambda Cov(z) v`` whose correction changes the covariance most; at full rank
-it matches all of it. Everything is affine, so it folds into weight and bias of the layer.
+``g`` and ``d`` match mean and variance of every channel. ``M`` matches the covariance within the ``rank`` principal
+directions of Cov(y) + Cov(z); at full rank it matches all of it, at a lower one the variances of single channels move a
+little again. Directions of little variance are left alone: statistics say nothing certain about them, and matching
+relative variances there (the generalised eigenvectors) was measured to destroy the policy. Everything is affine, so it
+folds into weight and bias of the layer.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Floats = NDArray[np.float64]
 GAINS = (0.5, 2.0)  # bounds of every gain, of channels and of directions
 RANK = 16
 NO_VARIANCE = 1e-10  # share of the greatest variance below which a channel or direction counts as constant
-SAME = 1e-6  # relative difference of variances that counts as none: float32 statistics hold no more
+SAME = 1e-5  # relative difference of variances that counts as none: float32 statistics hold no more
 
 
 class CompensationError(UserError, ValueError):
@@ -177,22 +179,21 @@ def compensation(
 def _directions(wanted: Floats, found: Floats, rank: int, gains: tuple[float, float]) -> tuple[Floats, Floats, int]:
     """U, V (C, r) and the number of directions whose gain met a bound.
 
-    The generalised eigenvectors v_i, with ``v_i^T found v_j = delta_ij`` and ``v_i^T wanted v_j = lambda_i delta_ij``,
-    diagonalise both covariances. ``M = I + sum_i (sqrt(lambda_i) - 1) (found v_i) v_i^T`` scales direction i alone:
-    ``v_i^T (M found M^T) v_j`` becomes ``lambda_i delta_ij`` where i is corrected and stays as it was where it is not.
+    With orthonormal P (C, r) and the covariances A = P^T found P, B = P^T wanted P there, ``M = I + P (T - I) P^T`` and
+    ``T = A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2``, the symmetric map of least displacement between normal distributions of
+    these covariances (Dowson and Landau 1982): T A T = B. Its eigenvalues are the gains of directions.
     """
     empty = np.zeros((len(found), 0))
-    values, vectors = np.linalg.eigh(found)
-    seen = values > NO_VARIANCE * max(values[-1], 0.0)
-    if values[-1] <= 0.0 or not seen.any():
+    values, vectors = np.linalg.eigh(wanted + found)
+    if values[-1] <= 0.0:
         return empty, empty, 0
-    whitening = vectors[:, seen] / np.sqrt(values[seen])
-    ratios, turned = np.linalg.eigh(whitening.T @ wanted @ whitening)
-    v = whitening @ turned
-    carried = found @ v
-    change = np.abs(ratios - 1.0) * np.square(carried).sum(axis=0)
-    chosen = np.argsort(-change, kind="stable")[:rank]
-    chosen = chosen[np.abs(ratios[chosen] - 1.0) > SAME]
-    exact = np.sqrt(np.maximum(ratios[chosen], 0.0))
+    p = vectors[:, values > NO_VARIANCE * values[-1]][:, ::-1][:, :rank]
+    variances, turned = np.linalg.eigh(p.T @ found @ p)
+    root = np.sqrt(np.maximum(variances, NO_VARIANCE * values[-1]))
+    half, inverse = (turned * root) @ turned.T, (turned / root) @ turned.T
+    squares, middle = np.linalg.eigh(half @ (p.T @ wanted @ p) @ half)
+    exact, axes = np.linalg.eigh(inverse @ (middle * np.sqrt(np.maximum(squares, 0.0))) @ middle.T @ inverse)
     bounded = np.clip(exact, *gains)
-    return carried[:, chosen] * (bounded - 1.0), v[:, chosen], int((bounded != exact).sum())
+    changed = np.abs(bounded - 1.0) > SAME
+    v = p @ axes[:, changed]
+    return v * (bounded[changed] - 1.0), v, int((bounded != exact)[changed].sum())
