@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,28 @@ from tqdm import tqdm
 
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import kept
+from training.baselines.allocation_options import check_count, check_number
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
-from training.baselines.da_ptq_compensation import GAINS, RANK, Compensation, Moments, check_bounds, compensation
-from training.baselines.da_ptq_drift import DAMPING, ROTATION, TRANSLATION, dimension_weights, drift_gradients
+from training.baselines.da_ptq_compensation import GAINS, RANK, Compensation, Moments, compensation
+from training.baselines.da_ptq_drift import (
+    DAMPING,
+    ROTATION,
+    TRANSLATION,
+    dimension_weights,
+    drift_gradients,
+    read_jacobians,
+)
 from training.baselines.network import PlainLinear, linear_names, plain_copy, plain_linears
 from training.baselines.parts import Unquantized
 from training.baselines.report import calls_of, finish, report
-from training.baselines.rtn import no_options, quantize_activations
+from training.baselines.rtn import check_switch, no_options, quantize_activations
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy
 
 SHARE = 0.3  # of the layers, kept in floating point
+GAIN = GAINS[1]
+MOST_GAIN = 100.0  # a channel that rounding shrank further carries nothing that could be restored
 HEAD = "head"
 NO_CHAIN = "none: the task has no kinematic chain, every action dimension weighs 1"
 
@@ -55,11 +66,11 @@ class DaPtq:
         calibration: Calibration,
         *,
         seed: int = 0,  # noqa: ARG002 (of the protocol)
-        jacobians: ArrayLike | None = None,
+        jacobians: ArrayLike | str | Path | None = None,
         share: float = SHARE,
         compensate: bool = True,
         rank: int = RANK,
-        gains: tuple[float, float] = GAINS,
+        gain: float = GAIN,
         progress: bool = True,
         **options: Any,
     ) -> QuantizedPolicy:
@@ -71,27 +82,31 @@ class DaPtq:
             calibration: see there.
             seed: see there.
             jacobians: (N, 6, Da) of the end-effector's pose by the action dimensions along the kinematic chain, such as
-                :meth:`dcqfa_ros.drivers.kinematics.ArmKinematics.jacobian` gives for joint actions; None for a task
-                without one, whose dimensions all weigh 1.
+                :meth:`dcqfa_ros.drivers.kinematics.ArmKinematics.jacobian` gives for joint actions, or an ``.npy`` file
+                of them; None for a task without a chain, whose dimensions all weigh 1.
             share: of the layers that keep 16 bits.
             compensate: whether outputs are compensated.
             rank: directions whose covariance is matched where weights are in floating point.
-            gains: least and greatest gain of a channel or direction.
+            gain: greatest gain of a channel or direction, and by its inverse the least.
             progress: show a bar.
             **options: none.
 
         Raises:
             BaselineError: FP8 is asked for, or an option is none of the above.
-            AllocationError: Jacobians or the share are out of range.
-            CompensationError: rank or gains are out of range.
+            AllocationError: Jacobians are out of range.
         """
         no_options(self.name, options)
         if bits.fp8:
             raise BaselineError("da_ptq: keeps some layers and makes integers of the rest; expected bits such as w4a4")
-        check_bounds(rank, gains)
-        kept(np.zeros(0), share)  # refused before the work and not behind it
+        check_number(self.name, "share", share, 0.0, 1.0)
+        check_switch(self.name, "compensate", compensate)
+        check_switch(self.name, "progress", progress)
+        check_count(self.name, "rank", rank, 0)
+        check_number(self.name, "gain", gain, 1.0, MOST_GAIN)
+        gains = (1.0 / gain, float(gain))
         started, width, count = time.monotonic(), policy.config.policy.action_dim, len(calibration.observation)
-        weights = np.ones(width) if jacobians is None else dimension_weights(jacobians)
+        chain = read_jacobians(jacobians) if isinstance(jacobians, str | Path) else jacobians
+        weights = np.ones(width) if chain is None else dimension_weights(chain)
         with tqdm(total=count, desc="da_ptq drift", unit="chunk", disable=not progress) as bar:
             slopes = drift_gradients(policy, calibration, bits, weights, progress=bar.update)
         names = linear_names(policy.network)

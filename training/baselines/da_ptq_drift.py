@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,6 +63,20 @@ def dimension_weights(
     if not weights.any():
         raise AllocationError("jacobians: no action dimension moves the end-effector; expected at least one")
     return weights / weights.mean()
+
+
+def read_jacobians(path: str | Path) -> Floats:
+    """Jacobians of :func:`dimension_weights` from an ``.npy`` file.
+
+    Raises:
+        AllocationError: the file is missing or holds no array of numbers.
+    """
+    try:
+        return np.asarray(np.load(path, allow_pickle=False), np.float64)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise AllocationError(
+            f"jacobians: {path}: expected an .npy file of numbers (N, 6, action dimensions) ({error})"
+        ) from error
 
 
 def drift_gradients(

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import CHANNEL_BITS, demote
+from training.baselines.allocation_options import check_count
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.network import linear_names, plain_copy, plain_linears
 from training.baselines.qvla_sensitivity import LOW_BITS, PROBES, Floats, direct_sensitivity, proxy_sensitivity
 from training.baselines.qvla_store import SensitivityStore
 from training.baselines.report import calls_of, finish, report
-from training.baselines.rtn import no_options, quantize_activations
+from training.baselines.rtn import check_switch, no_options, quantize_activations
 from training.trained import TrainedPolicy
 
 KINDS = ("proxy", "squared_proxy", "direct")
@@ -73,15 +74,17 @@ class Qvla:
             raise BaselineError("qvla: allots integer bits to channels; expected bits such as w4a4, got fp8")
         if sensitivity not in KINDS:
             raise BaselineError(f"qvla: sensitivity: expected one of {', '.join(KINDS)}, got {sensitivity!r}")
-        if observations is not None and (sensitivity != "direct" or not 1 <= observations <= count):
-            raise BaselineError(
-                f"qvla: observations {observations}: expected 1 to the {count} of the calibration, and a direct "
-                "sensitivity (a proxy uses them all)"
-            )
-        if probes < 1:
-            raise BaselineError(f"qvla: probes: expected at least 1, got {probes}")
-        if store is not None and sensitivity != "direct":
-            raise BaselineError("qvla: store: only a direct sensitivity is kept; leave it out")
+        if observations is not None:
+            check_count(self.name, "observations", observations, 1)
+            if sensitivity != "direct" or observations > count:
+                raise BaselineError(
+                    f"qvla: observations {observations}: expected 1 to the {count} of the calibration, and a direct "
+                    "sensitivity (a proxy uses them all)"
+                )
+        check_count(self.name, "probes", probes, 1)
+        check_switch(self.name, "progress", progress)
+        if store is not None and (sensitivity != "direct" or not isinstance(store, str | Path)):
+            raise BaselineError(f"qvla: store: expected a file, and a direct sensitivity to keep in it, got {store!r}")
         started = time.monotonic()
         if sensitivity == "direct":
             found, calls = _direct(policy, calibration, observations or count, store, progress)

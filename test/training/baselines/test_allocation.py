@@ -47,7 +47,7 @@ def reference(sensitivity: np.ndarray, sizes: np.ndarray, budget: float) -> np.n
     return np.asarray(CHANNEL_BITS)[level]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(channels(), budgets)
 def test_the_budget_always_holds_and_no_further_step_is_made(case: Any, budget: float) -> None:
     sensitivity, sizes = case
@@ -61,7 +61,7 @@ def test_the_budget_always_holds_and_no_further_step_is_made(case: Any, budget: 
         assert mean_bits(bits, sizes) > budget
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), budgets)
 def test_demotion_is_that_of_the_rule_one_step_at_a_time(seed: int, budget: float) -> None:
     generator = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def test_demotion_is_that_of_the_rule_one_step_at_a_time(seed: int, budget: floa
     np.testing.assert_array_equal(demote(sensitivity, sizes, budget), reference(sensitivity, sizes, budget))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(channels())
 def test_demotion_order_is_monotone(case: Any) -> None:
     steps = demotions(case[0])
@@ -79,13 +79,13 @@ def test_demotion_order_is_monotone(case: Any) -> None:
         np.testing.assert_array_equal(steps.level[steps.channel == channel], np.arange(STEPS))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(channels(), budgets, budgets)
 def test_a_smaller_budget_only_demotes_further(case: Any, one: float, other: float) -> None:
     assert (demote(*case, min(one, other)) <= demote(*case, max(one, other))).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(channels(), budgets)
 def test_equal_sensitivities_share(case: Any, budget: float) -> None:
     sensitivity, sizes = case
@@ -94,7 +94,7 @@ def test_equal_sensitivities_share(case: Any, budget: float) -> None:
     assert max(levels) - min(levels) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(channels(), budgets, st.floats(1e-3, 1e3))
 def test_a_channel_that_suffers_more_from_every_step_keeps_no_fewer_bits(case: Any, budget: float, by: float) -> None:
     sensitivity, sizes = np.abs(case[0]), case[1]
@@ -133,7 +133,7 @@ def test_bad_input_is_refused_by_name(arguments: tuple[Any, ...], named: str) ->
         demote(*arguments)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(arrays.arrays(np.float64, st.integers(1, 30), elements=st.floats(0, 10)), st.floats(0, 1))
 def test_the_most_important_share_is_kept(importance: np.ndarray, share: float) -> None:
     chosen = kept(importance, share)

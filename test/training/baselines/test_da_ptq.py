@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,10 +150,10 @@ def test_the_layers_that_drift_most_keep_16_bits_and_the_rest_get_those_asked_fo
         assert torch.equal(value, before[name]), "the policy is left as it is"
 
 
-def test_a_chain_weighs_the_drift(case: Case) -> None:
-    made = DaPtq().quantize(
-        *case[:1], Bits(4, 16), case[1], jacobians=chain_jacobians(5)[:, :, :2], compensate=False, progress=False
-    )
+def test_a_chain_weighs_the_drift(case: Case, tmp_path: Path) -> None:
+    chain = tmp_path / "chain.npy"
+    np.save(chain, chain_jacobians(5)[:, :, :2])
+    made = DaPtq().quantize(*case[:1], Bits(4, 16), case[1], jacobians=str(chain), compensate=False, progress=False)
     assert made.report["kinematic_chain"] == "given"
     assert made.report["dimension_weights"] == dimension_weights(chain_jacobians(5)[:, :, :2]).tolist()
     assert made.report["compensated"] == []
@@ -164,7 +165,10 @@ def test_a_chain_weighs_the_drift(case: Case) -> None:
         (Bits(8, 8, fp8=True), {}, "integers"),
         (Bits(4, 4), {"share": 1.2}, "share"),
         (Bits(4, 4), {"rank": -1}, "rank"),
-        (Bits(4, 4), {"gains": (2.0, 3.0)}, "gains"),
+        (Bits(4, 4), {"rank": "many"}, "rank"),
+        (Bits(4, 4), {"gain": 0.5}, "gain"),
+        (Bits(4, 4), {"compensate": 2}, "compensate"),
+        (Bits(4, 4), {"jacobians": "missing.npy"}, r"missing\.npy: expected an \.npy file"),
         (Bits(4, 4), {"jacobians": np.ones((1, 6, 5))}, "weights"),
         (Bits(4, 4), {"damp": 1}, "damp"),
     ],

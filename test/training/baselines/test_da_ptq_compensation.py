@@ -36,7 +36,7 @@ def fitted(exact: np.ndarray, rounded: np.ndarray, rank: int, gains: tuple[float
 seeds = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds)
 def test_moments_of_batches_are_those_of_all_rows(seed: int) -> None:
     exact, _ = outputs(seed)
@@ -44,7 +44,7 @@ def test_moments_of_batches_are_those_of_all_rows(seed: int) -> None:
     np.testing.assert_allclose(moments(exact).covariance, np.cov(exact.T, ddof=0), rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds)
 def test_gains_and_shifts_match_mean_and_deviation_of_every_channel_exactly(seed: int) -> None:
     exact, rounded = outputs(seed)
@@ -53,7 +53,7 @@ def test_gains_and_shifts_match_mean_and_deviation_of_every_channel_exactly(seed
     np.testing.assert_allclose(result.std(axis=0), exact.std(axis=0), rtol=1e-9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds)
 def test_full_rank_matches_mean_and_covariance_exactly(seed: int) -> None:
     exact, rounded = outputs(seed)
@@ -62,7 +62,7 @@ def test_full_rank_matches_mean_and_covariance_exactly(seed: int) -> None:
     np.testing.assert_allclose(np.cov(found(rounded).T, ddof=0), np.cov(exact.T, ddof=0), rtol=1e-6, atol=1e-8)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds, st.integers(1, 4))
 def test_a_lower_rank_matches_the_covariance_in_that_many_directions_and_every_mean(seed: int, rank: int) -> None:
     exact, rounded = outputs(seed)
@@ -78,7 +78,7 @@ def test_a_lower_rank_matches_the_covariance_in_that_many_directions_and_every_m
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds, st.integers(0, 5))
 def test_nothing_quantized_needs_no_compensation(seed: int, rank: int) -> None:
     exact, _ = outputs(seed)
@@ -88,7 +88,7 @@ def test_nothing_quantized_needs_no_compensation(seed: int, rank: int) -> None:
     assert found.clipped == 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds, st.integers(0, 5))
 def test_gains_stay_within_their_bounds(seed: int, rank: int) -> None:
     exact, rounded = outputs(seed)
@@ -98,7 +98,7 @@ def test_gains_stay_within_their_bounds(seed: int, rank: int) -> None:
     assert np.isfinite(found.shift).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds, st.integers(0, 5))
 def test_folded_weights_compute_the_compensated_outputs(seed: int, rank: int) -> None:
     generator = np.random.default_rng(seed)

@@ -84,9 +84,9 @@ def test_the_proxy_multiplies_the_norms_of_jacobian_and_output_error(case: Case)
         calibration.data_sha256,
         calibration.seed,
     )
-    plain = proxy_sensitivity(policy, one, probes=150)[name][channel, 1:]
-    np.testing.assert_allclose(plain, expected, rtol=0.2)  # 150 probes
-    squared = proxy_sensitivity(policy, one, probes=150, squared=True)[name][channel, 1:]
+    plain = proxy_sensitivity(policy, one, probes=100)[name][channel, 1:]
+    np.testing.assert_allclose(plain, expected, rtol=0.25)  # 100 probes
+    plain, squared = (proxy_sensitivity(policy, one, probes=2, squared=s)[name] for s in (False, True))
     np.testing.assert_allclose(squared, np.square(plain), rtol=1e-4)
 
 
@@ -151,6 +151,7 @@ def test_a_direct_sensitivity_goes_on_where_it_was_interrupted(case: Case, tmp_p
         (Bits(4, 4), {"observations": 4}, "observations"),
         (Bits(4, 4), {"sensitivity": "direct", "observations": 9}, "observations"),
         (Bits(4, 4), {"probes": 0}, "probes"),
+        (Bits(4, 4), {"probes": "few"}, "probes"),
         (Bits(4, 4), {"store": "x.npz"}, "store"),
         (Bits(4, 4), {"budget": 3}, "budget"),
     ],

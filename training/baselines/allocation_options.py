@@ -1,0 +1,28 @@
+"""Options of allocation methods as they come from a command line: of the right kind and in range, or refused."""
+
+from __future__ import annotations
+
+import math
+
+from training.baselines.bits import BaselineError
+
+
+def check_count(method: str, name: str, value: object, least: int) -> None:
+    """Refuse anything but a whole number of at least ``least``.
+
+    Raises:
+        BaselineError: naming the option.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BaselineError(f"{method}: {name}: expected a whole number from {least}, got {value!r}")
+
+
+def check_number(method: str, name: str, value: object, low: float, high: float) -> None:
+    """Refuse anything but a number from ``low`` to ``high``.
+
+    Raises:
+        BaselineError: naming the option.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        limits = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise BaselineError(f"{method}: {name}: expected a number {limits}, got {value!r}")
