@@ -41,6 +41,7 @@ from training.losses.sqil import (
 from training.lut import load_table
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
+from training.quant.batchquant import reestimated_ranges
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
 from training.run import Record, TrainingRun
 from training.sampler import ConfigurationSampler
@@ -112,6 +113,8 @@ class SupernetTrainer(TrainingRun):
         self.teacher = teacher.requires_grad_(False).eval().to(self.device)
         self.model = ElasticDiffusionPolicyT(config.policy)
         self.model.load_state_dict(weights.state, strict=False)  # the quantizers' steps are not among them
+        if self.options.activations == "batchquant":
+            self.model.use_batch_ranges(live=True)
         self.model.to(self.device)
         self._prepare()
         self._tables_sha256, self.conditions = self._read_conditions()
@@ -400,6 +403,10 @@ class SupernetTrainer(TrainingRun):
         losses = {"teacher": self.held_out_loss(self.teacher)}
         for name in self.table if names is None else names:
             self.ema.activate(self.space.parse(name))
+            if self.ema.batch_ranges:
+                with reestimated_ranges(self.ema), torch.no_grad():
+                    for arguments in self._calibration_calls():
+                        self.ema(*arguments)
             losses[name] = self.held_out_loss(self.ema)
         return losses
 

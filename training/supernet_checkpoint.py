@@ -49,11 +49,15 @@ def is_supernet(payload: dict[str, Any]) -> bool:
     return isinstance(config, dict) and config.get("supernet") is not None
 
 
-def load_supernet(path: Path) -> TrainedSupernet:
+def load_supernet(path: Path, batch_ranges: bool = False) -> TrainedSupernet:
     """Read the supernet of a run folder or of one checkpoint file.
 
+    Args:
+        path: of the run or checkpoint.
+        batch_ranges: the caller estimates ranges for every subnet that it runs, where the supernet needs that.
+
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, or does not hold a supernet.
+        CheckpointError: the checkpoint is missing, damaged, does not hold a supernet, or holds one that needs ranges.
     """
     file = path / CHECKPOINT if path.is_dir() else path
     payload = load_checkpoint(file)
@@ -61,6 +65,14 @@ def load_supernet(path: Path) -> TrainedSupernet:
         raise CheckpointError(f"{file}: holds a single policy, no supernet; give a run of a supernet configuration")
     meaning = policy_meaning(file, payload)
     network = ElasticDiffusionPolicyT(meaning.config.policy)
+    assert meaning.config.supernet is not None
+    if meaning.config.supernet.activations == "batchquant":
+        if not batch_ranges:
+            raise CheckpointError(
+                f"{file}: its activation ranges have to be estimated for each subnet (supernet.activations: "
+                f"batchquant); make a network of it with 'dcqfa baseline batchquant --trained {path}'"
+            )
+        network.use_batch_ranges()
     try:
         network.load_state_dict(averaged_state(file, payload, meaning.config))
     except RuntimeError as error:

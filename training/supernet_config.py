@@ -58,6 +58,8 @@ class SupernetConfig(StrictModel):
         held_out: a device of ``tables`` that training never sees.
         synthetic: number of made-up devices.
         importance: how heads and hidden channels are ordered before the first step.
+        activations: quantizers of activations: ``learned`` steps, static, or ``batchquant``, whose ranges come from the
+            batch and at test time have to be estimated for the running subnet (a baseline; docs/baselines.md).
         calibration: observations that the first steps of the quantizers are fitted to.
         step_learning_rate: of the quantizers' log-steps.
         distillation: weight of the distillation from the teacher; 0 leaves the task loss alone.
@@ -74,6 +76,7 @@ class SupernetConfig(StrictModel):
     sandwich: SandwichConfig = SandwichConfig()
     sampler: SamplerConfig = SamplerConfig()
     importance: Literal["l1", "taylor"] = "l1"
+    activations: Literal["learned", "batchquant"] = "learned"
     calibration: Positive = 256
     step_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
     distillation: Annotated[float, Field(ge=0.0)] = 1.0

@@ -124,7 +124,14 @@ class PerTensor(Part):
     low: Tensor
     high: Tensor
 
-    def __init__(self, bits: int, step: float = 1.0, low: float = 0.0, high: float = 0.0, offset: float = 0.0) -> None:
+    def __init__(
+        self,
+        bits: int,
+        step: Tensor | float = 1.0,
+        low: Tensor | float = 0.0,
+        high: Tensor | float = 0.0,
+        offset: Tensor | float = 0.0,
+    ) -> None:
         """Quantize to ``bits`` bits; ``bits`` only says how many codes there are."""
         super().__init__()
         self.bits = bits

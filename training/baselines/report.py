@@ -10,7 +10,7 @@ from torch import nn
 from training.baselines.bits import FLOAT, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.network import EXCLUDED, PlainLinear, plain_linears
-from training.baselines.parts import BlockHadamard, Multiply, PerToken, Unquantized
+from training.baselines.parts import BlockHadamard, Multiply, PerTensor, PerToken, Unquantized
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 
 MIB = 2**20
@@ -108,7 +108,9 @@ def executes_as(network: nn.Module) -> str:
     if PerToken in activations:
         parts.append("activation scales per token, computed at run time (dynamic quantization before every product)")
     elif activations != {Unquantized}:
-        parts.append("static activation scales")
+        shifted = any(isinstance(a, PerTensor) and float(a.offset) for a in (linear.activation for linear in linears))
+        zero = " and zero points, whose fractional shift goes into the bias" if shifted else ""
+        parts.append(f"static activation scales{zero}")
     count = len(multiplications(network))
     if count:
         parts.append(f"{count} explicit multiplications of activations that fold into nothing")

@@ -13,6 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from training.quant.batchquant import BatchQuant
 from training.quant.fp8 import fp8_codes, fp8_scale
 from training.quant.lsq import lsq_codes, lsq_product_codes, rescale, weight_range
 from training.quant.quantizer import BITS, code_range
@@ -58,6 +59,8 @@ class InputQuantizer(nn.Module):
         low, high: (bits,) float32 buffers; a tensor that is never much below zero uses an asymmetric range of codes
             with zero point 0.
         fp8_scale: () float32 buffer.
+        batch: where it is not None, integer codes are BatchQuant's (not static, not symmetric) and log_step, low and
+            high have no effect.
     """
 
     log_step: nn.Parameter
@@ -73,6 +76,7 @@ class InputQuantizer(nn.Module):
         self.register_buffer("low", torch.tensor([float(low) for low, _ in ranges]))
         self.register_buffer("high", torch.tensor([float(high) for _, high in ranges]))
         self.register_buffer("fp8_scale", torch.tensor(1.0))
+        self.batch: BatchQuant | None = None
 
     def forward(self, x: Tensor, arithmetic: Arithmetic, bits: Bits) -> tuple[Tensor, Tensor | None]:
         """Return codes of ``x`` and their scale (), or ``x`` and None where it is not quantized.
@@ -86,6 +90,9 @@ class InputQuantizer(nn.Module):
         if arithmetic is Arithmetic.FP8:
             return fp8_codes(x.to(torch.float32), self.fp8_scale), self.fp8_scale
         chosen = bits.activation
+        if self.batch is not None:
+            codes, offset, step = self.batch.select(x.to(torch.float32), chosen)
+            return (codes - offset) * (step / step.detach()), step.detach()  # the step's gradient goes through here
         log_step = (chosen * self.log_step).sum()
         codes = lsq_product_codes(x, log_step, (chosen * self.low).sum(), (chosen * self.high).sum())
         return codes, torch.exp(log_step.detach())

@@ -25,6 +25,7 @@ from training.nn.elastic import (
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policy_shape import PolicyShape
+from training.quant.batchquant import BatchQuant
 from training.quant.quantizer import BITS
 from training.subnet import Layer, Precision, Subnet
 
@@ -43,6 +44,7 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         sizes: heads and hidden channels of every block at full width.
         active: the subnet that runs.
         frozen: whether :meth:`freeze` was called.
+        batch_ranges: whether :meth:`use_batch_ranges` was called.
     """
 
     active: Subnet
@@ -58,6 +60,7 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         self.sizes = tuple(sizes) if sizes is not None else (full,) * config.depth
         super().__init__(config)
         self.frozen = False
+        self.batch_ranges = False
         self._bits: dict[tuple[int, int], Bits] = {}
         self._plan: list[tuple[int, Width, Bits]] = []
         self.run_enter: Callable[..., tuple[Tensor, Tensor]] = ElasticDiffusionPolicyT._enter
@@ -127,6 +130,8 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         """A copy with parameters of its own and the same active subnet."""
         twin = ElasticDiffusionPolicyT(self.config, self.sizes).to(self.action_position.device)
         memo[id(self)] = twin
+        if self.batch_ranges:
+            twin.use_batch_ranges()
         for name, module in self.named_modules():
             if isinstance(module, ElasticLinear) and module.fp8_steps is not None:
                 twin.get_submodule(name).fp8_steps = module.fp8_steps.clone()
@@ -207,6 +212,8 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         kept = [(index, layer) for index, layer in enumerate(subnet.layers) if layer is not None]
         config = self.config.model_copy(update={"depth": len(kept)})
         alone = ElasticDiffusionPolicyT(config, [(layer.heads, layer.mlp) for _, layer in kept])
+        if self.batch_ranges:
+            alone.use_batch_ranges()
         mine = self.elastic_blocks()
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("blocks.")}
         for place, (index, _) in enumerate(kept):
@@ -231,7 +238,7 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
 
         Outputs are those of the network as it was, bit for bit. Networks of other precisions stay as they are.
         """
-        if self.active.precision is not Precision.INT:
+        if self.active.precision is not Precision.INT or self.batch_ranges:  # those codes are no int8 with zero point 0
             return
         self.frozen = True
         blocks = self.elastic_blocks()
@@ -239,6 +246,16 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
             for module in blocks[index].modules():
                 if isinstance(module, ElasticLinear):
                     module.freeze(bits)
+
+    def use_batch_ranges(self, live: bool = False) -> None:
+        """Quantize integer activations by BatchQuant from here on, with new corrections.
+
+        ``live`` takes the range of every batch, as training does; else it is that estimated for the running subnet.
+        """
+        self.batch_ranges = True
+        for quantizer in self.input_quantizers().values():
+            quantizer.batch = BatchQuant().to(quantizer.log_step.device)
+            quantizer.batch.live = live
 
     def input_quantizers(self) -> dict[str, InputQuantizer]:
         """All input quantizers by name."""

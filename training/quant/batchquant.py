@@ -35,6 +35,10 @@ class BatchQuant(nn.Module):
 
     With ``s = (x_max - x_min) / (q_max - q_min)`` and ``z = clamp(q_min - round(x_min / s))``, the code of ``x`` is
     ``clamp(round(x g / s + z + b))`` and the value it stands for ``(code - z - b) s / g``.
+
+    Attributes:
+        estimating: ranges of batches are averaged; see :func:`reestimated_ranges`.
+        live: the range is that of the batch in evaluation mode too, for training without dropout.
     """
 
     minimum: Tensor
@@ -54,6 +58,7 @@ class BatchQuant(nn.Module):
         self.raw_gain = nn.Parameter(torch.full((len(self.bits),), math.log(math.e - 1.0)))  # softplus of it is 1
         self.shift = nn.Parameter(torch.zeros(len(self.bits)))
         self.estimating = False
+        self.live = False
         self.register_buffer("minimum", torch.zeros(()))
         self.register_buffer("maximum", torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -77,7 +82,7 @@ class BatchQuant(nn.Module):
         return -low, high
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.training or self.estimating:
+        if self.training or self.estimating or self.live:
             low, high = self.batch_range(x)
             if self.estimating:
                 self.batches += 1
@@ -100,13 +105,19 @@ class BatchQuant(nn.Module):
         """
         if bits not in self.bits:
             raise ValueError(f"bits: this quantizer was made for {self.bits}, got {bits}")
-        index = self.bits.index(bits)
-        low, high = code_range(bits)
+        chosen = torch.zeros(len(self.bits), device=x.device)
+        chosen[self.bits.index(bits)] = 1.0
+        return self.select(x, chosen)
+
+    def select(self, x: Tensor, chosen: Tensor) -> BatchQuantCodes:
+        """:meth:`quantize` at the bit width where ``chosen`` (bits,) is 1 and not 0: one graph serves all of them."""
+        ends = torch.tensor([code_range(width) for width in self.bits], dtype=torch.float32, device=x.device)
+        low, high = (chosen[:, None] * ends).sum(0)
         x_min, x_max = self._range(x)
         batch_step = ((x_max - x_min) / (high - low)).clamp_min(TINY)
         zero_point = (low - torch.round(x_min / batch_step)).clamp(low, high)
-        step = batch_step / nn.functional.softplus(self.raw_gain[index])
-        offset = zero_point + self.shift[index]
+        step = batch_step / (chosen * nn.functional.softplus(self.raw_gain)).sum()
+        offset = zero_point + (chosen * self.shift).sum()
         scaled = torch.clamp(x.to(torch.float32) / step + offset, low, high)
         codes = scaled + (torch.round(scaled) - scaled).detach()
         return BatchQuantCodes(codes.to(x.dtype), offset, step)
