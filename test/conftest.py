@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.bundle.write import file_spec, write_bundle
+from test.figures import print_figures, rows
 
-_deselected: list[str] = []
+_deselected: set[str] = set()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so; tests interrupt children
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,14 +31,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     """Remember what was left out; a test never goes missing silently."""
-    _deselected.extend(item.nodeid for item in items)
+    _deselected.update(item.nodeid for item in items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist: send home what was left out and what was noted."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deselected"], output["figures"] = sorted(_deselected), json.dumps(rows)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """In the process that a worker of pytest-xdist reports to: take what it sends home."""
+    output = getattr(node, "workeroutput", {})
+    _deselected.update(output.get("deselected", ()))
+    rows.extend(json.loads(output.get("figures", "[]")))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List the tests that were left out (skipped ones are listed by pytest with their reasons)."""
+    """Print figures, and the tests that were left out (skipped ones are listed by pytest with their reasons)."""
+    print_figures(terminalreporter)
     if _deselected:
         terminalreporter.section("not exercised: left out by -m or -k")
-        for name in _deselected:
+        for name in sorted(_deselected):
             terminalreporter.line(name)
 
 

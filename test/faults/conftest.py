@@ -7,16 +7,13 @@ figures in full. ``DCQFA_FAULTS_CHUNKS``, ``_DISCONNECTS`` and ``_COMMANDS``, an
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-FULL = os.environ.get("DCQFA_FAULTS", "part") == "full"
-_rows: list[dict[str, Any]] = []
+from test.figures import FULL, rows
 
 
 @dataclass(frozen=True)
@@ -57,32 +54,9 @@ class Figures:
 
     def add(self, what: str, **figures: Any) -> None:
         """Add one row of the table, before anything is asserted about it."""
-        _rows.append({"what": what, **figures})
+        rows.append({"what": what, **figures})
 
 
 @pytest.fixture(scope="session")
 def figures() -> Figures:
     return Figures()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the figures and write them as JSON where asked for."""
-    if not _rows:
-        return
-    terminalreporter.section(
-        "figures of the fault injection" + ("" if FULL else " (a part; in full: make test-faults)")
-    )
-    for row in _rows:
-        terminalreporter.line(row["what"])
-        for name, value in row.items():
-            if name != "what":
-                terminalreporter.line(f"    {name.replace('_', ' '):40} {_text(value):>14}")
-    path = os.environ.get("DCQFA_FAULTS_JSON")
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(_rows, indent=2) + "\n")
-        terminalreporter.line(f"written to {path}")
-
-
-def _text(value: Any) -> str:
-    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
