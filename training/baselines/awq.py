@@ -18,7 +18,7 @@ from torch import Tensor
 
 from training.baselines import QuantizedPolicy
 from training.baselines.bits import FLOAT, BaselineError, Bits
-from training.baselines.calibration import Calibration, InputStatistics, statistics
+from training.baselines.calibration import Calibration, InputStatistics, policy_statistics
 from training.baselines.network import plain_copy, weight_codes
 from training.baselines.report import calls_of, finish, report
 from training.baselines.rtn import check_switch, no_options, quantize_activations
@@ -109,7 +109,7 @@ class Awq:
             )
         started = time.monotonic()
         network = plain_copy(policy.network)
-        exponents = quantize_awq(network, statistics(policy.network, calibration), bits.weights, clip)
+        exponents = quantize_awq(network, policy_statistics(policy.network, calibration), bits.weights, clip)
         quantize_activations(network, bits, calibration)
         finish(network)
         label = "AWQ" if bits.activations == FLOAT else "AWQ weights + RTN activations"

@@ -56,6 +56,7 @@ class Calibration:
         first: leading tokens that are of the past: tokens ``first`` to T are executed.
         data_sha256: of the demonstrations.
         seed: of the draw.
+        kept: statistics of the full-precision network, once a method has asked for them.
     """
 
     calls: tuple[Call, ...]
@@ -65,6 +66,7 @@ class Calibration:
     first: int
     data_sha256: str
     seed: int
+    kept: dict[str, InputStatistics] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self, network: DiffusionPolicyT) -> None:
@@ -164,6 +166,16 @@ def statistics(
         for call in tqdm(calibration.calls, desc="calibrate", unit="step", mininterval=2.0, leave=False):
             network(call.noisy, call.timesteps, call.observation)
     return found
+
+
+def policy_statistics(network: DiffusionPolicyT, calibration: Calibration) -> dict[str, InputStatistics]:
+    """:func:`statistics` of the full-precision network that ``calibration`` was made with, collected once.
+
+    Not to be changed: every method reads the same.
+    """
+    if not calibration.kept:
+        calibration.kept.update(statistics(network, calibration))
+    return dict(calibration.kept)
 
 
 def calibration_data(policy: TrainedPolicy, path: str | None = None) -> PolicyData:

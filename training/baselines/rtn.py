@@ -1,6 +1,7 @@
 """RTN: round to nearest at the absolute maximum, weights per output channel, activations per token.
 
-Nothing is calibrated in integers. FP8 has static per-tensor activation scales, which come from the calibration.
+Nothing is calibrated in integers. FP8 has static per-tensor activation scales, which come from the calibration, and
+integers have them on request: not every device quantizes at run time.
 """
 
 from __future__ import annotations
@@ -11,41 +12,51 @@ from typing import Any
 
 from training.baselines import QuantizedPolicy
 from training.baselines.bits import FLOAT, BaselineError, Bits
-from training.baselines.calibration import Calibration, InputStatistics, statistics
+from training.baselines.calibration import Calibration, InputStatistics, policy_statistics, statistics
 from training.baselines.network import plain_copy, plain_linears, quantize_weights
-from training.baselines.parts import Part, PerTensorFp8, PerToken, Unquantized
+from training.baselines.parts import Part, PerTensor, PerTensorFp8, PerToken, Unquantized
 from training.baselines.report import calls_of, finish, report
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.quant.fp8 import E4M3_MAX
-from training.quant.quantizer import TINY
+from training.quant.quantizer import TINY, code_range
 from training.trained import TrainedPolicy
 
 
 def activation_quantizer(bits: Bits, peak: float | None = None) -> Part:
-    """The round-to-nearest quantizer of an input: per token, or per tensor at ``peak`` (greatest magnitude) in FP8."""
+    """The round-to-nearest quantizer of an input: per token, or per tensor at ``peak``, the greatest magnitude."""
+    if bits.activations == FLOAT:
+        return Unquantized()
     if bits.fp8:
         assert peak is not None
         return PerTensorFp8(max(peak / E4M3_MAX, TINY))
-    return Unquantized() if bits.activations == FLOAT else PerToken(bits.activations)
+    if peak is None:
+        return PerToken(bits.activations)
+    low, high = code_range(bits.activations)
+    return PerTensor(bits.activations, max(peak / high, TINY), low, high)
 
 
 def quantize_activations(
-    network: DiffusionPolicyT, bits: Bits, calibration: Calibration, seen: Mapping[str, InputStatistics] | None = None
+    network: DiffusionPolicyT,
+    bits: Bits,
+    calibration: Calibration,
+    seen: Mapping[str, InputStatistics] | None = None,
+    static: bool = False,
 ) -> int:
     """Give every plain linear its round-to-nearest input quantizer; call it before weights are rounded.
 
     Args:
         network: with plain linears, transforms in place.
         bits: as asked for.
-        calibration: for the scales of FP8.
+        calibration: for static scales, which FP8 always has.
         seen: statistics of the network's inputs behind its transforms, where they are known already.
+        static: one scale per tensor from the calibration, in place of one per token at run time.
 
     Returns:
         Passes over the calibration that it took.
     """
     passes = 0
     peaks: dict[str, float] = {}
-    if bits.fp8:
+    if bits.activations != FLOAT and (bits.fp8 or static):
         if seen is None:
             seen, passes = statistics(network, calibration), 1
         peaks = {name: float(s.peak.max()) for s in seen.values() for name in s.group.linears}
@@ -75,7 +86,7 @@ def check_switch(method: str, name: str, value: object) -> None:
 
 
 class Rtn:
-    """See the module."""
+    """See the module. Option: ``static`` (True: one activation scale per tensor, from the calibration)."""
 
     name = "rtn"
     trains = False
@@ -87,13 +98,17 @@ class Rtn:
         calibration: Calibration,
         *,
         seed: int = 0,  # noqa: ARG002 (of the protocol)
+        static: bool = False,
         **options: Any,
     ) -> QuantizedPolicy:
         """See :class:`training.baselines.Baseline`; ``seed`` has no effect, nothing is drawn."""
         no_options(self.name, options)
+        check_switch(self.name, "static", static)
         started = time.monotonic()
         network = plain_copy(policy.network)
-        passes = quantize_activations(network, bits, calibration)
+        seen = policy_statistics(policy.network, calibration) if bits.fp8 or static else None
+        quantize_activations(network, bits, calibration, seen, static)
+        passes = 0 if seen is None else 1
         quantize_weights(network, bits)
         finish(network)
         used = calibration if passes else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.baselines import QuantizedPolicy
 from training.baselines.bits import BaselineError, Bits
-from training.baselines.calibration import Calibration, InputStatistics, statistics
+from training.baselines.calibration import Calibration, InputStatistics, policy_statistics
 from training.baselines.network import plain_copy, quantize_weights
 from training.baselines.report import calls_of, finish, report
 from training.baselines.rtn import check_switch, no_options, quantize_activations
@@ -41,7 +41,11 @@ def smooth_all(
 
 
 class SmoothQuant:
-    """See the module. Options: ``alpha`` (0 to 1), ``fold`` (False keeps every multiplication explicit)."""
+    """See the module.
+
+    Options: ``alpha`` (0 to 1), ``fold`` (False keeps every multiplication explicit), ``static`` (True: one activation
+    scale per tensor).
+    """
 
     name = "smoothquant"
     trains = False
@@ -55,6 +59,7 @@ class SmoothQuant:
         seed: int = 0,  # noqa: ARG002 (of the protocol)
         alpha: float = ALPHA,
         fold: bool = True,
+        static: bool = False,
         **options: Any,
     ) -> QuantizedPolicy:
         """See :class:`training.baselines.Baseline`; ``seed`` has no effect, nothing is drawn."""
@@ -62,10 +67,11 @@ class SmoothQuant:
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
             raise BaselineError(f"{self.name}: alpha: expected 0 to 1, got {alpha!r}")
         check_switch(self.name, "fold", fold)
+        check_switch(self.name, "static", static)
         started = time.monotonic()
         network = plain_copy(policy.network)
-        smooth_all(network, statistics(policy.network, calibration), alpha, fold)
-        passes = 1 + quantize_activations(network, bits, calibration)
+        smooth_all(network, policy_statistics(policy.network, calibration), alpha, fold)
+        passes = 1 + quantize_activations(network, bits, calibration, static=static)
         quantize_weights(network, bits)
         finish(network)
         seconds, calls = time.monotonic() - started, calls_of(calibration, passes)

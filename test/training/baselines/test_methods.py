@@ -12,7 +12,7 @@ from training.baselines.awq import awq_scale, quantize_awq, rounded, search_reac
 from training.baselines.calibration import Calibration, InputStatistics, statistics
 from training.baselines.hadamard import largest_block, rotate
 from training.baselines.network import linear_groups, plain_copy, plain_linears
-from training.baselines.parts import Multiply
+from training.baselines.parts import Multiply, PerTensor
 from training.baselines.smoothing import smooth
 from training.baselines.smoothquant import smooth_all, smoothing_scale
 from training.policies.diffusion_policy_t import DiffusionPolicyT
@@ -170,6 +170,23 @@ def test_reports_say_bits_size_and_execution(
     if method == "awq":
         assert report["label"] == ("AWQ" if text == "w4a16" else "AWQ weights + RTN activations")
     assert bool(torch.isfinite(predicted(quantized.network, calibration)).all())
+
+
+@pytest.mark.parametrize("method", ["rtn", "smoothquant"])
+def test_static_scales_cover_the_calibration_and_cost_accuracy(
+    method: str, teacher: TrainedPolicy, calibration: Calibration
+) -> None:
+    dynamic, static = (
+        find_baseline(method).quantize(teacher, Bits(8, 8), calibration, static=static) for static in (False, True)
+    )
+    expected = predicted(teacher.network, calibration)
+    errors = [float((predicted(q.network, calibration) - expected).square().mean()) for q in (dynamic, static)]
+    assert errors[0] < errors[1]
+    assert "static activation scales" in static.report["executes_as"]
+    for seen in statistics(static.network, calibration).values():
+        activation = plain_linears(static.network)[seen.group.linears[0]].activation
+        assert isinstance(activation, PerTensor)
+        assert float(seen.peak.max()) <= 1.05 * float(activation.step * activation.high)
 
 
 @pytest.mark.parametrize("method", METHODS)
