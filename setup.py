@@ -52,10 +52,21 @@ def entry_points() -> dict[str, list[str]]:
             *(f"{name} = training.commands:{name}" for name in ("train", "eval")),
             *(
                 f"{name} = training.commands_{name}:{name}"
-                for name in ("baseline", "compare", "export", "mixed", "pack", "profile", "sampler", "search", "subnet")
+                for name in (
+                    "baseline",
+                    "compare",
+                    "deviation",
+                    "export",
+                    "mixed",
+                    "pack",
+                    "profile",
+                    "sampler",
+                    "search",
+                    "subnet",
+                )
             ),
         ]
-        points["dcqfa.bench_commands"] = ["train = training.commands_bench:train"]
+        points["dcqfa.bench_commands"] = [f"{name} = training.commands_bench:{name}" for name in ("train", "rollouts")]
         points["dcqfa.bench_engines"] = ["torch_eager = training.bench:torch_eager"]
     return points
 

@@ -1,4 +1,4 @@
-"""What training adds to ``dcqfa bench``: ``train``."""
+"""What training adds to ``dcqfa bench``: ``train`` and ``rollouts``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.bench_train import TrainReport
+    from training.rollouts_bench import RolloutReport
 
+DEFAULT_SUPERNET = "models/pusht_keypoints_supernet"
 DEFAULT_CONFIG = "training/pusht_keypoints_supernet.yaml"
 
 
@@ -75,3 +78,63 @@ def _describe(processor: str, report: TrainReport) -> Iterator[str]:
         f"({100 * report.smallest_forward_training_ratio:.1f} % at W4A4 in {report.precision})"
     )
     yield f"switch                {report.switch_us:9.1f} us   {report.switch_parameter_bytes} bytes of new tensors"
+
+
+def rollouts(actions: Any) -> None:
+    """Register ``dcqfa bench rollouts``."""
+    parser = actions.add_parser(
+        "rollouts",
+        help="closed-loop collection of states in parallel beside worlds stepped one by one",
+        description="Collect the same Push-T states in three ways that take turns: one world after the other with one "
+        "policy call each, all worlds with one batched call per chunk, and batched groups in one process per core, as "
+        "on-policy distillation does; same cores, seeds and network. Keep the computer idle meanwhile.",
+        epilog="example: dcqfa bench rollouts --worlds 64 --json",
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path(DEFAULT_SUPERNET),
+        metavar="RUN",
+        help="run folder or checkpoint of a supernet (default: %(default)s)",
+    )
+    parser.add_argument("--variant", default="w4a4", help="its subnet that drives the worlds (default: %(default)s)")
+    parser.add_argument("--worlds", type=int, default=64, metavar="N", help="environments (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=2, metavar="N", help="policy calls of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--denoising-steps", type=int, default=8, metavar="N", help="of a policy call (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--seed", type=int, default=400_000, metavar="S", help="first start seed (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=_rollouts)
+
+
+def _rollouts(args: argparse.Namespace) -> int:
+    from dcqfa_ros.devices.detect import detect
+    from training.rollouts_bench import Options, bench_rollouts
+
+    options = Options(args.worlds, args.calls, args.rounds, args.denoising_steps, args.workers, args.seed)
+    report = bench_rollouts(args.run, args.variant, options)
+    processor = detect().processor.model
+    if args.json:
+        print(json.dumps({"processor": processor, **dataclasses.asdict(report)}, indent=2))
+    else:
+        print("\n".join(_describe_rollouts(processor, report)))
+    return 0
+
+
+def _describe_rollouts(processor: str, report: RolloutReport) -> Iterator[str]:
+    yield (
+        f"{report.policy} {report.subnet} on {report.device} ({processor}), {report.cores} cores, "
+        f"{report.worlds} worlds, {report.calls} calls of {report.denoising_steps} denoising steps, "
+        f"load {report.conditions.load_1min:.1f}"
+    )
+    for way in (report.one_by_one, report.batched, report.parallel):
+        yield (
+            f"{way.label.replace('_', ' '):<12}{way.states_per_second:9.1f} states/s   {way.processes} processes of "
+            f"{way.threads} threads, batch {way.batch}"
+        )
+    yield f"parallel is {report.ratio:.1f} times as fast as one by one, batched alone {report.ratio_batched:.1f} times"

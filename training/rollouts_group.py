@@ -21,7 +21,7 @@ from dcqfa_ros.runtime.denoising import SamplerCoefficients
 from dcqfa_ros.runtime.noise import chunk_noise
 from dcqfa_ros.runtime.observations import ObservationLayout
 from dcqfa_ros.sim.pusht import PushTWorld
-from dcqfa_ros.sim.tee import block_pose
+from dcqfa_ros.sim.tee import block_pose, state_to_reset_to
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.subnet import Subnet
@@ -41,14 +41,14 @@ class Kit:
         policy: architecture.
         spec: the policy's specification.
         denoising_steps: per policy call.
-        teacher: parameters of the full-precision teacher by name.
+        teacher: parameters of the full-precision teacher by name; None where none is asked.
         bf16: run the teacher in BF16, as training does. The student runs its integer codes as evaluation does.
     """
 
     policy: DiffusionPolicyTConfig
     spec: BundleSpec
     denoising_steps: int
-    teacher: Mapping[str, NDArray[Any]]
+    teacher: Mapping[str, NDArray[Any]] | None
     bf16: bool = False
 
 
@@ -175,7 +175,11 @@ def load_flat_state(network: torch.nn.Module, flat: Float) -> None:
 
 
 class GroupRunner:
-    """Runs groups with the weights it was last given."""
+    """Runs groups with the weights it was last given.
+
+    Attributes:
+        timesteps: of the recorded paths, (S,) int64.
+    """
 
     def __init__(self, kit: Kit) -> None:
         """Build student and teacher.
@@ -196,33 +200,38 @@ class GroupRunner:
         scale, offset = spec.action.normalizer.scale, spec.action.normalizer.offset
         self._action_scale = np.asarray(scale or (1.0,), np.float64)
         self._action_offset = np.asarray(offset or (0.0,), np.float64)
-        teacher = DiffusionPolicyT(kit.policy)
-        teacher.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in kit.teacher.items()})
-        self._teacher = self._sampler(teacher.requires_grad_(False), kit.bf16)
-        self._student = ElasticDiffusionPolicyT(kit.policy).requires_grad_(False).eval()
+        self.timesteps = SamplerCoefficients.of(spec.diffusion, kit.denoising_steps).timesteps
+        self._teacher: ChunkSampler | None = None
+        if kit.teacher is not None:
+            teacher = DiffusionPolicyT(kit.policy)
+            teacher.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in kit.teacher.items()})
+            self._teacher = self._sampler(teacher.requires_grad_(False), kit.bf16)
+        self._supernet = ElasticDiffusionPolicyT(kit.policy).requires_grad_(False).eval()
+        self._student: tuple[Subnet, ChunkSampler] | None = None  # the one that ran last
         self._worlds: list[PushTWorld] = []
-
-    @property
-    def timesteps(self) -> NDArray[np.int64]:
-        """Time steps of the recorded paths, (S,)."""
-        return self._teacher.timesteps
 
     def _sampler(self, network: DiffusionPolicyT, bf16: bool) -> ChunkSampler:
         return ChunkSampler(network, self._kit.spec.diffusion, self._kit.denoising_steps, self._tokens, bf16=bf16)
 
     def load(self, weights: Float) -> None:
         """Take the weights (P,) of the supernet; see :func:`flat_state`."""
-        load_flat_state(self._student, weights)
+        load_flat_state(self._supernet, weights)
+        self._student = None
+
+    def _driver(self, subnet: Subnet) -> ChunkSampler:
+        if self._student is None or self._student[0] != subnet:
+            alone = self._supernet.extract(subnet)
+            alone.freeze()
+            self._student = subnet, self._sampler(alone, bf16=False)
+        return self._student[1]
 
     def run(self, job: Job) -> Visited:
         """Run a group and return what it visited.
 
         Raises:
-            RolloutError: a policy call gave values that are not finite.
+            RolloutError: a policy call gave values that are not finite, or a teacher is asked where there is none.
         """
-        alone = self._student.extract(job.subnet)
-        alone.freeze()
-        student = self._sampler(alone, bf16=False)
+        student = self._driver(job.subnet)
         calls, count = job.teacher_acts.shape
         while job.closed and len(self._worlds) < count:
             self._worlds.append(PushTWorld())
@@ -243,6 +252,8 @@ class GroupRunner:
             chunk, path = student.chunks(observation, noise)
             answer, rows = np.zeros_like(chunk), np.flatnonzero(known[call])
             if len(rows):
+                if self._teacher is None:
+                    raise RolloutError("a rollout asks a teacher, but was given none")
                 answer[rows] = self._teacher.chunks(observation[rows], noise[rows])[0]
             if not (np.isfinite(chunk).all() and np.isfinite(answer).all()):
                 raise RolloutError(f"policy call {call} of a rollout gave actions that are not finite: it diverged")
@@ -271,7 +282,7 @@ class GroupRunner:
             return start
         raw = self._raw(start[-1])
         pose = block_pose(raw["keypoints"].reshape(9, 2))
-        self._worlds[n].reset_to([*raw["agent_position"], *pose])
+        self._worlds[n].reset_to(state_to_reset_to([*raw["agent_position"], *pose]))
         return np.concatenate([start[:-1], self._observe(n)[None]])
 
     def _step(self, n: int, observation: Float, executed: Float) -> Float:

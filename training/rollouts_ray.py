@@ -55,7 +55,7 @@ class RayWorkers:
         self._actors: list[Any] = []
 
     def _connect(self, size: int) -> None:
-        teacher = sum(value.nbytes for value in self._kit.teacher.values())
+        teacher = sum(value.nbytes for value in (self._kit.teacher or {}).values())
         connect(self._ray, self._address, self.count, teacher + size)
         self._shipped = self._ray.put(self._kit)
         self._class = self._ray.remote(num_cpus=1)(Actor)

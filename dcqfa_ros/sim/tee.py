@@ -40,6 +40,8 @@ KEY_POINTS_LOCAL: Float64 = np.array(
 )
 KEY_POINTS_LOCAL.flags.writeable = False
 
+CENTRE_OF_GRAVITY_LOCAL = (0.0, 45.0)  # of the block in its own frame, px; the environment turns the block about it
+
 # The outline of the T in its own frame, px: the union of the two rectangles that collide (bar 120 x 30, stem 30 x 90).
 OUTLINE_LOCAL: Float64 = np.array(
     [[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120], [-15, 30], [-60, 30]], dtype=np.float64
@@ -99,6 +101,20 @@ def legacy_state(seed: int) -> Float64:
         ],
         dtype=np.float64,
     )
+
+
+def state_to_reset_to(state: ArrayLike) -> Float64:
+    """Return what ``PushTWorld.reset_to`` has to be given for a world to come to be in ``state``, shape (5,), float64.
+
+    As published, a reset places the block first and then turns it about its centre of gravity, which moves its origin:
+    published start states mean that order, states that a world or a data set reports are poses after it.
+
+    Raises:
+        ValueError: ``state`` is not five finite numbers (agent x, y, block x, y, theta).
+    """
+    agent_x, agent_y, *pose = check_state(state).tolist()
+    origin = to_table([CENTRE_OF_GRAVITY_LOCAL], pose)[0] - CENTRE_OF_GRAVITY_LOCAL
+    return np.array([agent_x, agent_y, *origin, pose[2]], dtype=np.float64)
 
 
 def block_pose(keypoints: ArrayLike) -> tuple[float, float, float]:

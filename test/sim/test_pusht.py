@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcqfa_ros.sim.pusht import EPISODE_STEPS, EpisodeOverError, PushTWorld
-from dcqfa_ros.sim.tee import GOAL_POSE, OUTLINE_LOCAL, block_pose, key_points, legacy_state, to_table
+from dcqfa_ros.sim.tee import (
+    GOAL_POSE,
+    OUTLINE_LOCAL,
+    block_pose,
+    key_points,
+    legacy_state,
+    state_to_reset_to,
+    to_table,
+)
 
 Arrays = dict[str, Any]
 
@@ -166,6 +174,24 @@ def test_a_bad_action_is_refused_and_moves_nothing(action: Any) -> None:
 def test_a_bad_start_state_is_refused(state: list[float]) -> None:
     with pytest.raises(ValueError, match="state"):
         PushTWorld().reset_to(state)
+
+
+def test_a_world_is_reset_to_a_state_that_another_one_reports() -> None:
+    world, other = PushTWorld(), PushTWorld()
+    for seed in (3, 5, 11):
+        world.reset(seed)
+        for action in ([200.0, 300.0], [250.0, 260.0], [300.0, 220.0]):
+            world.step(action)
+        there = other.reset_to(state_to_reset_to(world.state))
+        assert there[2:] == pytest.approx(world.state[2:], abs=0.5)  # one physics step of 0.01 s later
+    start = other.reset_to(state_to_reset_to([60.0, 60.0, 200.0, 300.0, 2.0]))
+    assert start == pytest.approx([60.0, 60.0, 200.0, 300.0, 2.0], abs=1e-9)
+
+
+@pytest.mark.parametrize("state", [[1.0] * 4, [0.0, 0.0, 0.0, 0.0, float("nan")]])
+def test_a_bad_state_has_no_reset(state: list[float]) -> None:
+    with pytest.raises(ValueError, match="state: expected"):
+        state_to_reset_to(state)
 
 
 def test_a_world_that_was_never_reset_has_no_state_and_takes_no_step() -> None:
