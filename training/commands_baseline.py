@@ -50,6 +50,12 @@ def baseline(subparsers: Any) -> None:
     parser.add_argument("--observations", type=int, metavar="N", help="calibration observations (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of what a method draws (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    parser.add_argument(
+        "--cross-check",
+        action="store_true",
+        help="compare the distance with that of nvidia-modelopt's network (rtn and smoothquant at w8a8; it has to be "
+        "installed, docs/baselines.md)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a quantized policy that FOLDER holds")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_baseline)
@@ -61,6 +67,7 @@ def _baseline(args: argparse.Namespace) -> int:
     from training.baselines import find_baseline, parse_bits
     from training.baselines.artifact import save_artifact
     from training.baselines.calibration import OBSERVATIONS, calibrate, calibration_data
+    from training.baselines.modelopt import check_possible, cross_check
     from training.baselines.quality import held_out, quality
     from training.commands import ArgumentError, check_least
     from training.trained import load_trained
@@ -74,6 +81,8 @@ def _baseline(args: argparse.Namespace) -> int:
         options["trained"] = args.trained
     elif args.trained is not None:
         raise ArgumentError(f"--trained {args.trained}: {method.name} does not train; leave it out")
+    if args.cross_check:
+        check_possible(method.name, bits, options)
     policy = load_trained(args.checkpoint)
     folder = args.out or DEFAULT_FOLDER / f"{policy.config.name}.{method.name}.{bits}"
     _check_free(folder, args.overwrite)
@@ -88,6 +97,11 @@ def _baseline(args: argparse.Namespace) -> int:
     quantized.report.update(
         calibration_seconds=round(seconds, 2), threads=args.threads, seed=args.seed, checkpoint=str(policy.path)
     )
+    if args.cross_check:
+        static = bool(options.get("static", False))
+        quantized.report["cross_check"] = cross_check(
+            policy.network, quantized.network, method.name, bits, calibration, measure, static
+        )
     path = save_artifact(folder, policy, quantized)
     facts = {**quantized.report, "artifact": str(path), "artifact_mib": path.stat().st_size / 2**20}
     print(json.dumps(facts) if args.json else _text(facts))
@@ -151,5 +165,12 @@ def _text(facts: dict[str, Any]) -> str:
         "executes as": facts["executes_as"],
         "worst layers": ", ".join(f"{name} {error:.1e}" for name, error in worst) or "not comparable: trained on",
     }
+    check = facts.get("cross_check")
+    if check is not None:
+        agrees = "within" if check["within_noise"] else "outside"
+        rows["cross-check"] = (
+            f"{check['library']}, {check['activations']}: {check['library_distance']:.3e}; difference "
+            f"{check['difference']:+.1e} +- {check['ci95']:.1e}, {agrees} noise; {check['between']:.1e} between both"
+        )
     head = f"{facts['label']} {facts['bits']} of {facts['checkpoint']}: {facts['artifact']}"
     return "\n".join([head, *(f"  {name:<12} {text}" for name, text in rows.items())])

@@ -37,8 +37,18 @@ class HeldOut:
 
     def distance(self, network: nn.Module) -> float:
         """Mean squared difference between the noise that ``network`` and the teacher predict."""
+        return float(self.distances(network).mean())
+
+    def distances(self, network: nn.Module) -> Tensor:
+        """:meth:`distance` of every sample (N,)."""
         with torch.inference_mode():
-            return float(nn.functional.mse_loss(network(*self.arguments)[:, self.first :], self.target))
+            return (network(*self.arguments)[:, self.first :] - self.target).square().mean((1, 2))
+
+    def between(self, one: nn.Module, other: nn.Module) -> float:
+        """Mean squared difference between the noise that two networks predict."""
+        with torch.inference_mode():
+            first, second = (network(*self.arguments)[:, self.first :] for network in (one, other))
+            return float(nn.functional.mse_loss(first, second))
 
     def block_errors(self, network: DiffusionPolicyT) -> list[float]:
         """Relative squared error of the residual stream behind every block, errors of earlier blocks included."""
