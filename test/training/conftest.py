@@ -185,7 +185,7 @@ def dcqfa() -> list[str]:
     code = (
         "import sys; from importlib.metadata import EntryPoint; from dcqfa_ros import cli; "
         "own = {name: f'commands_{name}' for name in "
-        "('baseline', 'export', 'mixed', 'pack', 'profile', 'sampler', 'search', 'subnet')}; "
+        "('baseline', 'compare', 'export', 'mixed', 'pack', 'profile', 'sampler', 'search', 'subnet')}; "
         "modules = dict.fromkeys(('train', 'eval'), 'commands') | own; "
         "cli.entry_points = lambda group: [EntryPoint(name, f'training.{module}:{name}', group) "
         "for name, module in modules.items()]; sys.exit(cli.main())"

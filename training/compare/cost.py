@@ -12,8 +12,11 @@ from statistics import median
 from typing import Any
 
 from dcqfa_ros.bundle.strict import StrictModel
+from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.compare.config import CompareError, StatedCost
 from training.config import TrainConfig
+from training.trained import policy_meaning
+from training.warm_start import policy_beside
 
 PAUSE = 20.0  # an interval this many times the median one is a machine that stood still, not training
 EVENTS = "events.out.tfevents.*"
@@ -25,7 +28,8 @@ class Cost(StrictModel):
     Attributes:
         steps: optimizer steps; None where nothing was trained or nothing is known.
         hours: on the clock.
-        teacher_calls: samples that the frozen teacher computed in training steps (saliency, once per run, not counted).
+        teacher_calls: samples at which the frozen teacher was evaluated, a denoising step of a rollout each
+            (saliency, once per run, not counted).
         policy_calls: forward passes of one observation for calibration.
         source: where the figures come from.
     """
@@ -40,21 +44,23 @@ class Cost(StrictModel):
 def training_cost(
     path: Path, config: TrainConfig, step: int, payload: Mapping[str, Any], stated: StatedCost | None
 ) -> Cost:
-    """Cost of the run behind a checkpoint.
+    """Cost of the run behind a checkpoint, with that of the supernet that a distillation started from.
 
     Args:
         path: the checkpoint file.
         config: of the run.
         step: its optimizer steps.
-        payload: of the checkpoint; ``teacher_calls`` in it counts before what the configuration tells.
+        payload: of the checkpoint; in that of a distillation ``teacher_calls`` counts the chunks of its rollouts.
         stated: what the comparison's author adds where records are silent.
 
     Raises:
         CompareError: an event file is damaged.
+        CheckpointError: the supernet that a distillation started from is damaged.
     """
     hours, sources = event_hours(path.parent), [f"{step} steps by the checkpoint"]
-    calls = payload.get("teacher_calls")
-    calls = int(calls) if isinstance(calls, int) else step * teacher_batch(config)
+    calls = step * teacher_batch(config)
+    if config.distill is not None and isinstance(payload.get("teacher_calls"), int):
+        calls += payload["teacher_calls"] * config.distill.denoising_steps
     if hours is not None:
         sources.append("hours by its event files")
     elif stated is not None and stated.hours is not None:
@@ -63,18 +69,44 @@ def training_cost(
     if stated is not None and stated.teacher_calls is not None:
         calls = stated.teacher_calls
         sources.append(f"teacher calls: {stated.source}")
-    return Cost(steps=step, hours=hours, teacher_calls=calls, source="; ".join(sources))
+    own = Cost(steps=step, hours=hours, teacher_calls=calls, source="; ".join(sources))
+    if config.distill is None:
+        return own
+    return _after(own, policy_beside(path, config.distill.start), config.distill.start)
+
+
+def _after(own: Cost, start: Path, written: str) -> Cost:
+    """The cost of a distillation and of the supernet before it."""
+    file = start / CHECKPOINT if start.is_dir() else start
+    if not file.is_file():
+        return own.model_copy(update={"source": f"{own.source}; without {written}, which it started from"})
+    payload = load_checkpoint(file)
+    meaning = policy_meaning(file, payload)
+    before = training_cost(file, meaning.config, meaning.step, payload, None)
+    hours = None if own.hours is None or before.hours is None else own.hours + before.hours
+    told = "" if hours is not None else f"; hours of {own.hours} and {before.hours} do not add up"
+    return Cost(
+        steps=(own.steps or 0) + (before.steps or 0),
+        hours=hours,
+        teacher_calls=(own.teacher_calls or 0) + (before.teacher_calls or 0),
+        source=f"{own.source}, after {before.steps} steps of {written}{told}",
+    )
 
 
 def teacher_batch(config: TrainConfig) -> int:
-    """Samples that the teacher computes in a training step: a supernet's largest batch; 0 for a plain policy."""
+    """Samples that the teacher computes in a training step: a supernet's largest batch; 0 for a plain policy.
+
+    A distillation asks it for as many visited states again.
+    """
     if config.supernet is None:
         return 0
     sandwich = config.supernet.sandwich
-    if config.supernet.only is not None:
-        return sandwich.sampled_batch
     batches = [sandwich.largest_batch, sandwich.low_batch, sandwich.smallest_batch]
-    return max([*batches, sandwich.sampled_batch] if sandwich.sampled else batches)
+    if config.supernet.only is not None:
+        batches = [sandwich.sampled_batch]
+    elif sandwich.sampled:
+        batches.append(sandwich.sampled_batch)
+    return max(batches) * (1 if config.distill is None else 2)
 
 
 def event_hours(folder: Path) -> float | None:
