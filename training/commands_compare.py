@@ -34,6 +34,9 @@ def compare(subparsers: Any) -> None:
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="YAML", help="comparison (default: %(default)s)")
     parser.add_argument("--data", help="path of the demonstrations, which baselines calibrate on")
     parser.add_argument("--out", type=Path, help="folder of scores and reports (default: compare/NAME)")
+    parser.add_argument(
+        "--only", action="append", metavar="ENTRY", help="play this entry and the reference alone (may be repeated)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that play (default: one per core)")
     parser.add_argument(
         "--from-results",
@@ -101,7 +104,7 @@ def _played(args: argparse.Namespace, config: CompareConfig, out: Path) -> Resul
     from training.compare.results import parse_results
     from training.compare.session import Session, default_workers
 
-    session = Session(config, out, args.data)
+    session = Session(config if args.only is None else config.only(args.only), out, args.data)
     with session.locked():
         document = session.run(args.workers or default_workers())
     return None if document is None else parse_results(document, str(out / "results.json"))

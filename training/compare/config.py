@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,7 +44,8 @@ class Entry(StrictModel):
         method: how it was made, as the table says it and as the paper's figures are looked up.
         bits: what its linear layers run at; checked against the source.
         bundle: a bundle, of which ``variant`` is run (default: its default variant).
-        checkpoint: a full-precision run; ``bits: fp16`` stores its weights as float16.
+        checkpoint: a full-precision run, or a bundle's full-precision policy; ``bits: fp16`` stores its weights as
+            float16.
         supernet: a supernet's run or checkpoint, of which ``subnet`` is exported and run.
         baseline: a method of ``training.baselines`` on the comparison's ``policy`` at ``bits``, with ``options``.
         baseline_bits: bits as the method is asked for them, where ``bits`` is ``mixed``.
@@ -226,6 +227,19 @@ class CompareConfig(StrictModel):
     def task(self, name: str) -> Task:
         """The task called ``name``."""
         return next(task for task in self.tasks if task.name == name)
+
+    def only(self, names: Sequence[str]) -> CompareConfig:
+        """The comparison of these entries and the reference alone; claims about others are then not measured.
+
+        Raises:
+            CompareError: there is no such entry.
+        """
+        known = [entry.name for entry in self.entries]
+        for name in names:
+            if name not in known:
+                raise CompareError(f"--only {name}: no such entry; there is {', '.join(known)}")
+        kept = tuple(entry for entry in self.entries if entry.name in (*names, self.reference))
+        return self.model_copy(update={"entries": kept})
 
     def players(self, task: Task) -> list[Entry]:
         """The entries that play ``task``, in the order of the file."""

@@ -152,7 +152,10 @@ class Opener:
         for field in ("checkpoint", "supernet", "trained"):
             text = getattr(entry, field)
             if text is not None and not found(text).exists():
-                raise CompareError(f"entry {entry.name}: {field} {text}: no such run or checkpoint")
+                raise CompareError(
+                    f"entry {entry.name}: {field} {text}: no such run or checkpoint; train it, or leave the entry out "
+                    "with --only and the names of the others"
+                )
         if entry.bundle is not None:
             find_bundle(str(found(entry.bundle)))
         if entry.baseline is not None:
@@ -206,17 +209,29 @@ class Opener:
         return diffusion_policy_t_shape(policy, policy.observation_horizon - 1 + self.training.executed_actions)
 
     @cached_property
+    def full_precision(self) -> tuple[TrainedPolicy, str]:
+        """The full-precision policy that baselines quantize, and its SHA-256; see :meth:`_full_precision`."""
+        return self._full_precision(found(self.config.policy))
+
+    @property
     def policy(self) -> TrainedPolicy:
-        """The full-precision policy that baselines quantize.
+        """The full-precision policy that baselines quantize."""
+        return self.full_precision[0]
+
+    def _full_precision(self, path: Path) -> tuple[TrainedPolicy, str]:
+        """A full-precision policy and its SHA-256: of a checkpoint's weights, or of the files of a bundle's variant.
+
+        What is read back out of a bundle is solved for, so its last bits depend on the processor; its files do not.
 
         Raises:
             UserError: its files are missing or damaged.
         """
-        path = found(self.config.policy)
         if path.suffix == ".pt" or (path / CHECKPOINT).is_file():
-            return load_trained(path)
+            trained = load_trained(path)
+            return trained, state_sha256(trained.network.state_dict())
         weights = read_policy_weights(path, self.training.policy)
         spec = load_bundle(find_bundle(str(path))).spec
+        sha256 = next(variant.weights for variant in spec.variants if variant.precision == "fp32")
         with torch.random.fork_rng(devices=[]):
             network = DiffusionPolicyT(self.training.policy)
         network.load_state_dict(weights.state)
@@ -230,11 +245,7 @@ class Opener:
             step=weights.steps,
             data_sha256=weights.data_sha256,
         )
-        return TrainedPolicy(meaning, network, path)
-
-    @cached_property
-    def _policy_sha256(self) -> str:
-        return state_sha256(self.policy.network.state_dict())
+        return TrainedPolicy(meaning, network, path), sha256
 
     @cached_property
     def _calibration(self) -> Any:
@@ -315,23 +326,25 @@ class Opener:
 
     def _checkpoint(self, entry: Entry) -> Contender:
         assert entry.checkpoint is not None
-        trained = load_trained(found(entry.checkpoint))
+        trained, sha256 = self._full_precision(found(entry.checkpoint))
         refuse_images(trained.meaning, trained.path)
         spec, network = trained.meaning.specification(), trained.network
         graphs, size = self._float_graphs(entry, network, spec)
-        sha = state_sha256(network.state_dict())
-        payload = load_checkpoint(trained.path)
+        cost = Cost(steps=trained.meaning.step, source=f"{trained.meaning.step} steps by the bundle")
+        if trained.path.is_file():
+            payload = load_checkpoint(trained.path)
+            cost = training_cost(trained.path, trained.config, trained.meaning.step, payload, entry.cost)
         return Contender(
             entry,
             Runnable(spec, graphs, None),
-            sha,
+            sha256,
             trained.meaning.data_sha256,
-            sha,
+            sha256,
             FLOAT_TABLE if entry.bits == "fp16" else ONNX,
             None,
-            self.whole(entry.bits),
+            self.whole("fp32"),  # as which it is computed, whatever its weights are stored as
             size,
-            training_cost(trained.path, trained.config, trained.meaning.step, payload, entry.cost),
+            cost,
         )
 
     def _float_graphs(
@@ -394,7 +407,7 @@ class Opener:
         options: dict[str, Any] = dict(entry.options)
         payload: dict[str, Any] = {}
         cost = None
-        weights = self._policy_sha256
+        weights = origin = self.full_precision[1]
         if entry.trained is not None:
             path = found(entry.trained)
             options["trained"] = path
@@ -414,7 +427,7 @@ class Opener:
             Runnable(self.policy.meaning.specification(), None, made.network.eval()),
             weights,
             self._calibration.data_sha256,
-            payload.get("teacher_sha256") if payload.get("teacher_sha256") else self._policy_sha256,
+            payload.get("teacher_sha256") if entry.trained is not None else origin,
             SIMULATED,
             report.get("executes_as"),
             self.whole(entry.bits),
