@@ -11,6 +11,8 @@ from training.baselines.calibration import Calibration
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy
 
+OBSERVATIONS = 64  # on which the error of a whole network is told
+
 
 class ChunkSampler:
     """The policy's sampler in PyTorch: the updates of :class:`dcqfa_ros.runtime.denoising.DenoisingLoop`.
@@ -51,6 +53,15 @@ class ChunkSampler:
                 x = x + float(c.sigma[index]) * self._step_noise(rows, index, x.shape[1])
         x = torch.where(known, clean, x) if flags.shape[-1] else x
         return x[:, given.first :]
+
+    @torch.no_grad()
+    def error(self, network: DiffusionPolicyT, observations: int = OBSERVATIONS) -> float:
+        """``E ||A~ - A*||^2`` of a whole quantized network, over the first ``observations`` of the calibration.
+
+        A is the executed chunk, normalised, all of its numbers summed: the unit of QVLA's sensitivities.
+        """
+        rows = torch.arange(min(observations, len(self.reference)))
+        return float((self(network, rows) - self.reference[rows]).square().sum((1, 2)).mean())
 
     def _step_noise(self, rows: Tensor, index: int, tokens: int) -> Tensor:
         drawn = [step_noise(self._calibration.seed, row, index, self._shape)[:tokens] for row in rows.tolist()]

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import kept
+from training.baselines.allocation_chunks import ChunkSampler
 from training.baselines.allocation_options import check_count, check_number
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
@@ -39,7 +40,7 @@ from training.baselines.da_ptq_drift import (
 )
 from training.baselines.network import PlainLinear, linear_names, plain_copy, plain_linears
 from training.baselines.parts import Unquantized
-from training.baselines.report import calls_of, finish, report
+from training.baselines.report import calls_of, executes_as, finish, report
 from training.baselines.rtn import check_switch, no_options, quantize_activations
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy
@@ -134,7 +135,9 @@ class DaPtq:
                 calibration,
                 time.monotonic() - started,
                 calls_of(calibration, passes),
+                executes_as=_executes_as(network, sum(stays.values()), len(names)),
                 backward_calls=calls_of(calibration),
+                action_error=ChunkSampler(policy, calibration).error(network),
                 kept_layers=[name for name in names if stays[name]],
                 kept_share=share,
                 drift_gradient=slopes,
@@ -148,6 +151,12 @@ class DaPtq:
                 clipped_gains=sum(c.clipped for c in found.values()),
             ),
         )
+
+
+def _executes_as(network: DiffusionPolicyT, floats: int, count: int) -> str:
+    if not 0 < floats < count:
+        return executes_as(network)
+    return f"{floats} of {count} linears as FP16 products (kept for their drift), the others as {executes_as(network)}"
 
 
 def compensate_layers(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import CHANNEL_BITS, demote
+from training.baselines.allocation_chunks import ChunkSampler
 from training.baselines.allocation_options import check_count
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
@@ -115,6 +116,7 @@ class Qvla:
                 calibration,
                 time.monotonic() - started,
                 calls,
+                action_error=ChunkSampler(policy, calibration).error(network),
                 sensitivity=sensitivity,
                 sensitivity_observations=observations or count,
                 probes=None if sensitivity == "direct" else probes,

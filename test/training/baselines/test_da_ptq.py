@@ -143,6 +143,7 @@ def test_the_layers_that_drift_most_keep_16_bits_and_the_rest_get_those_asked_fo
         assert linear.row_bits.unique().tolist() == [16 if name in stays else 4]
         assert linear.activation.kind == ("float" if name in stays else "per_token")
     report = made.report
+    assert report["executes_as"].startswith("6 of 20 linears as FP16 products")
     assert report["mean_weight_bits"] > 4 and report["compensation_rank"] == 16
     assert report["compensation_gains"] == [0.5, 2.0]
     assert report["dimension_weights"] == [1.0, 1.0] and report["kinematic_chain"].startswith("none")

@@ -36,6 +36,7 @@ def test_chunks_with_gradients_are_those_of_the_robots_loop(tmp_path: Path, samp
     policy, calibration = calibrated_policy(tmp_path, sampler, prefix)
     chunks = ChunkSampler(policy, calibration)
     torch.testing.assert_close(chunks(policy.network, torch.arange(8)), chunks.reference, rtol=0, atol=1e-5)
+    assert chunks.error(policy.network) == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -109,6 +110,7 @@ def test_the_mean_over_all_weights_keeps_within_the_budget(case: Case, sensitivi
     assert sum(made.report["channels"].values()) == sum(linear.out_features for linear in linears.values())
     assert tuple(linears) and set(linears) == set(linear_names(policy.network))
     assert made.report["label"] == "QVLA weights + RTN activations"
+    assert made.report["action_error"] > 0
     for name, value in policy.network.state_dict().items():
         assert torch.equal(value, before[name]), "the policy is left as it is"
     call = calibration.calls[0]
