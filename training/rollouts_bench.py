@@ -3,18 +3,19 @@
 Three ways to collect the very same states take turns in every round, on the same cores, with the same seeds, start
 states, network and number of denoising steps:
 
-- one by one: a world at a time, one policy call of batch 1 per chunk, in this process with PyTorch on every core;
-- batched: all worlds in this process, one policy call per chunk for all of them, PyTorch on every core;
+- one by one: a world at a time, one policy call of batch 1 per chunk, in this process;
+- batched: all worlds in this process, one policy call per chunk for all of them;
 - parallel: what distillation does, worlds and batched policy calls in one process per core.
 
-``ratio`` is the median over the rounds of one by one over parallel within a round, so that drift cancels.
+PyTorch has one thread or one per core in the first two, whichever is faster in a trial before the rounds. ``ratio`` is
+the median over the rounds of one by one over parallel within a round, so that drift cancels.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -131,41 +132,27 @@ def bench_rollouts(target: Path, variant: str, options: Options) -> RolloutRepor
     shares = np.array_split(np.arange(options.worlds), workers)
     parts = [_job(subnet, starts[:, share], options.first_seed + int(share[0])) for share in shares]
     threads = torch.get_num_threads()
-    torch.set_num_threads(cores)
     own, crew = OwnProcess(kit), LocalWorkers(kit, workers)
-    ways: dict[str, tuple[Workers, list[Job]]] = {
-        "one_by_one": (own, alone), "batched": (own, whole), "parallel": (crew, parts)
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    visited: dict[str, Visited] = {}
+    ways = [
+        _Contender("one_by_one", own, alone, 1),
+        _Contender("batched", own, whole, options.worlds),
+        _Contender("parallel", crew, parts, len(shares[0]), processes=workers),
+    ]
     try:
-        for name, (runner, jobs) in ways.items():  # warm up, processes included
-            runner.run(weights, jobs[: 2 if name == "one_by_one" else None])
+        for way in ways:
+            way.warm_up(weights, cores)
         conditions = watch_conditions()
         for _ in range(options.rounds):
-            for name, (runner, jobs) in ways.items():
-                started = time.perf_counter()
-                found = runner.run(weights, jobs)
-                seconds[name].append(time.perf_counter() - started)
-                visited[name] = Visited.join(found)
+            for way in ways:
+                way.seconds.append(way.time(weights, way.jobs))
         watched = conditions()
     finally:
         crew.close()
         torch.set_num_threads(threads)
     states = options.worlds * options.calls
-    ratios = {
-        name: [a / b for a, b in zip(seconds["one_by_one"], seconds[name], strict=True)]
-        for name in ("batched", "parallel")
-    }
-    shapes = {
-        "one_by_one": (1, cores, 1),
-        "batched": (1, cores, options.worlds),
-        "parallel": (workers, 1, len(shares[0])),
-    }
-    rows = {
-        name: Way(name, *shapes[name], float(np.median(times)), states / float(np.median(times)))
-        for name, times in seconds.items()
-    }
+    ratios = {way.label: [a / b for a, b in zip(ways[0].seconds, way.seconds, strict=True)] for way in ways}
+    rows = {way.label: way.row(states) for way in ways}
+    visited = {way.label: Visited.join(way.found) for way in ways}
     return RolloutReport(
         ratio=float(np.median(ratios["parallel"])),
         ratio_batched=float(np.median(ratios["batched"])),
@@ -183,6 +170,42 @@ def bench_rollouts(target: Path, variant: str, options: Options) -> RolloutRepor
         conditions=watched,
         versions=versions(PACKAGES),
     )
+
+
+@dataclass(slots=True)
+class _Contender:
+    """One way to collect, with what was measured of it."""
+
+    label: str
+    workers: Workers
+    jobs: list[Job]
+    batch: int
+    processes: int = 1
+    threads: int = 1
+    seconds: list[float] = field(default_factory=list)
+    found: list[Visited] = field(default_factory=list)
+
+    def time(self, weights: Float, jobs: list[Job]) -> float:
+        """Seconds that some jobs take."""
+        torch.set_num_threads(self.threads)
+        started = time.perf_counter()
+        self.found = self.workers.run(weights, jobs)
+        return time.perf_counter() - started
+
+    def warm_up(self, weights: Float, cores: int) -> None:
+        """Run a few jobs, start processes, and keep the number of threads that is faster."""
+        some = self.jobs[: max(self.processes, len(self.jobs) // 16)]
+        trials = {}
+        for threads in sorted({1, cores} if self.processes == 1 else {1}):
+            self.threads = threads
+            self.time(weights, some[:1])
+            trials[threads] = self.time(weights, some)
+        self.threads = min(trials, key=lambda threads: trials[threads])
+
+    def row(self, states: int) -> Way:
+        """What is reported."""
+        median = float(np.median(self.seconds))
+        return Way(self.label, self.processes, self.threads, self.batch, median, states / median)
 
 
 def _starts(supernet: TrainedSupernet, options: Options) -> Float:
