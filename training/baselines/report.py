@@ -107,7 +107,7 @@ def executes_as(network: nn.Module) -> str:
         )
     if PerToken in activations:
         parts.append("activation scales per token, computed at run time (dynamic quantization before every product)")
-    elif activations != {Unquantized}:
+    elif activations != {Unquantized} and not any(linear.fp8 for linear in linears):
         shifted = any(isinstance(a, PerTensor) and float(a.offset) for a in (linear.activation for linear in linears))
         zero = " and zero points, whose fractional shift goes into the bias" if shifted else ""
         parts.append(f"static activation scales{zero}")
