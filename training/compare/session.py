@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -18,8 +19,9 @@ from dcqfa_ros.bench.conditions import versions
 from dcqfa_ros.bundle.load import BUNDLE_YAML
 from training.checkpoint import CHECKPOINT
 from training.compare.config import CompareConfig, CompareError, Entry, Task, found
-from training.compare.contenders import SIMULATED, Contender, Opener, Runnable
+from training.compare.contenders import SIMULATED, Contender, Runnable
 from training.compare.latency import measured_latency, table_latency
+from training.compare.opener import Opener
 from training.compare.store import CellStore, refuse_other
 from training.compare.workers import Block, play_all
 from training.lut import write_atomically
@@ -296,8 +298,6 @@ def plain(document: Any) -> Any:
 def dump(document: Any) -> bytes:
     """A document as a file, lists of numbers on one line each."""
     text = json.dumps(document, indent=1)
-    import re
-
     return (re.sub(r"\[\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\s+\]", _one_line, text) + "\n").encode()
 
 
