@@ -16,7 +16,8 @@ from training.baselines.calibration import Calibration
 from training.baselines.elastic import extracted, same_teacher
 from training.checkpoint import CheckpointError
 from training.config import TrainConfig, load_config
-from training.quant.batchquant import reestimated_ranges
+from training.nn.elastic import Arithmetic, InputQuantizer, integer_bits
+from training.quant.batchquant import BatchQuant, reestimated_ranges
 from training.supernet import SupernetTrainer
 from training.supernet_checkpoint import load_supernet
 from training.trained import TrainedPolicy
@@ -158,3 +159,26 @@ def test_committed_configurations_train_what_the_methods_need(name: str) -> None
         assert config.supernet.sandwich == reference.supernet.sandwich
         assert config.supernet.activations == "batchquant"
         assert config.supernet.sampler.kind == "uniform"
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_supernets_layers_have_the_gradients_of_the_quantizer_alone(width: int) -> None:
+    quantizer = InputQuantizer()
+    quantizer.batch = BatchQuant()
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    found = []
+    for through_layer in (True, False):
+        quantizer.batch.zero_grad()
+        leaf = x.clone().requires_grad_()
+        if through_layer:
+            codes, scale = quantizer(leaf, Arithmetic.INTEGER, integer_bits(8, width))
+            assert scale is not None
+            y = (codes @ weight.t()) * scale
+        else:
+            y = quantizer.batch(leaf, width) @ weight.t()
+        y.square().sum().backward()
+        found.append((y.detach(), leaf.grad, quantizer.batch.raw_gain.grad.clone(), quantizer.batch.shift.grad.clone()))
+    assert float(found[0][2].abs().max()) > 0.0
+    for ours, expected in zip(*found, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
