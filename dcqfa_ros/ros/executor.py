@@ -13,6 +13,7 @@ entities, and the guard conditions of an executor.
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ class StreamExecutor(SingleThreadedExecutor):
         """Begin without nodes, in ``context`` (None: rclpy's default)."""
         super().__init__(context=context)
         self._entities: _Entities | None = None
+        self._waiting = threading.RLock()  # while handles are waited on, which must not be let go
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
         """Wait until something is ready, at most ``timeout_sec`` seconds (None: for ever), and run all that is.
@@ -53,10 +55,13 @@ class StreamExecutor(SingleThreadedExecutor):
         if tasks:
             super().spin_once(0.0)
             timeout_sec = 0.0
-        entities = self._current()
-        if entities.take_triggered():  # by a wait of rclpy's own
-            timeout_sec = 0.0
-        others = entities.wait(-1 if timeout_sec is None or timeout_sec < 0 else round(timeout_sec * 1e9))
+        with self._waiting:
+            entities = self._current()
+            if self._over():  # asked again: what wakes it is gone after its end
+                return
+            if entities.take_triggered():  # by a wait of rclpy's own
+                timeout_sec = 0.0
+            others = entities.wait(-1 if timeout_sec is None or timeout_sec < 0 else round(timeout_sec * 1e9))
         if self._over():
             return
         if not self._context.ok():
@@ -66,11 +71,13 @@ class StreamExecutor(SingleThreadedExecutor):
             super().spin_once(0.0)
 
     def shutdown(self, timeout_sec: float | None = None) -> bool:
-        """Run nothing more and release what the wait set holds; see rclpy."""
-        entities, self._entities = self._entities, None
-        if entities is not None:
-            entities.release()
-        return super().shutdown(timeout_sec)
+        """Run nothing more, from whichever thread, and release what the wait set holds; see rclpy."""
+        done = super().shutdown(timeout_sec)  # ends a wait
+        with self._waiting:
+            entities, self._entities = self._entities, None
+            if entities is not None:
+                entities.release()
+        return done
 
     def _over(self) -> bool:
         return self._is_shutdown

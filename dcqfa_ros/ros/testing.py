@@ -19,13 +19,14 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
-from rclpy.executors import ExternalShutdownException, ShutdownException, SingleThreadedExecutor
+from rclpy.executors import ExternalShutdownException, ShutdownException
 from rclpy.parameter import Parameter
 from rclpy.utilities import try_shutdown
 from std_srvs.srv import Trigger
 
 from dcqfa_ros.ros.diagnostics import Report, from_message
 from dcqfa_ros.ros.discovery import discovery_profile
+from dcqfa_ros.ros.executor import StreamExecutor
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.isolation import isolated_environment
 from dcqfa_ros.ros.qos import qos
@@ -107,7 +108,7 @@ class Graph:
         with _environment(self.env), discovery_profile():
             rclpy.init(context=self.context, domain_id=isolation.domain)
             self.node = rclpy.create_node("probe", context=self.context, namespace=self._namespace)
-        self._executor = SingleThreadedExecutor(context=self.context)
+        self._executor = StreamExecutor(context=self.context)
         self._executor.add_node(self.node)
         entry = interface("diagnostics")
         self.node.create_subscription(entry.message_class(), entry.name, self._hear, qos(entry.qos))

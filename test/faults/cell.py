@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -136,7 +137,8 @@ class FaultCell:
         self.states: list[Any] = []
         self.reports: list[tuple[float, Any]] = []
         self.arm_reports: list[tuple[float, Any]] = []
-        self.heard_ns = dict.fromkeys(SIGNS_OF_LIFE, 0)
+        self.heard_ns = dict.fromkeys(SIGNS_OF_LIFE, 0)  # when the newest message came
+        self.stamp_ns = dict.fromkeys(SIGNS_OF_LIFE, 0)  # of the same clock, what it is stamped with
 
     def __enter__(self) -> FaultCell:
         self._stack = contextlib.ExitStack()
@@ -219,8 +221,10 @@ class FaultCell:
         echo.header.stamp = self.graph.node.get_clock().now().to_msg()
         publisher.publish(echo)
 
-    def _note(self, device: str, _: bytes) -> None:
-        self.heard_ns[device] = time.monotonic_ns()
+    def _note(self, device: str, octets: bytes) -> None:
+        seconds, nanoseconds = struct.unpack_from("<iI", octets, 4)  # the header's, behind four bytes of CDR
+        self.heard_ns[device] = now = time.monotonic_ns()
+        self.stamp_ns[device] = now - (time.time_ns() - (seconds * 10**9 + nanoseconds))
 
     def trigger(self, service: str) -> Any:
         """Call a service of ``arm_node``; its client is kept, because a new one must be discovered first."""

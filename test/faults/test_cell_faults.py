@@ -90,9 +90,9 @@ def disconnect(cell: FaultCell, commander: Commander, device: str, rng: random.R
     lost_ns = time.monotonic_ns()
     cell.unplug(device)
     code = cell.wait_stopped(20.0)
-    if device in ("wrist", "front"):  # unplugged by a signal, which a busy process takes late: its last picture counts
-        lost_ns = max(lost_ns, cell.heard_ns[device])
     time.sleep(rng.uniform(0.1, 0.4))
+    if device in ("wrist", "front"):  # unplugged by a signal, which a busy process takes late: its last picture counts
+        lost_ns = max(lost_ns, cell.stamp_ns[device])
     plugged_ns = time.monotonic_ns()
     cell.plug(device)
     wait_until(lambda: cell.heard_ns[device] > plugged_ns, f"{device} is back", RETURN_S)

@@ -217,6 +217,23 @@ def test_after_its_end_it_runs_nothing(pair: Pair) -> None:
     assert len(ticks) == count
 
 
+def test_another_thread_can_end_it_while_it_waits_or_turns(pair: Pair) -> None:
+    for busy in (False, True):
+        executor = StreamExecutor(context=pair.context)
+        node: Node = rclpy.create_node("spun", context=pair.context)
+        ticks: list[int] = []
+        if busy:
+            node.create_timer(0.0005, lambda ticks=ticks: ticks.append(1))
+        executor.add_node(node)
+        thread = threading.Thread(target=executor.spin)
+        thread.start()
+        time.sleep(0.1)
+        executor.shutdown()
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive() and bool(ticks) == busy
+        node.destroy_node()
+
+
 def test_nodes_come_and_go(pair: Pair) -> None:
     ticks: list[int] = []
     node: Node = rclpy.create_node("third", context=pair.context)
