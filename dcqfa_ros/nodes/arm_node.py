@@ -170,13 +170,13 @@ class ArmNode(ManagedNode):
     # control thread
 
     def _run(self, halt: threading.Event) -> None:
-        self._realtime.enter()
-        self._ticker_restart()
-        while not halt.is_set():
-            if self.parameter("rate") == "max" and self._core.armed:
-                self._lockstep(halt)
-            else:
-                self._realtime_tick(halt)
+        with self._realtime.entered():
+            self._ticker_restart()
+            while not halt.is_set():
+                if self.parameter("rate") == "max" and self._core.armed:
+                    self._lockstep(halt)
+                else:
+                    self._realtime_tick(halt)
 
     def _realtime_tick(self, halt: threading.Event) -> None:
         ticker = self._ticker

@@ -169,8 +169,8 @@ class CellArmNode(ManagedNode):
     # Control thread
 
     def _run(self, stream: ArmStream, halt: threading.Event) -> None:
-        self._realtime.enter()
-        stream.run(halt, self._after_tick)
+        with self._realtime.entered():
+            stream.run(halt, self._after_tick)
 
     def _after_tick(self, state: ArmState, now_ns: int) -> None:
         self._ticks += 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from dcqfa_ros.ros.diagnostics import Level
 from dcqfa_ros.ros.node import ManagedNode
-from dcqfa_ros.runtime.realtime import RealtimeSettings, apply, cover, scheduling
+from dcqfa_ros.runtime.realtime import RealtimeSettings, apply, cover, scheduling, uncover
 
 
 class RealtimeParameters:
     """Declares ``realtime_priority``, ``cpu_affinity`` and ``lock_memory`` on a node, and applies them.
 
-    All are of the control thread; the other Python threads of the process get the priority below (see
+    All are of the control thread; the other threads of the process get the priority below (see
     :func:`~dcqfa_ros.runtime.realtime.cover`).
 
     What the system refuses is an event and a value in the diagnostics; the node goes on without it.
@@ -23,7 +26,7 @@ class RealtimeParameters:
         self._entered = False
         add = node.add_parameter
         add("realtime_priority", 0, "SCHED_FIFO priority of the control thread, 1 to 99, one below of the node's other "
-            "Python threads; 0: none", minimum=0, maximum=99, read_only=True)  # fmt: skip
+            "threads; 0: none", minimum=0, maximum=99, read_only=True)  # fmt: skip
         add("cpu_affinity", "", "processors the control thread may run on, such as 1 or 2,3; empty: any",
             read_only=True)  # fmt: skip
         add("lock_memory", False, "keep the process in memory (mlockall), so that no tick waits for a page",
@@ -38,8 +41,20 @@ class RealtimeParameters:
         value = self._node.parameter
         return RealtimeSettings.of(value("realtime_priority"), value("cpu_affinity"), value("lock_memory"))
 
-    def enter(self) -> None:
-        """Apply the parameters to the calling thread, the control thread, and say what was refused."""
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Apply the parameters to the calling thread, the control thread, and say what was refused.
+
+        After the block the other threads have no priority any more.
+        """
+        self._enter()
+        try:
+            yield
+        finally:
+            self._entered = False
+            uncover(int(self._node.parameter("realtime_priority")))
+
+    def _enter(self) -> None:
         settings = self.settings()
         self._refusals = apply(settings)
         if not self._refusals:

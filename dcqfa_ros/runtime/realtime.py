@@ -1,19 +1,19 @@
 """Real-time scheduling of threads (Linux): what is asked for, what the system grants, what is in effect.
 
 :func:`apply` changes the thread that calls it. That alone does not keep other processes from delaying a control thread:
-another Python thread of its process that holds the interpreter lock may itself wait for a processor, and the control
-thread then waits for that one (priority inversion; ticks 2 to 11 ms late were measured). :func:`cover` gives every
-Python thread of the process a priority below, so that whoever holds the lock runs. Neither changes threads without
-Python in them, nor processes that are started. Memory can be locked for a whole process only.
+another thread of its process that holds the interpreter lock, or a lock of the middleware, may itself wait for a
+processor, and the control thread then waits for that one (priority inversion; ticks 2 to 11 ms late were measured).
+:func:`cover` gives every thread of the process a priority below, so that whoever holds a lock runs. Neither changes
+processes that are started. Memory can be locked for a whole process only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
-import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ def apply(settings: RealtimeSettings) -> list[str]:
 
 
 def cover(priority: int) -> str:
-    """Give the Python threads of this process that are not real-time yet SCHED_FIFO, one below ``priority``.
+    """Give the threads of this process that are not real-time yet SCHED_FIFO, one below ``priority``.
 
     Threads that begin later are not; call it again.
 
@@ -147,13 +147,31 @@ def cover(priority: int) -> str:
     """
     if not priority or not hasattr(os, "sched_setscheduler"):
         return ""
-    for thread in threading.enumerate():
-        number = thread.native_id
-        if number is not None and scheduling(number).priority == 0:
-            refusal = _set_priority(max(1, priority - 1), number)
+    for number in _threads():
+        if scheduling(number).priority == 0:
+            refusal = _set_priority(_below(priority), number)
             if refusal:
                 return refusal
     return ""
+
+
+def uncover(priority: int) -> None:
+    """Give the threads that :func:`cover` gave a priority the scheduler of every other process again."""
+    if not priority or not hasattr(os, "sched_setscheduler"):
+        return
+    for number in _threads():
+        if scheduling(number).priority == _below(priority):
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setscheduler(number, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _threads() -> list[int]:
+    """Native ids of this process' threads, those of the middleware among them."""
+    return [int(task.name) for task in Path("/proc/self/task").iterdir()]
+
+
+def _below(priority: int) -> int:
+    return max(1, priority - 1)
 
 
 def _set_cpus(cpus: Collection[int]) -> str:

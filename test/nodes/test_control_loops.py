@@ -24,6 +24,7 @@ from dcqfa_ros.ros.arm_messages import gripper_chunk_message, twist_chunk_messag
 from dcqfa_ros.ros.conversions import planar_chunk_message
 from dcqfa_ros.ros.guarded import Refused
 from dcqfa_ros.ros.isolation import isolated_environment
+from dcqfa_ros.runtime.realtime import scheduling
 from dcqfa_ros.sim.inovo import InovoEmulator
 from test.nodes.spinning import Spinning
 
@@ -96,7 +97,7 @@ def assert_quiet(imported: set[str], objects: int) -> None:
 
 
 def test_the_planar_arm_ticks_without_imports_or_collections_of_the_whole_heap(loop: Loop) -> None:
-    cpu = str(min(os.sched_getaffinity(0)))
+    cpu, before = str(min(os.sched_getaffinity(0))), scheduling().text
     node = loop.activate(ArmNode, control_rate=RATE, realtime_priority=1, cpu_affinity=cpu)
     assert node._on_arm(None, Trigger.Response()).success
     core, actions = node.executor_core, np.full((16, 2), 200.0)
@@ -114,6 +115,9 @@ def test_the_planar_arm_ticks_without_imports_or_collections_of_the_whole_heap(l
     assert status.values["realtime_priority"] == "1" and status.values["cpus"] == cpu
     granted = not status.values["realtime_refused"]
     assert status.values["scheduler"] == "SCHED_FIFO 1" if granted else "goes on without it" in " ".join(loop.events)
+    assert scheduling().text == ("SCHED_FIFO 1" if granted else before)  # who may hold the interpreter lock, too
+    assert node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+    assert scheduling().text == before
 
 
 def test_the_six_axis_arm_ticks_without_imports_or_collections_of_the_whole_heap(loop: Loop) -> None:

@@ -60,7 +60,7 @@ def test_whoever_holds_the_interpreter_lock_gets_a_priority_below() -> None:
     thread = threading.Thread(target=other)
     thread.start()
     assert begun.wait(10.0)
-    main = os.sched_getscheduler(0), os.sched_getparam(0)
+    before = scheduling()
     try:
 
         def control() -> str:
@@ -69,10 +69,11 @@ def test_whoever_holds_the_interpreter_lock_gets_a_priority_below() -> None:
 
         refusal = in_thread(control)
         here = scheduling()
-    finally:
-        os.sched_setscheduler(0, *main)
         done.set()
         thread.join()
+    finally:
+        realtime.uncover(5)
+    assert scheduling() == before
     if refusal:
         assert "realtime_priority 5 refused" in refusal
         assert here.priority == seen["other"][0].priority == 0
