@@ -31,6 +31,7 @@ CAMERA_NODE, POLICY_NODE = "dcqfa_ros.nodes.camera_node", "dcqfa_ros.nodes.polic
 JITTER_LIMIT_MS, OVERHEAD_LIMIT_MS = 2.0, 5.0
 _SETTLE_S = 3.0  # from the first chunk: imports, discovery and the first allocations are over
 _POLL_S = 0.25
+BELOW_ARM = 10  # priority of cameras and policy below that of the arm
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class LoopBench:
         cpu: cores used per process; ``policy_worker`` is the engine, ``bench`` the emulated arm and the wrenches.
         stops: why the arm stopped in the measured span; it was armed again each time.
         rate_hz, seconds, width, height, camera_rate: what was measured.
-        realtime_priority: asked for; what was in effect is ``scheduler``, of the control thread.
+        realtime_priority: asked for the arm, cameras and policy get BELOW_ARM less; what was in effect is
+            ``scheduler``, of the control thread.
         scheduler: scheduler and priority of the control thread.
         engine_threads: of the engine.
         conditions: what else went on.
@@ -129,11 +131,13 @@ class _Run:
         self, graph: Graph, port: int, bundle: Path, size: ArmPolicy, rate_hz: float, realtime_priority: int
     ) -> None:
         self._graph, self._size, self._rate_hz, self._priority = graph, size, rate_hz, realtime_priority
+        below = max(1, realtime_priority - BELOW_ARM) if realtime_priority else 0
         camera: dict[str, Any] = {
             "source": "synthetic",
             "width": size.width,
             "height": size.height,
             "fps": float(size.camera_rate),
+            "realtime_priority": below,
         }
         arm: dict[str, Any] = {
             **PARAMETERS, "command_source": "policy", "rate": rate_hz, "cameras": str(list(CAMERAS)),
@@ -143,6 +147,7 @@ class _Run:
             "clock.maximum_skew_ms": 1000.0, "clock.silence_s": 10.0,
         }  # fmt: skip
         policy: dict[str, Any] = {"bundle": bundle, "variant": VARIANT, "runtime": "onnxruntime"}
+        policy["realtime_priority"] = below
         policy["observation_sources"] = _list(SOURCES)
         self._nodes: dict[str, Spawned] = {
             **{

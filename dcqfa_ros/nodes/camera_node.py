@@ -32,6 +32,7 @@ from dcqfa_ros.ros.image_memory import keep_picture_memory
 from dcqfa_ros.ros.images import encode_image, restamp
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode, run_node
+from dcqfa_ros.ros.realtime_parameters import RealtimeParameters
 from dcqfa_ros.rotations import quaternion_of
 
 COLOR_ENCODING, DEPTH_ENCODING = "rgb8", "16UC1"
@@ -55,6 +56,7 @@ class CameraNode(ManagedNode):
         """Declare the parameters."""
         self.add_parameter("camera_name", "front", "name of the camera: prefix of topics and frames", read_only=True)
         declare_camera(self)
+        self._realtime = RealtimeParameters(self, "capture")
         self.add_parameter("jpeg_quality", 90, "of the compressed pictures", minimum=1, maximum=100, read_only=True)
         self._camera: CameraDriver | None = None
         self._record: CaptureRecord | None = None
@@ -70,6 +72,7 @@ class CameraNode(ManagedNode):
             DriverError: the source is unknown or the camera cannot be opened.
             CalibrationError: the calibration file cannot be relied on.
         """
+        self._realtime.settings()  # refuses before anything is opened
         name = self.parameter("camera_name")
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
             raise DriverError(f"parameter camera_name is {name!r}, expected letters, digits and '_', a letter first")
@@ -141,6 +144,10 @@ class CameraNode(ManagedNode):
     # capture thread
 
     def _run(self, camera: CameraDriver, record: CaptureRecord, jpeg: JpegStream, halt: threading.Event) -> None:
+        with self._realtime.entered():
+            self._read(camera, record, jpeg, halt)
+
+    def _read(self, camera: CameraDriver, record: CaptureRecord, jpeg: JpegStream, halt: threading.Event) -> None:
         grace_ns = self.parameter("stale_after_ms") * 1_000_000
         name = self.parameter("camera_name")
         timeout_s = max(1.0, 3.0 / camera.fps)
@@ -212,6 +219,7 @@ class CameraNode(ManagedNode):
             "calibrated": str(camera.intrinsics.calibrated).lower(),
             "jpeg_frames": str(jpeg.pictures),
             "jpeg_ms": _text(jpeg.median_ms),
+            **self._realtime.figures(),
         }
         if outage:
             waiting = record.frames == 0 and record.waited_ns <= self.parameter("stale_after_ms") * 1_000_000

@@ -27,6 +27,7 @@ from dcqfa_ros.ros.policy_chunking import PolicyChunking
 from dcqfa_ros.ros.policy_inputs import PolicyInputs
 from dcqfa_ros.ros.policy_outputs import PolicyOutputs
 from dcqfa_ros.ros.policy_variants import VariantControl
+from dcqfa_ros.ros.realtime_parameters import RealtimeParameters
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
 from dcqfa_ros.runtime.recent_latencies import RecentLatencies
@@ -50,6 +51,7 @@ class PolicyNode(ManagedNode):
         self._outputs = PolicyOutputs(self)
         self._echo = ClockEcho(self)
         self._recent = RecentLatencies()
+        self._realtime = RealtimeParameters(self, "inference")
         add("denoising_steps", 0, "denoising steps per chunk; 0: the selector's, else the bundle's own", minimum=0)
         add(
             "control_rate",
@@ -83,6 +85,7 @@ class PolicyNode(ManagedNode):
 
     def setup(self) -> None:
         """Load and verify the bundle, bind its observation keys to topics, create publishers."""
+        self._realtime.settings()  # refuses before anything is loaded
         bundle = load_bundle(find_bundle(str(self.parameter("bundle"))))
         action = bundle.spec.action
         self._outputs.check(bundle)
@@ -126,9 +129,13 @@ class PolicyNode(ManagedNode):
         self._variants.start()
         if self._session is None:
             raise PolicyError("policy_node is not configured")
-        run = functools.partial(self._session.run, self._halt)
+        run = functools.partial(self._infer, self._session, self._halt)
         self._inference_thread = threading.Thread(target=self.guard(run), name="inference", daemon=True)
         self._inference_thread.start()
+
+    def _infer(self, session: PolicySession, halt: threading.Event) -> None:
+        with self._realtime.entered():  # workers, which compute, do not inherit it
+            session.run(halt)
 
     def stop(self, reason: str) -> None:  # noqa: ARG002 - the base class publishes the reason
         """Publish no further chunk and end the inference thread."""
@@ -219,6 +226,7 @@ class PolicyNode(ManagedNode):
             **self._recent.figures(),
             **self._steps_values(host.active),
             **self._outputs.figures(),
+            **self._realtime.figures(),
             **self._inputs.figures(),
             **self._variants.status_values(),
             "dropped_observations": str(session.observations.dropped),
