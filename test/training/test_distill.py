@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from training import commands
 from training.checkpoint import CheckpointError, load_checkpoint
+from training.commands import ArgumentError
 from training.config import ConfigError, TrainConfig, load_config
 from training.distill import DistillTrainer
 from training.distill_buffer import StateBuffer
@@ -240,7 +243,7 @@ def test_a_diverged_step_updates_nothing(make: Make, monkeypatch: pytest.MonkeyP
 
 
 def test_a_signal_keeps_a_checkpoint_and_ends_the_workers(make: Make) -> None:
-    trainer = make(workers=2)
+    trainer = make()
     original = trainer.collect
 
     def collect() -> dict[str, float]:
@@ -331,3 +334,34 @@ def test_visited_states_join_in_order() -> None:
     joined = Visited.join([visited(0, 2), replace(visited(2, 1), restarts=3)])
     assert len(joined) == 3 and joined.observation[:, 0, 0].tolist() == [0, 1, 2]
     assert (joined.teacher_calls, joined.restarts) == (3, 3)
+
+
+# Command -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_trains_on_another_start_and_refuses_rollouts_without_a_section(
+    configured: Callable[..., TrainConfig],
+    supernet_files: SupernetFiles,
+    supernet_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser()
+    commands.train(parser.add_subparsers())
+
+    def command(*arguments: object) -> int:
+        args = parser.parse_args(["train", *map(str, arguments)])
+        return int(args.func(args))
+
+    configured(start="nowhere")
+    out = tmp_path / "out"
+    config = tmp_path / "distill.yaml"
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint"):
+        command("--config", config, "--out", out)
+    assert command("--config", config, "--out", out, "--start", supernet_run, "--workers", 1, "--json") == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["complete"] and outcome["step"] == 6 and "w4a4" in outcome["held_out"]
+    assert load_supernet(out).space.name(load_supernet(out).space.parse("w4a4")) == "d2-h1-m2-w4a4"
+    for option, value in (("--start", supernet_run), ("--ray", "local"), ("--workers", 1)):
+        with pytest.raises(ArgumentError, match=f"{option}: .* has no distill section"):
+            command("--config", supernet_files.config, option, value)
