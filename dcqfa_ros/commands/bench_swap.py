@@ -20,10 +20,10 @@ def register(subparsers: Any) -> None:
     """Add ``swap`` to the subcommands of ``bench``."""
     text = (
         "Exchange the variants of a bundle again and again, in random order, each loaded, warmed and compared in a new "
-        "worker process, while a control tick consumes one action each period and gives one observation. Report ticks "
-        "that began over a period late, their jitter, the time of an exchange, the growth of the memory of all "
-        "processes together, and what is left of old workers. Tick, inference loop and exchange share one process. "
-        + _OTHER_PYTHON
+        "worker process, while a control tick consumes one action each period and gives one observation. As on a "
+        "robot, the tick has a process of its own; inference loop and exchanges share another. Report ticks that began "
+        "over a period late, their jitter, the time of an exchange, the growth of the memory of the policy's process "
+        "and its workers together, and what is left of old workers. " + _OTHER_PYTHON
     )
     parser = subparsers.add_parser(
         "swap",
@@ -46,7 +46,7 @@ def register(subparsers: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="SCHED_FIFO priority of the control tick, 1 to 99 (default: none)",
+        help="SCHED_FIFO priority of the control tick's process, 1 to 99 (default: none)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_run)

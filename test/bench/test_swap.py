@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
+import time
 
 import pytest
 
+from dcqfa_ros.bench import swap_cell
 from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap import run_swap_bench
+from dcqfa_ros.bench.swap_cell import running_cell
+from dcqfa_ros.bench.swap_tick import TickProcess
 from dcqfa_ros.bundle.load import load_bundle
 from test.runtime.conftest import policy_bundle
 
 __all__ = ["policy_bundle"]
 
 
-def test_every_exchange_is_counted_and_nothing_is_left(policy_bundle) -> None:
+class _Halted(TickProcess):
+    """A control tick that is halted for a while once counting has begun."""
+
+    def count_anew(self) -> None:
+        super().count_anew()
+        os.kill(self.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        os.kill(self.pid, signal.SIGCONT)
+
+
+def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle, monkeypatch) -> None:
+    monkeypatch.setattr(swap_cell, "TickProcess", _Halted)
     bench = run_swap_bench(load_bundle(policy_bundle()), swaps=2, seed=3)
     assert (bench.swaps, bench.failures, bench.reasons) == (2, 0, ())
     assert (bench.workers_left, bench.fds_left, bench.memory_files_left) == (0, 0, 0)
@@ -24,6 +41,21 @@ def test_every_exchange_is_counted_and_nothing_is_left(policy_bundle) -> None:
     assert bench.swap_ms_max >= bench.swap_ms_p50 > bench.gap_ms_max >= 0.0
     assert bench.variants == ("fp32", "w8a8") and bench.python == sys.executable and bench.runtime_version[0].isdigit()
     assert json.loads(json.dumps(dataclasses.asdict(bench)))["missed_ticks"] == bench.missed_ticks
+    assert bench.missed_ticks >= 5 and bench.jitter_max_ms > 50.0 and not bench.goals_met
+    assert bench.conditions.load_1min > 0.0 and bench.tick_scheduler.startswith("SCHED_")
+
+
+def test_without_its_control_tick_nothing_is_measured_and_nothing_is_left(policy_bundle) -> None:
+    before = swap_cell.Left.now()
+    with running_cell(load_bundle(policy_bundle()), 100.0, 1) as cell:
+        assert cell.exchange("fp32", "onnxruntime").ok
+        workers = [pid for pid in swap_cell._children() if pid != cell.tick.pid]
+        resident = sum(swap_cell.resident_bytes(pid) for pid in (os.getpid(), *workers))
+        assert len(workers) == 1 and cell.memory() == pytest.approx(resident, rel=0.05)  # the tick's is not in it
+        os.kill(cell.tick.pid, signal.SIGKILL)
+        with pytest.raises(BenchError, match=rf"control tick's process \(pid {cell.tick.pid}\) was killed by signal 9"):
+            cell.exchange("w8a8", "onnxruntime")
+    assert swap_cell.Left.now() == before
 
 
 @pytest.mark.parametrize(
