@@ -15,6 +15,7 @@ COMMANDS = {
     *("up", "demo", "bundle", "devices", "eval", "bench", "train", "export"),
     *("teleop", "emulate", "tool-load", "calibrate"),
     *("subnet", "profile", "sampler", "search", "mixed", "pack"),
+    *("baseline", "compare", "deviation"),
 }
 
 
