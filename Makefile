@@ -6,7 +6,8 @@
 # make venv       .venv with what the demo needs; make venv-test: with what the tests need
 # make clean      remove .venv and everything generated
 #
-# Variables: PYTHON (interpreter of .venv, 3.10 to 3.12), TORCH (requirement of the torch build), ARGS (for demo, pytest).
+# Variables: PYTHON (interpreter of .venv, 3.10 to 3.12), TORCH (requirement of the torch build), WORKERS (processes of
+# make test), ARGS (for demo, pytest).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -41,8 +42,12 @@ TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 demo: venv
 	$(BIN)/dcqfa demo $(ARGS)
 
+# Test files go to WORKERS processes in turn; the order is kept (test/conftest.py says why). WORKERS=0: none but this one.
+WORKERS ?= 2
+SPREAD := $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+
 test: venv-test
-	$(BIN)/python -m pytest -m "not slow and not soak" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not soak" $(SPREAD) $(ARGS)
 
 test-slow: venv-test
 	$(BIN)/python -m pytest -m slow --timeout=900 $(ARGS)
