@@ -50,9 +50,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for kind, style in (("own_states", "-"), ("teacher_states", ":")):
             _line(axes[1], entry["action_px"][kind], color, style, f"{entry['name']}, {kind.replace('_', ' ')}")
     axes[0].set_xlabel("step")
-    axes[0].set_ylabel("distance of the block's key points from the teacher's, px")
+    axes[0].set_ylabel("key points apart from the teacher's, px")
     axes[1].set_xlabel("policy call")
-    axes[1].set_ylabel("distance of the executed actions from the teacher's, px")
+    axes[1].set_ylabel("executed actions apart from the teacher's, px")
     for axis in axes:
         axis.set_ylim(bottom=0.0)
         axis.grid(alpha=0.3, linewidth=0.4)
