@@ -20,7 +20,7 @@ from training.subnet import Subnet
 
 WARM_UP = 5
 NO_SUBNET = "not told: the table knows no network of mixed bits outside a search space"
-SIMULATED = "not measured: simulated quantizers say nothing about a device"
+NOT_MEASURED = {"ms": None, "device": None, "kind": "measured", "note": "not measured: it has no exported form"}
 
 
 def table_latency(
@@ -54,13 +54,9 @@ def table_latency(
 
 
 def measured_latency(runnables: Mapping[str, Runnable], rounds: int, steps: int | None) -> dict[str, dict[str, Any]]:
-    """Median latency of one chunk, batch 1, one thread, the entries in turn within every round.
-
-    Entries without exported graphs are not measured.
-    """
+    """Median latency of one chunk of exported entries, batch 1, one thread, in turn within every round."""
     device = f"{detect().processor.model}, 1 thread"
-    rows: dict[str, dict[str, Any]] = {}
-    policies = {name: PolicyRuntime(r.spec, r.engine()) for name, r in runnables.items() if r.graphs is not None}
+    policies = {name: PolicyRuntime(runnable.spec, runnable.engine()) for name, runnable in runnables.items()}
     times: dict[str, list[float]] = {name: [] for name in policies}
     conditions = watch_conditions()
     try:
@@ -80,10 +76,6 @@ def measured_latency(runnables: Mapping[str, Runnable], rounds: int, steps: int 
         for policy in policies.values():
             policy.close()
     seen = conditions()
-    for name in runnables:
-        row: dict[str, Any] = {"ms": None, "device": device, "kind": "measured", "note": SIMULATED}
-        if name in times:
-            note = f"median of {rounds}, batch 1, load {seen.load_1min:.1f}"
-            row |= {"ms": float(np.median(times[name])), "note": note, **versions(["onnxruntime"])}
-        rows[name] = row
-    return rows
+    facts = {"device": device, "kind": "measured", **versions(["onnxruntime"])}
+    note = f"median of {rounds}, batch 1, load {seen.load_1min:.1f}"
+    return {name: {"ms": float(np.median(taken)), "note": note, **facts} for name, taken in times.items()}

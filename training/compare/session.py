@@ -20,16 +20,18 @@ from dcqfa_ros.bundle.load import BUNDLE_YAML
 from training.checkpoint import CHECKPOINT
 from training.compare.config import CompareConfig, CompareError, Entry, Task, found
 from training.compare.contenders import SIMULATED, Contender, Runnable
-from training.compare.latency import measured_latency, table_latency
+from training.compare.latency import NOT_MEASURED, measured_latency, table_latency
 from training.compare.opener import Opener
+from training.compare.results import FORMAT as RESULTS_FORMAT
 from training.compare.store import CellStore, refuse_other
 from training.compare.workers import Block, play_all
 from training.lut import write_atomically
 
-FORMAT = 1
+FORMAT = 2  # of the facts of entries
 METRIC = "mean over seeds of max over time of clip(coverage / 0.95, 0, 1)"
 SIMULATOR = ("gym-pusht", "pymunk", "shapely")
 ENGINES = ("onnxruntime", "torch", "numpy")
+SPECIFICATION = {"observations", "action", "diffusion"}  # of what runs, beside its weights: units, chunk and sampler
 SCORE_DIGITS = 5
 
 
@@ -51,16 +53,17 @@ class Session:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / ".lock").open("w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise CompareError(
-                        f"{self.folder}: another comparison is using it; wait for its end, or give another --out"
-                    ) from None
-                yield
+            file = (self.folder / ".lock").open("w")
         except OSError as error:
-            raise CompareError(f"{self.folder}: cannot be used ({error.strerror})") from error
+            raise CompareError(f"{self.folder}: cannot be written ({error.strerror}); give another --out") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CompareError(
+                    f"{self.folder}: another comparison is using it; wait for its end, or give another --out"
+                ) from None
+            yield
 
     def run(self, workers: int) -> dict[str, Any] | None:
         """Play what is missing; returns the results, None where it was interrupted before the end.
@@ -135,8 +138,17 @@ class Session:
         named = {field: getattr(entry, field) for field in ("bundle", "checkpoint", "supernet", "trained")}
         named["policy"] = config.policy if entry.baseline else None
         files = {field: file_sha256(found(text)) for field, text in named.items() if text is not None}
-        document = plain(entry.model_dump(mode="json", exclude={"note", "cost", "stated", "method"}))
-        return {"format": FORMAT, "entry": document, "files": files, "data": config.data_sha256}
+        if config.latency.table is not None:
+            files["table"] = file_sha256(found(config.latency.table))
+        document = plain(entry.model_dump(mode="json", exclude={"note", "stated", "method"}))
+        return {
+            "format": FORMAT,
+            "entry": document,
+            "files": files,
+            "data": config.data_sha256,
+            "steps": config.steps,
+            "latency": plain(config.latency.model_dump(mode="json")),
+        }
 
     def _known(self, entry: Entry) -> dict[str, Any] | None:
         """Facts of an entry that was opened before, if its files are still the same."""
@@ -168,6 +180,7 @@ class Session:
                 "device_executes": contender.device,
                 "sampler": spec.diffusion.sampler,
                 "denoising_steps": steps,
+                "specification": spec.model_dump(mode="json", include=SPECIFICATION),
                 "size": contender.size,
                 "cost": contender.cost.model_dump(mode="json"),
                 "latency": latency,
@@ -197,7 +210,7 @@ class Session:
         )
 
     def _store(self, task: Task, entry: Entry, facts: dict[str, Any]) -> CellStore:
-        key = {"identity": facts["identity"], "protocol": self.protocol(task)}
+        key = {name: facts[name] for name in ("identity", "specification")} | {"protocol": self.protocol(task)}
         return CellStore(self.folder / "cells" / task.name / f"{entry.name}.jsonl", key)
 
     def _seeds(self, task: Task) -> list[int]:
@@ -236,7 +249,7 @@ class Session:
             self._measure(facts, config.latency.measured_rounds)
         return plain(
             {
-                "format": FORMAT,
+                "format": RESULTS_FORMAT,
                 "name": config.name,
                 "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "reference": config.reference,
@@ -244,7 +257,10 @@ class Session:
                 "data": config.data_sha256,
                 "policy": list(config.policy_sha256),
                 "versions": versions(ENGINES),
-                "entries": [facts[entry.name] for entry in config.entries],
+                "entries": [
+                    {field: value for field, value in facts[entry.name].items() if field != "specification"}
+                    for entry in config.entries
+                ],
                 "cells": cells,
             }
         )
@@ -252,20 +268,20 @@ class Session:
     def _measure(self, facts: dict[str, dict[str, Any]], rounds: int) -> None:
         """Measured latencies; those of the same artifacts are taken from the folder."""
         file = self.folder / "latency.json"
-        key = plain({"rounds": rounds, "artifacts": {n: f["identity"]["artifact"] for n, f in facts.items()}})
+        exported = [entry for entry in self.config.entries if facts[entry.name]["executed"] != SIMULATED]
+        artifacts = {e.name: [facts[e.name]["identity"]["artifact"], facts[e.name]["specification"]] for e in exported}
+        key = plain({"rounds": rounds, "steps": self.config.steps, "artifacts": artifacts})
         try:
             document = json.loads(file.read_bytes())
             rows = document["rows"] if document["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             rows = None
         if rows is None:
-            exported = [e for e in self.config.entries if facts[e.name]["executed"] != SIMULATED]
             runnables = {entry.name: self.opener.open(entry).runnable for entry in exported}
             rows = plain(measured_latency(runnables, rounds, self.config.steps))
             write_atomically(file, dump({"key": key, "rows": rows}))
-        nothing = {"ms": None, "device": None, "kind": "measured", "note": "not measured: it has no exported form"}
         for name, known in facts.items():
-            known["latency"] = rows.get(name, nothing)
+            known["latency"] = rows.get(name, NOT_MEASURED)
 
 
 def file_sha256(path: Path) -> str:

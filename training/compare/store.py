@@ -69,10 +69,10 @@ class CellStore:
         row = {"seeds": list(seeds), "scores": list(scores), "steps": list(steps), "seconds": round(seconds, 2)}
         line = self._line(row)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
+            if not self.path.exists():
+                write_atomically(self.path, self._head().encode())  # a torn first line would stop every later run
             with self.path.open("a", encoding="utf-8") as file:
-                file.write((self._head() if new else "") + line)
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
