@@ -58,13 +58,16 @@ def _compare(args: argparse.Namespace) -> int:
     check_least(args, workers=1)
     if args.save_results and args.from_results is not None and not args.merge:
         raise ArgumentError("--save-results: nothing new to save with --from-results; leave one of them out")
+    if args.only is not None and args.from_results is not None:
+        raise ArgumentError("--only: says what is played, and --from-results plays nothing; leave one of them out")
     from dcqfa_ros.paths import find_config
     from training.compare.config import found, load_compare
     from training.compare.page import render
     from training.compare.paper import load_paper
     from training.compare.report import markdown, report
-    from training.compare.results import joined, read_results
+    from training.compare.results import check_belongs, joined, read_results
     from training.compare.session import dump
+    from training.compare.table import reproduced
     from training.lut import write_atomically
 
     config = load_compare(find_config(args.config))
@@ -75,6 +78,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.from_results is not None:
         file = Path(args.from_results) if args.from_results else committed
         results: Results | None = read_results(file)
+        check_belongs(results, config, str(file))
     else:
         results, file = _played(args, config, out), out / "results.json"
         if results is None:
@@ -84,17 +88,16 @@ def _compare(args: argparse.Namespace) -> int:
     results = joined([results, *merged], [str(file), *map(str, args.merge)])
     document = report(results, config, paper)
     if args.from_results is None and committed.is_file():
-        from training.compare.table import reproduced, rows
-
-        document["reproduces"] = reproduced(document["rows"], rows(read_results(committed), config, paper))
-    if args.save_results:
-        write_atomically(Path(config.results), dump(results.model_dump(mode="json", exclude_none=False)))
-        print(f"results kept in {config.results}", file=sys.stderr)
+        document["reproduces"] = reproduced(results, read_results(committed))
     if args.from_results is None or args.out is not None:
         texts = (json.dumps(document, indent=1) + "\n", markdown(document), render(document))
         for name, text in zip(REPORT, texts, strict=True):
             write_atomically(out / name, text.encode())
         print(f"reports: {out / REPORT[1]} and {out / REPORT[2]}", file=sys.stderr)
+    if args.save_results:
+        _check_nothing_is_dropped(results, committed)
+        write_atomically(Path(config.results), dump(results.model_dump(mode="json", exclude_none=False)))
+        print(f"results kept in {config.results}", file=sys.stderr)
     print(json.dumps(document) if args.json else markdown(document) if args.markdown else _plain(document))
     return 0
 
@@ -108,6 +111,22 @@ def _played(args: argparse.Namespace, config: CompareConfig, out: Path) -> Resul
     with session.locked():
         document = session.run(args.workers or default_workers())
     return None if document is None else parse_results(document, str(out / "results.json"))
+
+
+def _check_nothing_is_dropped(results: Results, committed: Path) -> None:
+    """Refuse to replace committed results by some that hold less of them.
+
+    Raises:
+        ArgumentError: a cell would be lost; what was played is kept.
+    """
+    from training.compare.results import read_results
+
+    for cell in read_results(committed).cells if committed.is_file() else ():
+        if results.cell(cell.entry, cell.task, cell.seeds) is None:
+            raise ArgumentError(
+                f"--save-results: {committed} holds {cell.entry} on {cell.task}, {cell.seeds}, which was not played; "
+                f"keep it with --merge {committed}, or remove that file first"
+            )
 
 
 def _plain(document: dict[str, Any]) -> str:
@@ -137,6 +156,10 @@ def _plain(document: dict[str, Any]) -> str:
         lines.append(f"one supernet costs no more than one training per device from: {', '.join(needed)} devices")
     again = document.get("reproduces") or []
     if again:
-        within = sum(row["within"] for row in again)
-        lines.append(f"{within} of {len(again)} means lie within the committed intervals")
+        compared = [row for row in again if row["differs"] is None]
+        within = sum(row["within"] for row in compared)
+        lines.append(f"{within} of {len(compared)} means lie within the committed intervals")
+        others = dict.fromkeys(f"{row['entry']} ({row['differs']})" for row in again if row["differs"] is not None)
+        if others:
+            lines.append(f"not compared with the committed table, of which they differ: {', '.join(others)}")
     return "\n".join(lines)

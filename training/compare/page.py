@@ -8,7 +8,7 @@ from typing import Any
 
 from dcqfa_ros.trials.report import CONTENT_POLICY, NOTHING
 from dcqfa_ros.trials.report_style import STYLE
-from training.compare.report import cost_text, devices, groups, latency_text, signed, with_interval
+from training.compare.report import cost_text, devices, groups, latency_text, signed, with_interval, within_text
 
 _STYLE = """
 main { max-width: 1440px; }
@@ -174,7 +174,7 @@ def _reproduced(of: Sequence[dict[str, Any]]) -> str:
     body = [
         [escape(r["entry"]), escape(r["task"]), escape(r["seeds"]), f"{r['mean']:.3f}",
          escape(with_interval(r["committed"], r["committed_ci95"])).replace("+-", "±"),
-         _pill("within" if r["within"] else "outside")]
+         _pill("within" if r["within"] else "outside") if r["differs"] is None else escape(within_text(r))]
         for r in of
     ]  # fmt: skip
     head = ("Entry", "Task", "Seeds", "Now", "Committed", "")

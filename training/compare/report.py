@@ -84,6 +84,13 @@ def latency_text(row: dict[str, Any] | None) -> str:
     return NOTHING if row is None or row["ms"] is None else f"{row['ms']:.1f} ms, {row['kind']}"
 
 
+def within_text(row: dict[str, Any]) -> str:
+    """``yes``, ``no``, or the field that makes it another thing than what was committed."""
+    if row["differs"] is not None:
+        return f"not compared: {row['differs']} differs"
+    return "yes" if row["within"] else "no"
+
+
 def cost_text(row: dict[str, Any]) -> str:
     """Steps, hours and calls of the teacher, as far as they are known."""
     parts = []
@@ -146,7 +153,7 @@ def markdown(document: dict[str, Any]) -> str:
             ("entry", "task", "seeds", "now", "committed", "within its interval"),
             [
                 (r["entry"], r["task"], r["seeds"], f"{r['mean']:.3f}",
-                 with_interval(r["committed"], r["committed_ci95"]), "yes" if r["within"] else "no")
+                 with_interval(r["committed"], r["committed_ci95"]), within_text(r))
                 for r in document["reproduces"]
             ],
         )  # fmt: skip

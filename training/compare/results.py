@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from dcqfa_ros.bundle.schema import Name, Text
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.bundle.types import Sha256
-from training.compare.config import LAST_SEED, BitsName, CompareError
+from training.compare.config import LAST_SEED, BitsName, CompareConfig, CompareError
 from training.compare.cost import Cost
 from training.compare.store import differing
 
@@ -203,24 +203,66 @@ def check_results(results: Results, where: str) -> None:
             _refuse_unlike(where, group[0], cell)
 
 
+def unlike_cells(one: Cell, other: Cell) -> Iterator[tuple[str, Any, Any]]:
+    """Fields in which two cells of one task were not played alike, with both values."""
+    documents = (
+        {"first_seed": c.first_seed, "seeds": len(c.scores), "protocol": c.protocol.model_dump(mode="json")}
+        for c in (one, other)
+    )
+    return differing(*documents)
+
+
 def _refuse_unlike(where: str, one: Cell, other: Cell) -> None:
     """Refuse two cells of one task that were not played alike."""
-    pairs = [("first_seed", one.first_seed, other.first_seed), ("seeds", len(one.scores), len(other.scores))]
-    both = (one.protocol.model_dump(mode="json"), other.protocol.model_dump(mode="json"))
-    fields = [(name, a, b) for name, a, b in pairs if a != b] + list(differing(*both, "protocol"))
-    if fields:
-        name, a, b = fields[0]
+    for name, a, b in unlike_cells(one, other):
         raise CompareError(
             f"{where}: task {one.task}, seeds {one.seeds}: {one.entry} and {other.entry} were not played alike: {name} "
             f"is {a} and {b}; such results must not be mixed"
         )
 
 
+def check_belongs(results: Results, config: CompareConfig, where: str) -> None:
+    """Refuse results that are not of the comparison that ``config`` describes.
+
+    Raises:
+        CompareError: other data or another full-precision policy; the field is named.
+    """
+    for field, there, here in (
+        ("data", [results.data], [config.data_sha256]),
+        ("policy", results.policy, config.policy_sha256),
+    ):
+        if not set(there) & set(here):
+            raise CompareError(
+                f"{where}: {field} is {' or '.join(there)}, {field}_sha256 of comparison {config.name} is "
+                f"{' or '.join(here)}; give the --config that these results are of, or play it anew"
+            )
+
+
+def unlike(one: EntryResult, other: EntryResult, *leave_out: str) -> Iterator[tuple[str, Any, Any]]:
+    """Fields in which an entry of two results is another network or sampled in another way, with both values.
+
+    Args:
+        one: of the first results.
+        other: of the second.
+        leave_out: fields of the identity that may differ.
+    """
+    documents = (
+        {
+            "identity": entry.identity.model_dump(mode="json", exclude=set(leave_out)),
+            "sampler": entry.sampler,
+            "denoising_steps": entry.denoising_steps,
+        }
+        for entry in (one, other)
+    )
+    return differing(*documents)
+
+
 def joined(results: Sequence[Results], names: Sequence[str]) -> Results:
     """Results of several machines or days as one.
 
     Args:
-        results: at least one; the first one's reference, margin and versions are kept.
+        results: at least one; the first one's reference, margin and versions are kept, and of a cell that several hold
+            the first one's scores.
         names: of their files, for errors.
 
     Raises:
@@ -238,14 +280,14 @@ def joined(results: Sequence[Results], names: Sequence[str]) -> Results:
                 )
         for entry in other.entries:
             known = entries.setdefault(entry.name, entry)
-            identities = (known.identity.model_dump(mode="json"), entry.identity.model_dump(mode="json"))
-            for field, there, here in differing(*identities, "identity"):
+            for field, there, here in unlike(known, entry):
                 raise CompareError(
                     f"{name}: entry {entry.name}: {field} is {here}, in {names[0]} {there}; such results must not be "
                     "mixed"
                 )
         for cell in other.cells:
-            cells.setdefault((cell.entry, cell.task, cell.seeds), cell)
+            played = cells.setdefault((cell.entry, cell.task, cell.seeds), cell)
+            _refuse_unlike(f"{name} and before it", played, cell)
     update = {"entries": tuple(entries.values()), "cells": tuple(cells.values())}
     made = first.model_copy(update=update)
     check_results(made, where)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from dcqfa_ros.trials.statistics import Interval, mean_interval, paired_difference
 from training.compare.config import Claim, CompareConfig
 from training.compare.paper import PaperFigures
-from training.compare.results import Results
+from training.compare.results import Results, unlike, unlike_cells
 from training.stress import Stress
 
 Verdict = Literal["found", "not found", "not measured"]
@@ -109,7 +109,6 @@ def difference(results: Results, first: str, second: str, task: str, seeds: str,
 def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[dict[str, Any]]:
     """The table: one row per entry, task and seed set, JSON-ready."""
     made = []
-    entries = {entry.name: entry for entry in results.entries}
     for task, seeds in results.groups():
         planned = next((t for t in config.tasks if t.name == task), None)
         for entry in results.entries:
@@ -135,7 +134,7 @@ def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[d
                     "size": entry.size.model_dump(mode="json"),
                     "latency": None if entry.latency is None else entry.latency.model_dump(mode="json"),
                     "cost": entry.cost.model_dump(mode="json"),
-                    "executed": entries[entry.name].executed,
+                    "executed": entry.executed,
                     "sampler": entry.sampler,
                     "denoising_steps": entry.denoising_steps,
                     "mean_episode_steps": cell.mean_steps,
@@ -177,21 +176,32 @@ def judge(results: Results, claim: Claim) -> Judged:
     return Judged(claim, "found" if is_found else "not found", made, opposite)
 
 
-def reproduced(ours: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every row that both tables have, whether our mean lies in the committed interval."""
-    known = {(row["entry"], row["task"], row["seeds"], row["n"], row["first_seed"]): row for row in committed}
+def reproduced(ours: Results, committed: Results) -> list[dict[str, Any]]:
+    """For every cell that both hold, whether our mean lies in the committed interval, JSON-ready.
+
+    ``differs`` names the field where the two are not of the same network, start seeds or protocol; ``within`` is then
+    None. Files of graphs and quantized tensors may differ in their last bits from machine to machine.
+    """
+    entries, others = ({e.name: e for e in results.entries} for results in (ours, committed))
     found = []
-    for row in ours:
-        other = known.get((row["entry"], row["task"], row["seeds"], row["n"], row["first_seed"]))
-        if other is not None:
-            within = other["ci95"] is None or abs(row["mean"] - other["mean"]) <= other["ci95"]
-            found.append(
-                {
-                    **{key: row[key] for key in ("entry", "task", "seeds")},
-                    "mean": row["mean"],
-                    "committed": other["mean"],
-                    "committed_ci95": other["ci95"],
-                    "within": within,
-                }
-            )
+    for cell in ours.cells:
+        other = committed.cell(cell.entry, cell.task, cell.seeds)
+        if other is None:
+            continue
+        fields = [name for name, _, _ in unlike(entries[cell.entry], others[cell.entry], "artifact")]
+        fields += [name for name, _, _ in unlike_cells(cell, other)]
+        mean, before = mean_interval(cell.scores).estimate, mean_interval(other.scores)
+        within = before.half_width is None or abs(mean - before.estimate) <= before.half_width
+        found.append(
+            {
+                "entry": cell.entry,
+                "task": cell.task,
+                "seeds": cell.seeds,
+                "mean": mean,
+                "committed": before.estimate,
+                "committed_ci95": before.half_width,
+                "within": None if fields else within,
+                "differs": fields[0] if fields else None,
+            }
+        )
     return found

@@ -262,3 +262,46 @@ def test_saving_what_was_only_printed_is_refused(tiny_comparison: Callable[..., 
     code, _, err = command("--config", tiny_comparison(), "--from-results")
     assert code == 2 and "committed.json" in err and "--save-results" in err
     assert commands_compare.DEFAULT_CONFIG.endswith("pusht.yaml")
+
+
+def test_committed_results_are_not_replaced_by_fewer_nor_printed_for_another_comparison(
+    tiny_comparison: Callable[..., Path], command: Command
+) -> None:
+    config = tiny_comparison(tasks=[SHORT], claims=[])
+    assert command("--config", config, "--workers", 1, "--save-results")[0] == 0
+    committed = config.parent / "committed.json"
+    before = committed.read_bytes()
+    part = ("--config", config, "--workers", 1, "--only", "full", "--save-results")
+    code, _, err = command(*part)
+    assert code == 2 and "dcqfa on short" in err and "--merge" in err and committed.read_bytes() == before
+    assert command(*part, "--merge", committed)[0] == 0
+    assert json.loads(committed.read_bytes())["cells"] == json.loads(before)["cells"]
+    code, _, err = command("--config", config, "--from-results", "--only", "full")
+    assert code == 2 and "--only" in err
+    code, _, err = command("--config", tiny_comparison(data_sha256="a" * 64), "--from-results")
+    assert code == 2 and "data_sha256" in err and "committed.json" in err
+
+
+def test_what_is_kept_of_an_entry_follows_the_file_and_scores_of_another_sampler_are_refused(
+    tiny_comparison: Callable[..., Path], tmp_path: Path, supernet_run: Path
+) -> None:
+    copied = tmp_path / "supernet"
+    shutil.copytree(supernet_run, copied)
+    full, subnet = yaml.safe_load(tiny_comparison().read_text())["entries"]
+    subnet |= {"supernet": str(copied)}
+
+    def played(**fields: Any) -> Any:
+        fields = {"entries": [full, subnet], "tasks": [SHORT], "claims": []} | fields
+        return Session(load_compare(tiny_comparison(**fields)), tmp_path / "out").run(1)
+
+    first = played()["entries"][1]
+    stated = subnet | {"cost": {"teacher_calls": 123, "source": "a logbook"}}
+    again = played(entries=[full, stated], latency={"measured_rounds": 5})["entries"][1]
+    assert (again["cost"]["teacher_calls"], again["latency"]["kind"]) == (123, "measured")
+    assert again["identity"] == first["identity"]
+
+    payload = torch.load(copied / "checkpoint.pt", weights_only=True)
+    payload["config"]["diffusion"]["steps"] += 1
+    torch.save(payload, copied / "checkpoint.pt")
+    with pytest.raises(CompareError, match=r"specification\.diffusion\.steps"):
+        played()

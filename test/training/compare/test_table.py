@@ -8,8 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dcqfa_ros.trials.statistics import mean_interval
 from test.training.compare.conftest import SHA, cell, entry, results_document
 from training.compare.config import Claim, CompareError
+from training.compare.report import within_text
 from training.compare.results import joined, parse_results
 from training.compare.table import difference, judge, reproduced
 
@@ -119,11 +121,44 @@ def test_joining_refuses_another_entry_of_the_same_name() -> None:
         joined([parse_results(one, "x"), parse_results(other, "y")], ["x", "y"])
 
 
-@given(ours=st.floats(0.0, 1.0), committed=st.floats(0.0, 1.0), half=st.floats(0.0, 0.5))
-def test_a_mean_reproduces_the_committed_one_within_its_interval(ours: float, committed: float, half: float) -> None:
-    assume(abs(abs(ours - committed) - half) > 1e-9)
-    key = {"entry": "a", "task": "t", "seeds": "s", "n": 50, "first_seed": 1}
-    now, before = key | {"mean": ours, "ci95": 0.1}, key | {"mean": committed, "ci95": half}
-    (row,) = reproduced([now], [before])
-    assert row["within"] == (committed - half <= ours <= committed + half)
-    assert reproduced([now], [before | {"n": 51}]) == []
+def test_joining_refuses_a_cell_of_both_that_was_not_played_alike_and_another_sampler() -> None:
+    one = two([0.1, 0.2], [0.3, 0.4])
+    other = copy.deepcopy(one)
+    for played in other["cells"]:
+        played["first_seed"] = 99
+    with pytest.raises(CompareError, match="first_seed is 7 and 99"):
+        joined([parse_results(one, "x"), parse_results(other, "y")], ["x", "y"])
+    other = copy.deepcopy(one)
+    other["entries"][1]["denoising_steps"] = 8
+    with pytest.raises(CompareError, match="entry b: denoising_steps is 8"):
+        joined([parse_results(one, "x"), parse_results(other, "y")], ["x", "y"])
+
+
+@given(ours=st.floats(0.0, 1.0), committed=st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2))
+def test_a_mean_reproduces_the_committed_one_within_its_interval(ours: float, committed: list[float]) -> None:
+    (row,) = reproduced(
+        *(parse_results(results_document([entry("a")], [cell("a", s)]), "x") for s in ([ours] * 2, committed))
+    )
+    interval = mean_interval(committed)
+    assert interval.low is not None and interval.high is not None
+    assume(min(abs(ours - interval.low), abs(ours - interval.high)) > 1e-9)
+    assert row["within"] == (interval.low <= ours <= interval.high) and row["differs"] is None
+
+
+@pytest.mark.parametrize(
+    ("identity", "fields", "differs"),
+    [
+        ({"weights": SHA["other"]}, {"weights": SHA["other"]}, "identity.weights"),
+        ({}, {"first_seed": 8}, "first_seed"),
+        ({}, {"scores": [0.5]}, "seeds"),
+        ({"artifact": SHA["other"]}, {"artifact": SHA["other"]}, None),  # its last bits are the machine's
+    ],
+)
+def test_what_is_not_the_committed_network_or_seeds_reproduces_nothing(
+    identity: dict[str, Any], fields: dict[str, Any], differs: str | None
+) -> None:
+    committed = parse_results(results_document([entry("a")], [cell("a", [0.4, 0.6])]), "x")
+    document = results_document([entry("a", identity=identity)], [cell("a", [0.5, 0.5]) | fields])
+    (row,) = reproduced(parse_results(document, "y"), committed)
+    assert (row["differs"], row["within"]) == (differs, True if differs is None else None)
+    assert ("not compared" in within_text(row)) == (differs is not None)
