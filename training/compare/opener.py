@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.paths import find_bundle
-from dcqfa_ros.runtime.engine import ROLES, Engine
-from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
+from dcqfa_ros.runtime.engine import ROLES
 from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.checkpoint_engine import refuse_images
 from training.compare.config import CompareConfig, CompareError, Entry, found
 from training.compare.contenders import FLOAT_TABLE, MIB, ONNX, SIMULATED, Contender, Runnable
 from training.compare.cost import Cost, training_cost
+from training.compare.exported import check_export
 from training.config import load_config
 from training.evaluate import check_push_t
-from training.export.calibration import denoise_chunks
 from training.export.diffusion_policy_t import export_graphs
 from training.export.half import HalfTablePolicy, half_graphs, round_weights
 from training.export.subnets import REST, TOLERANCE, AsStored, precision_name
-from training.export.variant import rms_error
 from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policy_shape import PolicyShape
@@ -39,10 +35,12 @@ from training.specification import PolicyMeaning
 from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.torch_engine import TorchEngine
-from training.trained import TrainedPolicy, load_trained
+from training.trained import TrainedPolicy, load_trained, policy_meaning
 from training.warm_start import read_policy_weights, state_sha256
 
-CHECK_SAMPLES, CHECK_SEED = 16, 9
+if TYPE_CHECKING:
+    from training.baselines import Baseline, Bits
+
 EXPORT_RMS = 1e-5  # of full precision, as the exporter's own bound
 
 
@@ -72,10 +70,7 @@ class Opener:
         if entry.bundle is not None:
             find_bundle(str(found(entry.bundle)))
         if entry.baseline is not None:
-            from training.baselines import find_baseline, parse_bits
-
-            method = find_baseline(entry.baseline)
-            parse_bits(entry.baseline_bits or entry.bits)
+            method, _ = _asked(entry)
             if method.trains != (entry.trained is not None):
                 raise CompareError(
                     f"entry {entry.name}: baseline {entry.baseline} "
@@ -269,7 +264,7 @@ class Opener:
             graphs = half_graphs(network, steps)
         else:
             graphs = export_graphs(network, steps)
-        _check_export(entry, TorchEngine(network, 1), graphs, spec, network, EXPORT_RMS)
+        check_export(entry, TorchEngine(network, 1), graphs, spec, network, EXPORT_RMS)
         count = parameter_count(network)
         bytes_each = 2 if entry.bits == "fp16" else 4
         return graphs, _size(count, bytes_each * count, sum(map(len, graphs.values())), "graphs on disk")
@@ -293,7 +288,7 @@ class Opener:
         rest = REST[subnet.precision]
         graphs = export_graphs(network, spec.diffusion.train_timesteps, rest)
         reference = AsStored(network, rest, spec.diffusion.train_timesteps, 1)
-        _check_export(entry, reference, graphs, spec, network, TOLERANCE[subnet.precision].export_rms)
+        check_export(entry, reference, graphs, spec, network, TOLERANCE[subnet.precision].export_rms)
         return Contender(
             entry,
             Runnable(spec, graphs, None),
@@ -313,34 +308,33 @@ class Opener:
         )
 
     def _baseline(self, entry: Entry) -> Contender:
-        from training.baselines import find_baseline, parse_bits
+        from training.baselines import BaselineError
 
-        assert entry.baseline is not None
-        method, bits = find_baseline(entry.baseline), parse_bits(entry.baseline_bits or entry.bits)
+        method, bits = _asked(entry)
         options: dict[str, Any] = dict(entry.options)
-        payload: dict[str, Any] = {}
-        cost = None
+        calibration, cost = self._calibration, None
         weights = origin = self.full_precision[1]
+        data = calibration.data_sha256
         if entry.trained is not None:
-            path = found(entry.trained)
-            options["trained"] = path
-            payload = load_checkpoint(path / CHECKPOINT if path.is_dir() else path)
-            weights = _checkpoint_sha256(path / CHECKPOINT if path.is_dir() else path)
-        torch.manual_seed(entry.seed)
-        made = method.quantize(self.policy, bits, self._calibration, seed=entry.seed, **options)
-        report = made.report
-        if entry.trained is not None:
-            from training.trained import policy_meaning
-
-            meaning = policy_meaning(path, payload)
+            path = options["trained"] = found(entry.trained)
             file = path / CHECKPOINT if path.is_dir() else path
+            payload = load_checkpoint(file)
+            meaning = policy_meaning(file, payload)
+            weights = hashlib.sha256(file.read_bytes()).hexdigest()
+            data, origin = meaning.data_sha256, payload.get("teacher_sha256")
             cost = training_cost(file, meaning.config, meaning.step, payload, entry.cost)
+        torch.manual_seed(entry.seed)
+        try:
+            made = method.quantize(self.policy, bits, calibration, seed=entry.seed, **options)
+        except BaselineError as error:
+            raise CompareError(f"entry {entry.name}: baseline {error}") from error
+        report = made.report
         return Contender(
             entry,
             Runnable(self.policy.meaning.specification(), None, made.network.eval()),
             weights,
-            self._calibration.data_sha256,
-            payload.get("teacher_sha256") if entry.trained is not None else origin,
+            data,
+            origin,
             SIMULATED,
             report.get("executes_as"),
             self.whole(entry.bits),
@@ -365,8 +359,19 @@ def _is_small(value: Any) -> bool:
     return len(json.dumps(value, default=str)) < 400
 
 
-def _checkpoint_sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _asked(entry: Entry) -> tuple[Baseline, Bits]:
+    """The method and bits of a baseline.
+
+    Raises:
+        CompareError: there are none of that name.
+    """
+    from training.baselines import BaselineError, find_baseline, parse_bits
+
+    assert entry.baseline is not None
+    try:
+        return find_baseline(entry.baseline), parse_bits(entry.baseline_bits or entry.bits)
+    except BaselineError as error:
+        raise CompareError(f"entry {entry.name}: baseline {error}") from error
 
 
 def _check_bits(entry: Entry, precision: str) -> None:
@@ -376,26 +381,3 @@ def _check_bits(entry: Entry, precision: str) -> None:
 
 def _size(count: int, paper: int, artifact: int, of: str) -> dict[str, Any]:
     return {"parameters": count, "paper_mib": paper / MIB, "artifact_mib": artifact / MIB, "artifact_of": of}
-
-
-def _check_export(
-    entry: Entry, engine: Engine, graphs: Mapping[str, bytes], spec: BundleSpec, network: DiffusionPolicyT, rms: float
-) -> None:
-    """Refuse graphs that compute other chunks than the network they are of.
-
-    Observations are made up: within the range that normalised ones have. Demonstrations are not needed for it.
-    """
-    config = network.config
-    generator = np.random.default_rng(CHECK_SEED)
-    shape = (CHECK_SAMPLES, config.observation_horizon, config.observation_dim)
-    inputs = generator.uniform(-1.0, 1.0, shape).astype(np.float32)
-    expected = denoise_chunks(engine, spec.diffusion, config, inputs)
-    running = OnnxRuntimeEngine(dict(graphs), threads=1)
-    try:
-        error = rms_error(denoise_chunks(running, spec.diffusion, config, inputs), expected)
-    finally:
-        running.close()
-    if not error <= rms:
-        raise CompareError(
-            f"entry {entry.name}: its exported chunks differ from the network's by rms {error:.3g}; allowed is {rms:g}"
-        )

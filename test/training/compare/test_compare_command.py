@@ -305,3 +305,47 @@ def test_what_is_kept_of_an_entry_follows_the_file_and_scores_of_another_sampler
     torch.save(payload, copied / "checkpoint.pt")
     with pytest.raises(CompareError, match=r"specification\.diffusion\.steps"):
         played()
+
+
+def test_a_method_that_trains_is_of_the_data_of_its_own_run_and_errors_name_the_entry(
+    tiny_comparison: Callable[..., Path],
+    supernet_files: Any,
+    supernet_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from training.baselines import batchquant, calibration, find_baseline
+
+    original = calibration.calibrate
+    monkeypatch.setattr(calibration, "calibrate", lambda policy, data: original(policy, data, observations=2))
+    copied = tmp_path / "run"
+    shutil.copytree(supernet_run, copied)
+    full = yaml.safe_load(tiny_comparison().read_text())["entries"][0]
+    trains = {"name": "bq", "method": "m", "bits": "w4a4", "baseline": "batchquant", "trained": str(copied)}
+    opener = Session(
+        load_compare(tiny_comparison(entries=[full, trains], pairs=[], claims=[])), tmp_path, str(supernet_files.data)
+    ).opener
+    with pytest.raises(CompareError, match=r"entry bq: baseline batchquant: .* is no BatchQuant supernet"):
+        opener.open(opener.config.entry("bq"))
+
+    def quantize(_self: Any, *arguments: Any, trained: Path, **options: Any) -> Any:
+        assert trained == copied
+        return find_baseline("rtn").quantize(*arguments, **options)
+
+    monkeypatch.setattr(batchquant.BatchQuantSupernet, "quantize", quantize)
+    payload = torch.load(copied / "checkpoint.pt", weights_only=True)
+    assert opener.open(opener.config.entry("bq")).data == payload["data_sha256"]
+    payload["data_sha256"] = "b" * 64
+    torch.save(payload, copied / "checkpoint.pt")
+    with pytest.raises(CompareError, match=f"entry bq: comes from other demonstrations .* field data is {'b' * 64}"):
+        opener.open(opener.config.entry("bq"))
+
+
+def test_bits_that_a_method_does_not_have_name_the_entry(
+    tiny_comparison: Callable[..., Path], command: Command
+) -> None:
+    full = yaml.safe_load(tiny_comparison().read_text())["entries"][0]
+    rtn = {"name": "rtn", "method": "RTN", "bits": "fp16", "baseline": "rtn"}
+    config = tiny_comparison(entries=[full, rtn], tasks=[SHORT], claims=[], pairs=[])
+    code, _, err = command("--config", config, "--workers", 1)
+    assert code == 2 and "entry rtn: baseline bits 'fp16': expected" in err
