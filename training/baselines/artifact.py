@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.baselines import QuantizedPolicy
 from training.baselines.bits import FLOAT, BaselineError
-from training.baselines.network import CHANNEL_BITS, PlainLinear, plain_copy, plain_linears
+from training.baselines.network import ROW_BITS, PlainLinear, plain_copy, plain_linears
 from training.baselines.parts import QUANTIZERS, TRANSFORMS, Part, make_part
 from training.checkpoint import BASELINE, CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.policies.diffusion_policy_t import DiffusionPolicyT
@@ -92,8 +92,8 @@ def restore_linear(linear: PlainLinear, document: dict[str, Any]) -> None:
         BaselineError, KeyError, RuntimeError, TypeError, ValueError: the document is not of this layer.
     """
     row_bits = document["row_bits"]
-    if row_bits.shape != (linear.out_features,) or not set(row_bits.tolist()) <= set(CHANNEL_BITS):
-        raise BaselineError(f"row_bits: expected {linear.out_features} values of {CHANNEL_BITS}")
+    if row_bits.shape != (linear.out_features,) or not set(row_bits.tolist()) <= set(ROW_BITS):
+        raise BaselineError(f"row_bits: expected {linear.out_features} values of {ROW_BITS}")
     codes = torch.zeros(linear.out_features, linear.in_features)
     for key, packed in document["rows"].items():
         bits = int(key)

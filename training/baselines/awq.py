@@ -20,8 +20,9 @@ from training.baselines import QuantizedPolicy
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration, InputStatistics, policy_statistics
 from training.baselines.network import plain_copy, weight_codes
+from training.baselines.options import check_switch, no_options
 from training.baselines.report import calls_of, finish, report
-from training.baselines.rtn import check_switch, no_options, quantize_activations
+from training.baselines.rtn import quantize_activations
 from training.baselines.smoothing import linears_of, smooth, usable
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy

@@ -17,8 +17,8 @@ from training.baselines import QuantizedPolicy
 from training.baselines.bits import BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.elastic import extracted, integer_widths, plain_from_elastic, trained_supernet
+from training.baselines.options import no_options
 from training.baselines.report import calls_of, finish, report
-from training.baselines.rtn import no_options
 from training.quant.batchquant import reestimated_ranges
 from training.trained import TrainedPolicy
 
@@ -43,7 +43,7 @@ class BatchQuantSupernet:
         no_options(self.name, options)
         integer_widths(self.name, bits)
         started = time.monotonic()
-        supernet = trained_supernet(self.name, trained, policy)
+        supernet = trained_supernet(self.name, trained, policy, calibration)
         config = supernet.meaning.config
         assert config.supernet is not None
         if config.supernet.activations != "batchquant" or config.supernet.only is not None:

@@ -12,8 +12,7 @@ the final layer, the interface to the actions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from tqdm import tqdm
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import kept
 from training.baselines.allocation_chunks import ChunkSampler
-from training.baselines.allocation_options import check_count, check_number
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.da_ptq_compensation import GAINS, RANK, Compensation, Moments, compensation
@@ -38,10 +36,11 @@ from training.baselines.da_ptq_drift import (
     drift_gradients,
     read_jacobians,
 )
-from training.baselines.network import PlainLinear, linear_names, plain_copy, plain_linears
+from training.baselines.network import PlainLinear, hooked, linear_names, plain_copy, plain_linears
+from training.baselines.options import check_count, check_number, check_switch, no_options
 from training.baselines.parts import Unquantized
 from training.baselines.report import calls_of, executes_as, finish, report
-from training.baselines.rtn import check_switch, no_options, quantize_activations
+from training.baselines.rtn import quantize_activations
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy
 
@@ -108,6 +107,11 @@ class DaPtq:
         started, width, count = time.monotonic(), policy.config.policy.action_dim, len(calibration.observation)
         chain = read_jacobians(jacobians) if isinstance(jacobians, str | Path) else jacobians
         weights = np.ones(width) if chain is None else dimension_weights(chain)
+        if weights.shape != (width,):
+            raise BaselineError(
+                f"da_ptq: jacobians: expected (N, 6, {width}), the policy's action dimensions last, got {len(weights)} "
+                "of them; give those of the arm that these actions move"
+            )
         with tqdm(total=count, desc="da_ptq drift", unit="chunk", disable=not progress) as bar:
             slopes = drift_gradients(policy, calibration, bits, weights, progress=bar.update)
         names = linear_names(policy.network)
@@ -207,9 +211,9 @@ def compensate_layers(
         return call
 
     with torch.no_grad():
-        with _hooked(reference, {name: observe(name) for name in layers}):
+        with hooked(reference, {name: observe(name) for name in layers}):
             _run_together(reference, calibration)
-        with _hooked(network, {name: correct(name) for name in layers}):
+        with hooked(network, {name: correct(name) for name in layers}):
             _run_together(network, calibration)
     return found
 
@@ -234,16 +238,6 @@ def _fold(layer: nn.Module, found: Compensation) -> None:
         return
     layer.weight.copy_(weight)
     layer.bias.copy_(shift)
-
-
-@contextmanager
-def _hooked(network: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
-    handles = [network.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run_together(network: DiffusionPolicyT, calibration: Calibration) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from training.baselines.bits import BaselineError, Bits
+from training.baselines.calibration import Calibration
 from training.baselines.network import PlainLinear, plain_copy, plain_linears
 from training.baselines.parts import Part, PerTensor, PerTensorFp8
 from training.nn.elastic import ElasticLinear, InputQuantizer
@@ -38,8 +39,10 @@ QUANTIZERS = {
 """The input quantizer of every linear of a block."""
 
 
-def trained_supernet(method: str, trained: Path | None, policy: TrainedPolicy) -> TrainedSupernet:
-    """The run that a method needs, of the same teacher and data as ``policy``.
+def trained_supernet(
+    method: str, trained: Path | None, policy: TrainedPolicy, calibration: Calibration
+) -> TrainedSupernet:
+    """The run that a method needs, of the same teacher as ``policy`` and the same data as ``calibration``.
 
     Raises:
         BaselineError: none was given, or it is of another teacher, other data or another architecture.
@@ -52,8 +55,7 @@ def trained_supernet(method: str, trained: Path | None, policy: TrainedPolicy) -
         raise BaselineError(f"{method}: {supernet.path} is of another architecture than {policy.path}")
     if not same_teacher(supernet, policy):
         raise BaselineError(f"{method}: {supernet.path} was trained with another teacher than {policy.path}")
-    theirs, ours = supernet.meaning.data_sha256, policy.meaning.data_sha256
-    if None not in (theirs, ours) and theirs != ours:
+    if supernet.meaning.data_sha256 not in (None, calibration.data_sha256):  # a bundle's policy may not tell its own
         raise BaselineError(f"{method}: {supernet.path} was trained on other data than {policy.path}")
     return supernet
 

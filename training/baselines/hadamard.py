@@ -16,9 +16,10 @@ from training.baselines import QuantizedPolicy
 from training.baselines.bits import BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.network import plain_copy, plain_linears, quantize_weights
+from training.baselines.options import no_options
 from training.baselines.parts import BlockHadamard
 from training.baselines.report import calls_of, finish, report
-from training.baselines.rtn import no_options, quantize_activations
+from training.baselines.rtn import quantize_activations
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy
 

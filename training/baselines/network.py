@@ -8,7 +8,7 @@ method is nothing but what it writes into :class:`PlainLinear`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ from training.quant.fp8 import fp8_codes, fp8_scale
 from training.quant.quantizer import TINY
 
 EXCLUDED = ("action_embedding", "observation_embedding", "memory_fc1", "memory_fc2", "norm layers", "head")
-CHANNEL_BITS = (0, *range(2, 9), FLOAT)
+ROW_BITS = (0, *range(2, 9), FLOAT)
 
 
 def weight_codes(weight: Tensor, bits: Tensor, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def weight_codes(weight: Tensor, bits: Tensor, reach: Tensor | None = None) -> t
 
     Args:
         weight: (out, in) float32.
-        bits: (out,) integers of :data:`CHANNEL_BITS`.
+        bits: (out,) integers of :data:`ROW_BITS`.
         reach: (out,) magnitudes at which rows are clipped; their absolute maxima if None.
 
     Returns:
@@ -121,9 +121,9 @@ class PlainLinear(nn.Module):
             BaselineError: bits that no row can have, or tensors of another length.
         """
         rows = torch.full((self.out_features,), bits) if isinstance(bits, int) else bits.detach().cpu()
-        if rows.shape != (self.out_features,) or not set(rows.unique().tolist()) <= set(CHANNEL_BITS):
+        if rows.shape != (self.out_features,) or not set(rows.unique().tolist()) <= set(ROW_BITS):
             raise BaselineError(
-                f"bits of weight rows: expected {self.out_features} values of {CHANNEL_BITS}, got {tuple(rows.shape)} "
+                f"bits of weight rows: expected {self.out_features} values of {ROW_BITS}, got {tuple(rows.shape)} "
                 f"with {sorted(set(rows.tolist()))}"
             )
         codes, scale = weight_codes(self.weight, rows, reach)
@@ -202,6 +202,17 @@ def quantize_weights(network: nn.Module, bits: Bits) -> None:
             linear.quantize_weight_fp8()
         else:
             linear.quantize_weight(bits.weights)
+
+
+@contextmanager
+def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
+    """Call ``hooks``, by module path, behind forward passes in the ``with`` block; what they return counts."""
+    handles = [network.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import CHANNEL_BITS, demote
 from training.baselines.allocation_chunks import ChunkSampler
-from training.baselines.allocation_options import check_count
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.network import linear_names, plain_copy, plain_linears
+from training.baselines.options import check_count, check_switch, no_options
 from training.baselines.qvla_sensitivity import LOW_BITS, PROBES, Floats, direct_sensitivity, proxy_sensitivity
 from training.baselines.qvla_store import SensitivityStore
 from training.baselines.report import calls_of, finish, report
-from training.baselines.rtn import check_switch, no_options, quantize_activations
+from training.baselines.rtn import quantize_activations
 from training.trained import TrainedPolicy
 
 KINDS = ("proxy", "squared_proxy", "direct")

@@ -8,8 +8,7 @@ one sampled chunk with a few backward passes serves all channels at once, where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from training.baselines.allocation import CHANNEL_BITS
 from training.baselines.allocation_chunks import ChunkSampler
 from training.baselines.calibration import Calibration
-from training.baselines.network import linear_names, weight_codes
-from training.policies.diffusion_policy_t import DiffusionPolicyT
+from training.baselines.network import hooked, linear_names, weight_codes
 from training.trained import TrainedPolicy
 
 LOW_BITS = CHANNEL_BITS[1:]  # sensitivity is 0 at the first
@@ -40,16 +38,6 @@ def weight_errors(linear: nn.Linear) -> Tensor:
         codes, scale = weight_codes(weight, torch.full((len(weight),), bits))
         errors.append(codes * scale[:, None] - weight)
     return torch.stack(errors)
-
-
-@contextmanager
-def _hooked(network: DiffusionPolicyT, hooks: Mapping[str, Hook]) -> Iterator[None]:
-    handles = [network.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def proxy_sensitivity(
@@ -97,7 +85,7 @@ def proxy_sensitivity(
 
             return call
 
-        with torch.enable_grad(), _hooked(network, {name: hook(name, damage, leaves) for name in names}):
+        with torch.enable_grad(), hooked(network, {name: hook(name, damage, leaves) for name in names}):
             chunk = sampler(network, rows)
         slope = {name: torch.zeros(len(rows), errors[name].shape[1]) for name in names}
         for probe in range(probes):
@@ -163,7 +151,7 @@ def direct_sensitivity(
             result[torch.arange(len(channel)), :, :, channel] += torch.einsum("knti,ki->knt", x, rows_off)
             return result.flatten(0, 1)
 
-        with _hooked(network, {name: hook}):
+        with hooked(network, {name: hook}):
             chunk = sampler(network, torch.arange(count).repeat(len(part)))
         off = (chunk.unflatten(0, (len(part), count)) - reference).square()
         found.append(off.sum((2, 3)).mean(1).to(torch.float64))

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.baselines import QuantizedPolicy
-from training.baselines.bits import FLOAT, BaselineError, Bits
+from training.baselines.bits import FLOAT, Bits
 from training.baselines.calibration import Calibration, InputStatistics, policy_statistics, statistics
 from training.baselines.network import plain_copy, plain_linears, quantize_weights
+from training.baselines.options import check_switch, no_options
 from training.baselines.parts import Part, PerTensor, PerTensorFp8, PerToken, Unquantized
 from training.baselines.report import calls_of, finish, report
 from training.policies.diffusion_policy_t import DiffusionPolicyT
@@ -63,26 +64,6 @@ def quantize_activations(
     for name, linear in plain_linears(network).items():
         linear.activation = activation_quantizer(bits, peaks.get(name))
     return passes
-
-
-def no_options(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that ``method`` does not have.
-
-    Raises:
-        BaselineError: naming them.
-    """
-    if options:
-        raise BaselineError(f"{method}: takes no option {', '.join(sorted(options))}")
-
-
-def check_switch(method: str, name: str, value: object) -> None:
-    """Refuse what is neither true nor false.
-
-    Raises:
-        BaselineError: naming the option.
-    """
-    if not isinstance(value, bool):
-        raise BaselineError(f"{method}: {name}: expected true or false, got {value!r}")
 
 
 class Rtn:

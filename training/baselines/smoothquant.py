@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from training.baselines import QuantizedPolicy
-from training.baselines.bits import BaselineError, Bits
+from training.baselines.bits import Bits
 from training.baselines.calibration import Calibration, InputStatistics, policy_statistics
 from training.baselines.network import plain_copy, quantize_weights
+from training.baselines.options import check_number, check_switch, no_options
 from training.baselines.report import calls_of, finish, report
-from training.baselines.rtn import check_switch, no_options, quantize_activations
+from training.baselines.rtn import quantize_activations
 from training.baselines.smoothing import smooth, usable, weight_peaks
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy
@@ -64,8 +65,7 @@ class SmoothQuant:
     ) -> QuantizedPolicy:
         """See :class:`training.baselines.Baseline`; ``seed`` has no effect, nothing is drawn."""
         no_options(self.name, options)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
-            raise BaselineError(f"{self.name}: alpha: expected 0 to 1, got {alpha!r}")
+        check_number(self.name, "alpha", alpha, 0.0, 1.0)
         check_switch(self.name, "fold", fold)
         check_switch(self.name, "static", static)
         started = time.monotonic()

@@ -14,8 +14,8 @@ from training.baselines import QuantizedPolicy
 from training.baselines.bits import BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.elastic import extracted, integer_widths, plain_from_elastic, trained_supernet
+from training.baselines.options import no_options
 from training.baselines.report import finish, report
-from training.baselines.rtn import no_options
 from training.trained import TrainedPolicy
 
 
@@ -29,17 +29,17 @@ class Sqil:
         self,
         policy: TrainedPolicy,
         bits: Bits,
-        calibration: Calibration,  # noqa: ARG002 (of the protocol)
+        calibration: Calibration,
         *,
         seed: int = 0,  # noqa: ARG002 (of the protocol)
         trained: Path | None = None,
         **options: Any,
     ) -> QuantizedPolicy:
-        """See :class:`training.baselines.Baseline`; ``calibration`` has no effect, the steps were learned."""
+        """See :class:`training.baselines.Baseline`; ``calibration`` tells the data, the steps were learned."""
         no_options(self.name, options)
         integer_widths(self.name, bits)
         started = time.monotonic()
-        supernet = trained_supernet(self.name, trained, policy)
+        supernet = trained_supernet(self.name, trained, policy, calibration)
         config = supernet.meaning.config
         assert config.supernet is not None
         if config.supernet.only is None or config.supernet.activations != "learned":

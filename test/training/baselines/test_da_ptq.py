@@ -170,7 +170,7 @@ def test_a_chain_weighs_the_drift(case: Case, tmp_path: Path) -> None:
         (Bits(4, 4), {"gain": 0.5}, "gain"),
         (Bits(4, 4), {"compensate": 2}, "compensate"),
         (Bits(4, 4), {"jacobians": "missing.npy"}, r"missing\.npy: expected an \.npy file"),
-        (Bits(4, 4), {"jacobians": np.ones((1, 6, 5))}, "weights"),
+        (Bits(4, 4), {"jacobians": np.ones((1, 6, 5))}, "jacobians: expected .N, 6, 2."),
         (Bits(4, 4), {"damp": 1}, "damp"),
     ],
 )

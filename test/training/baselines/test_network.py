@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from training.baselines import BASELINES, BaselineError, Bits, find_baseline, parse_bits
 from training.baselines.calibration import Calibration, calibrate, statistics
 from training.baselines.network import (
-    CHANNEL_BITS,
+    ROW_BITS,
     PlainLinear,
     linear_names,
     observed,
@@ -34,7 +34,7 @@ def test_copy_without_quantization_computes_what_the_policy_computes(
     assert len(plain_linears(copy)) == 10 * len(teacher.network.blocks)
 
 
-@given(st.sampled_from(CHANNEL_BITS), st.integers(0, 10_000))
+@given(st.sampled_from(ROW_BITS), st.integers(0, 10_000))
 def test_weight_codes_fit_their_bits_and_err_by_half_a_step(bits: int, seed: int) -> None:
     weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed))
     codes, scale = weight_codes(weight, torch.full((3,), bits))

@@ -125,9 +125,10 @@ def test_runs_of_another_teacher_or_data_are_refused(
     sqil_run: Path, teacher: TrainedPolicy, calibration: Calibration
 ) -> None:
     bits = parse_bits("w4a4")
-    others = replace(teacher, meaning=replace(teacher.meaning, data_sha256="0" * 64))
+    silent = replace(teacher, meaning=replace(teacher.meaning, data_sha256=None))  # as an old bundle is
+    others = replace(calibration, data_sha256="0" * 64)
     with pytest.raises(BaselineError, match="other data"):
-        find_baseline("sqil").quantize(others, bits, calibration, trained=sqil_run)
+        find_baseline("sqil").quantize(silent, bits, others, trained=sqil_run)
     changed = copy.deepcopy(teacher.network)
     changed.head.bias += 1.0
     with pytest.raises(BaselineError, match="another teacher"):

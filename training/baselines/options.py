@@ -1,10 +1,32 @@
-"""Options of allocation methods as they come from a command line: of the right kind and in range, or refused."""
+"""Options of methods as they come from a command line: known, of the right kind and in range, or refused."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from training.baselines.bits import BaselineError
+
+
+def no_options(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that ``method`` does not have.
+
+    Raises:
+        BaselineError: naming them.
+    """
+    if options:
+        raise BaselineError(f"{method}: takes no option {', '.join(sorted(options))}")
+
+
+def check_switch(method: str, name: str, value: object) -> None:
+    """Refuse what is neither true nor false.
+
+    Raises:
+        BaselineError: naming the option.
+    """
+    if not isinstance(value, bool):
+        raise BaselineError(f"{method}: {name}: expected true or false, got {value!r}")
 
 
 def check_count(method: str, name: str, value: object, least: int) -> None:
