@@ -77,14 +77,14 @@ def _compare(args: argparse.Namespace) -> int:
     committed = found(config.results)
     if args.from_results is not None:
         file = Path(args.from_results) if args.from_results else committed
-        results: Results | None = read_results(file)
+        results = read_results(file)
         check_belongs(results, config, str(file))
     else:
-        results, file = _played(args, config, out), out / "results.json"
-        if results is None:
+        played, file = _played(args, config, out), out / "results.json"
+        if played is None:
             print("stopped; run the same command again to continue from here", file=sys.stderr)
             return EXIT_INTERRUPTED
-    assert results is not None
+        results = played
     results = joined([results, *merged], [str(file), *map(str, args.merge)])
     document = report(results, config, paper)
     if args.from_results is None and committed.is_file():

@@ -313,8 +313,9 @@ class Opener:
         method, bits = _asked(entry)
         options: dict[str, Any] = dict(entry.options)
         calibration, cost = self._calibration, None
-        weights = origin = self.full_precision[1]
-        data = calibration.data_sha256
+        weights = self.full_precision[1]
+        origin: str | None = weights
+        data: str | None = calibration.data_sha256
         if entry.trained is not None:
             path = options["trained"] = found(entry.trained)
             file = path / CHECKPOINT if path.is_dir() else path

@@ -205,11 +205,12 @@ def check_results(results: Results, where: str) -> None:
 
 def unlike_cells(one: Cell, other: Cell) -> Iterator[tuple[str, Any, Any]]:
     """Fields in which two cells of one task were not played alike, with both values."""
-    documents = (
-        {"first_seed": c.first_seed, "seeds": len(c.scores), "protocol": c.protocol.model_dump(mode="json")}
-        for c in (one, other)
-    )
-    return differing(*documents)
+
+    def document(cell: Cell) -> dict[str, Any]:
+        protocol = cell.protocol.model_dump(mode="json")
+        return {"first_seed": cell.first_seed, "seeds": len(cell.scores), "protocol": protocol}
+
+    return differing(document(one), document(other))
 
 
 def _refuse_unlike(where: str, one: Cell, other: Cell) -> None:
@@ -246,15 +247,12 @@ def unlike(one: EntryResult, other: EntryResult, *leave_out: str) -> Iterator[tu
         other: of the second.
         leave_out: fields of the identity that may differ.
     """
-    documents = (
-        {
-            "identity": entry.identity.model_dump(mode="json", exclude=set(leave_out)),
-            "sampler": entry.sampler,
-            "denoising_steps": entry.denoising_steps,
-        }
-        for entry in (one, other)
-    )
-    return differing(*documents)
+
+    def document(entry: EntryResult) -> dict[str, Any]:
+        identity = entry.identity.model_dump(mode="json", exclude=set(leave_out))
+        return {"identity": identity, "sampler": entry.sampler, "denoising_steps": entry.denoising_steps}
+
+    return differing(document(one), document(other))
 
 
 def joined(results: Sequence[Results], names: Sequence[str]) -> Results:
