@@ -41,7 +41,8 @@ class Entry(StrictModel):
 
     Attributes:
         name: unique; claims and pairs refer to it.
-        method: how it was made, as the table says it and as the paper's figures are looked up.
+        method: how it was made, as the table says it.
+        paper: the method under which the paper's figures are looked up, where it is called otherwise there.
         bits: what its linear layers run at; checked against the source.
         bundle: a bundle, of which ``variant`` is run (default: its default variant).
         checkpoint: a full-precision run, or a bundle's full-precision policy; ``bits: fp16`` stores its weights as
@@ -59,6 +60,7 @@ class Entry(StrictModel):
 
     name: Name
     method: Text
+    paper: Text | None = None
     bits: BitsName
     bundle: Text | None = None
     variant: Name | None = None

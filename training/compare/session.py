@@ -140,7 +140,7 @@ class Session:
         files = {field: file_sha256(found(text)) for field, text in named.items() if text is not None}
         if config.latency.table is not None:
             files["table"] = file_sha256(found(config.latency.table))
-        document = plain(entry.model_dump(mode="json", exclude={"note", "stated", "method"}))
+        document = plain(entry.model_dump(mode="json", exclude={"note", "stated", "method", "paper"}))
         return {
             "format": FORMAT,
             "entry": document,

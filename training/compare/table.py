@@ -109,6 +109,7 @@ def difference(results: Results, first: str, second: str, task: str, seeds: str,
 def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[dict[str, Any]]:
     """The table: one row per entry, task and seed set, JSON-ready."""
     made = []
+    words = {entry.name: entry.paper or entry.method for entry in config.entries}
     for task, seeds in results.groups():
         planned = next((t for t in config.tasks if t.name == task), None)
         for entry in results.entries:
@@ -117,7 +118,8 @@ def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[d
                 continue
             interval = mean_interval(cell.scores)
             against = difference(results, entry.name, results.reference, task, seeds, results.margin)
-            figure = paper.value(planned.paper, entry.method, entry.bits) if planned is not None else None
+            called = words.get(entry.name, entry.method)
+            figure = paper.value(planned.paper, called, entry.bits) if planned is not None else None
             made.append(
                 {
                     "entry": entry.name,

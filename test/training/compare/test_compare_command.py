@@ -94,6 +94,10 @@ def test_the_command_plays_keeps_reports_and_prints_the_committed_table(
     code, out, err = command("--config", config, "--from-results", "--json")
     assert code == 0, err
     assert json.loads(out)["rows"] == rows  # the committed table, from its scores
+    renamed = config.with_name("renamed.yaml")
+    renamed.write_text(config.read_text().replace("method: DC-QFA", "method: DC-QFA\n  paper: unheard of"))
+    _, out, _ = command("--config", renamed, "--from-results", "--json")
+    assert [row["paper"] for row in json.loads(out)["rows"]] == [None] * len(rows)  # looked up by that word
 
     played: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
