@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,15 +84,10 @@ def break_even(once: float, each: float, other_each: float) -> int | None:
     """
     if not all(math.isfinite(value) and value >= 0.0 for value in (once, each, other_each)):
         raise ValueError(f"costs: expected finite numbers from 0 on, got {once}, {each} and {other_each}")
-    saved = other_each - each
-    if saved <= 0.0:
-        return 1 if once == 0.0 and saved == 0.0 else None
-    devices = max(1, math.ceil(once / saved))
-    while devices > 1 and once + (devices - 1) * each <= (devices - 1) * other_each:  # rounding of the quotient
-        devices -= 1
-    while once + devices * each > devices * other_each:
-        devices += 1
-    return devices
+    saved = Fraction(other_each) - Fraction(each)  # exact: nearly equal costs would be lost to rounding
+    if saved <= 0:
+        return 1 if once == 0.0 and saved == 0 else None
+    return max(1, math.ceil(Fraction(once) / saved))
 
 
 def amortised(costs: AmortisedCosts) -> dict[str, Any]:

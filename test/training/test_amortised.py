@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ def test_break_even_is_the_fewest_devices_that_cost_no_more(once: float, each: f
     if devices is None:
         assert other <= each
         return
-    assert once + devices * each <= devices * other
-    assert devices == 1 or once + (devices - 1) * each > (devices - 1) * other
+    exact = Fraction(once), Fraction(each), Fraction(other)
+    assert exact[0] + devices * exact[1] <= devices * exact[2]
+    assert devices == 1 or exact[0] + (devices - 1) * exact[1] > (devices - 1) * exact[2]
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
