@@ -202,7 +202,9 @@ def _notes(
     yield from facts.notes
     tokens, integers = space.shape.blocks[-1].tokens, facts.forms[Precision.INT]
     middle = {e.executed: e.step_ms for e in blocks if (e.heads, e.mlp) == layout.middle}
-    if integers.narrow in middle and middle[integers.executed] > 0.0:
+    if integers.narrow in middle and middle[integers.executed] <= 0.0:
+        yield f"{tokens} tokens: what clipping 4-bit activations costs is lost in the noise of this measurement"
+    elif integers.narrow in middle:
         longer = middle[integers.narrow] / middle[integers.executed] - 1.0
         yield f"{tokens} tokens: clipping 4-bit activations makes a block of middle size take {longer:+.1%} longer"
     spread = reference_spread(times)

@@ -157,13 +157,9 @@ class TickProcess:
             return self._answers.pop()
 
     def _listen(self) -> None:
-        assert self._control is not None
         problem = ""
-        try:
-            while not problem and (message := self._control.recv(MAX_MESSAGE)):
-                problem = self._take(message)
-        except ConnectionError:
-            pass
+        while not problem and (message := self._receive()):
+            problem = self._take(message)
         if self._closing:
             return
         problem = problem or f"the control tick's process (pid {self.pid}) {self._how_it_ended()}"
@@ -171,6 +167,16 @@ class TickProcess:
             self._problem = problem
             self._changed.notify_all()
         self._on_lost(problem)
+
+    def _receive(self) -> bytes:
+        """Wait for the next message; empty at the end."""
+        assert self._control is not None
+        for _ in range(
+            2
+        ):  # a peer that ended with messages unread resets the connection before its last words are read
+            with contextlib.suppress(ConnectionError):
+                return self._control.recv(MAX_MESSAGE)
+        return b""
 
     def _take(self, message: bytes) -> str:
         """Take one message; returns why there is no tick any more, where that is what it says."""

@@ -243,6 +243,7 @@ def test_nothing_is_proposed_where_nothing_is_to_be_decided(
     heard = graph.listen_to_proposals()
     policy = Policy(graph)
     assert policy.run_until(lambda: policy.count > 100 and words in node.status()[1].message, 2000.0, **changes)
+    assert graph.wait_for(lambda: bool(heard))
     assert len(heard) == 1
 
 
