@@ -171,9 +171,8 @@ class TickProcess:
     def _receive(self) -> bytes:
         """Wait for the next message; empty at the end."""
         assert self._control is not None
-        for _ in range(
-            2
-        ):  # a peer that ended with messages unread resets the connection before its last words are read
+        # A peer that ended with messages unread resets the connection ahead of its last words.
+        for _ in range(2):
             with contextlib.suppress(ConnectionError):
                 return self._control.recv(MAX_MESSAGE)
         return b""
