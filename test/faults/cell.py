@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class RecordingArm(InovoEmulator):
     Attributes:
         traffic: arrival (monotonic ns), topic and message, while ``keep_traffic``.
         stream: of every velocity demand when it was made (ROS 1 time, s) and whether it moves; None for other messages.
+        newest: the last velocity demands that move: when they came and when they were made, both monotonic, ns.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -59,12 +61,16 @@ class RecordingArm(InovoEmulator):
         self.stream: list[tuple[float, bool] | None] = []
         self.traffic: list[tuple[int, str, dict[str, Any]]] = []
         self.keep_traffic = True
+        self.newest: deque[tuple[int, int]] = deque(maxlen=50)
 
     def receive(self, topic: str, message: dict[str, Any], stamp_ns: int) -> None:
         if topic == m.CARTESIAN_JOG:
             stamp, twist = message["header"]["stamp"], message["twist"]
             moves = any(twist[part][axis] for part in ("linear", "angular") for axis in "xyz")
             self.stream.append((stamp["secs"] + stamp["nsecs"] * 1e-9, moves))
+            if moves:
+                age_ns = time.time_ns() - (stamp["secs"] * 10**9 + stamp["nsecs"])
+                self.newest.append((stamp_ns, time.monotonic_ns() - age_ns))
         else:
             self.stream.append(None)
         if self.keep_traffic:
