@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcqfa_ros.bench import bare_tick, processes
 from dcqfa_ros.bench.arm import ARM_NODE, PARAMETERS, available_cores, wrenches
 from dcqfa_ros.bench.arm_policy import CAMERAS, SOURCES, VARIANT, ArmPolicy, write_arm_policy
 from dcqfa_ros.bench.conditions import Conditions, watch_conditions
@@ -42,6 +43,8 @@ class LoopBench:
         jitter_p50_ms, jitter_p99_ms, jitter_max_ms: how late control ticks began, all of them since the last arming.
         missed: ticks that began over a full period late.
         ticks: in the measured span.
+        reference_missed, reference_max_ms: of a process that only ticks, at the same rate and a priority above: what
+            delays it, the kernel or the host of a virtual machine did.
         overhead_p50_ms, overhead_p99_ms, overhead_max_ms: from an observation's stamp (the tick of the camera's frame
             clock) to the publication of its chunk, less inference.
         chunks: in the measured span.
@@ -66,6 +69,8 @@ class LoopBench:
     jitter_max_ms: float
     missed: int
     ticks: int
+    reference_missed: int
+    reference_max_ms: float
     overhead_p50_ms: float
     overhead_p99_ms: float
     overhead_max_ms: float
@@ -186,15 +191,20 @@ class _Run:
         self._reports.clear()
         before, cpu_before, begun = self._figures(), self._cpu(), time.monotonic()
         conditions = watch_conditions()
-        while (left := begun + seconds - time.monotonic()) > 0:
-            time.sleep(min(_POLL_S, left))
-            self._armed()
-            self._check_alive()
-        span, cpu_after = time.monotonic() - begun, self._cpu()
+        tick = bare_tick.start(self._rate_hz, min(99, self._priority + 1) if self._priority else 0)
+        try:
+            while (left := begun + seconds - time.monotonic()) > 0:
+                time.sleep(min(_POLL_S, left))
+                self._armed()
+                self._check_alive()
+            span, cpu_after = time.monotonic() - begun, self._cpu()
+            reference = processes.result(tick, "reference tick", 10.0)
+        finally:
+            processes.end(tick)
         seen = conditions()
         self._reports.clear()
         cpu = {name: round((used - cpu_before.get(name, 0.0)) / span, 4) for name, used in cpu_after.items()}
-        return self._result(seconds, span, before, self._figures(), cpu, seen)
+        return self._result(seconds, span, before, self._figures(), cpu, seen, reference)
 
     def _result(
         self,
@@ -204,6 +214,7 @@ class _Run:
         after: tuple[Mapping[str, str], Mapping[str, str], float],
         cpu: dict[str, float],
         seen: Conditions,
+        reference: Mapping[str, Any],
     ) -> LoopBench:
         (arm, policy, at), (arm_before, policy_before, at_before) = after, before
         pictures = _pictures(policy) - _pictures(policy_before)
@@ -219,6 +230,8 @@ class _Run:
             jitter_max_ms=float(arm["jitter_max_ms"]),
             missed=missed,
             ticks=int(arm["ticks"]) - int(arm_before["ticks"]),
+            reference_missed=int(reference["missed"]),
+            reference_max_ms=float(reference["max_ms"]),
             overhead_p50_ms=float(policy["overhead_p50_ms"]),
             overhead_p99_ms=overhead,
             overhead_max_ms=float(policy["overhead_max_ms"]),

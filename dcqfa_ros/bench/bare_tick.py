@@ -1,0 +1,71 @@
+"""A process that ticks and does nothing else: what delays it delays every process of this computer.
+
+Runs until its standard input ends, then prints one line of JSON: ``missed``, ``max_ms`` (lateness) and ``scheduler``.
+Beside a measured control tick it tells what the kernel, or the host of a virtual machine, did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+from dcqfa_ros.runtime.realtime import RealtimeSettings, apply
+from dcqfa_ros.runtime.ticker import Ticker
+
+
+def start(rate_hz: float, priority: int) -> subprocess.Popen[str]:
+    """Start the process and wait for its first tick.
+
+    :func:`dcqfa_ros.bench.processes.result` ends it and returns what it measured.
+
+    Args:
+        rate_hz: of the tick.
+        priority: of SCHED_FIFO; 0: none.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dcqfa_ros.bench.bare_tick", str(rate_hz), str(priority)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # empty where it could not begin: its result says why
+    return process
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tick until standard input ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rate", type=float, help="Hz")
+    parser.add_argument("priority", type=int, help="of SCHED_FIFO; 0: none")
+    args = parser.parse_args(arguments)
+    halt = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.read()
+        halt.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    gc.disable()
+    apply(RealtimeSettings(args.priority))  # what was refused shows in the scheduler told
+    ticker = Ticker(round(1e9 / args.rate))
+    ticker.wait(threading.Event())
+    ticker.done()
+    print("begun", flush=True)
+    while not halt.is_set():
+        ticker.wait(halt)
+        ticker.done()
+    report = ticker.report()
+    told = {"missed": ticker.missed_in_all, "max_ms": float(report["jitter_max_ms"] or 0.0)}
+    print(json.dumps({**told, "scheduler": report["scheduler"]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
