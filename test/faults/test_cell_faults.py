@@ -87,8 +87,8 @@ def disconnect(cell: FaultCell, commander: Commander, device: str, rng: random.R
         if cell.armed:  # else it was stopped by something else, such as a computer that stood still: once more
             break
         cell.other_stops.append(cell.state.get("code", ""))
-    lost_ns = time.monotonic_ns()
     cell.unplug(device)
+    lost_ns = time.monotonic_ns()  # unplugging waits for locks of the emulator, on a busy machine for long
     code = cell.wait_stopped(20.0)
     time.sleep(rng.uniform(0.1, 0.4))
     if device in ("wrist", "front"):  # unplugged by a signal, which a busy process takes late: its last picture counts
