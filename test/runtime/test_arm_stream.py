@@ -31,7 +31,8 @@ def test_a_twist_moves_the_arm_within_the_limits_and_the_deadman_stops_it() -> N
         cell.stopped(StopCode.COMMAND_TIMEOUT)
         frames = cell.emulator.frames
         assert max(abs(f.values[0]) for f in frames if f.values) <= 0.1
-        assert not frames[-1].moves and not cell.motion_after(cell.last)
+        wait_for(lambda: not cell.emulator.frames[-1].moves, "the zero twist has been read")
+        assert not cell.motion_after(cell.last)
         with pytest.raises(ArmRefusedError, match="reset_stop"):
             cell.stream.arm()
         assert cell.stream.reset_stop().code is StopCode.COMMAND_TIMEOUT
