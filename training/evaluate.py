@@ -30,8 +30,8 @@ from dcqfa_ros.runtime.engine import Engine
 from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from dcqfa_ros.runtime.policy import PolicyRuntime
 from dcqfa_ros.trials.statistics import mean_interval, paired_difference
-from training.envs.pusht import PushTWorlds, WorldState
-from training.stress import STANDARD, Stress
+from training.envs.pusht import PushTWorlds, World, WorldState
+from training.stress import STANDARD
 
 LAST_SEED = 2**32 - 1  # of the legacy generator that draws start states
 WORLDS_TOGETHER = 250  # more would not be faster, and memory grows with them
@@ -56,6 +56,19 @@ class ChunkPolicy(Protocol):
         ...
 
 
+class Task(Protocol):
+    """Worlds to act in; :class:`training.stress.Stress` is one."""
+
+    @property
+    def episode_steps(self) -> int:
+        """Steps after which an episode ends."""
+        ...
+
+    def world(self) -> World:
+        """A new world."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Score (0..1) and number of executed steps per seed, in seed order."""
@@ -70,8 +83,9 @@ def roll_out(
     seeds: Sequence[int],
     history: int,
     steps: int | None = None,
-    stress: Stress = STANDARD,
+    stress: Task = STANDARD,
     progress: bool = True,
+    title: str = "eval",
 ) -> Scores:
     """Run one episode per seed, at most :data:`WORLDS_TOGETHER` at a time, and return their scores.
 
@@ -80,12 +94,13 @@ def roll_out(
         seeds: legacy start seeds.
         history: observations per policy call.
         steps: denoising steps; None for the bundle's own.
-        stress: what makes the worlds harder than the published ones.
+        stress: the worlds, which may be harder than the published ones.
         progress: show it.
+        title: of the progress bar.
     """
     finished: list[WorldState] = []
     total = len(seeds) * stress.episode_steps
-    with tqdm(total=total, desc="eval", unit="step", mininterval=1.0, disable=not progress) as bar:
+    with tqdm(total=total, desc=title, unit="step", mininterval=1.0, disable=not progress) as bar:
         for start in range(0, len(seeds), WORLDS_TOGETHER):
             together = seeds[start : start + WORLDS_TOGETHER]
             finished.extend(_episodes(policy, together, history, steps, stress, bar))
@@ -94,7 +109,7 @@ def roll_out(
 
 
 def _episodes(
-    policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None, stress: Stress, bar: tqdm
+    policy: ChunkPolicy, seeds: Sequence[int], history: int, steps: int | None, stress: Task, bar: tqdm
 ) -> list[WorldState]:
     """Run one episode per seed, all together, and return their last states."""
     worlds, limit = PushTWorlds(seeds, history, stress.world), stress.episode_steps

@@ -6,15 +6,17 @@ those of evaluation, so a run has the score that ``dcqfa eval`` gives its seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dcqfa_ros.sim.pusht import EPISODE_STEPS, PushTWorld
-from training.evaluate import WORLDS_TOGETHER, ChunkPolicy
+from dcqfa_ros.sim.pusht import EPISODE_STEPS, PushTWorld, StepResult
+from training.evaluate import WORLDS_TOGETHER, ChunkPolicy, roll_out
+from training.stress import WorldWrapper
 
 Float = NDArray[np.float32]
 
@@ -47,31 +49,44 @@ class Trajectories:
         return np.arange(self.actions.shape[1]) < self.calls[:, None]
 
 
-class _Episode:
-    """One world with what it went through."""
+class _Recorded(WorldWrapper):
+    """A world that keeps the states it went through."""
 
-    def __init__(self, seed: int, history: int, limit: int) -> None:
-        self.seed = seed
-        self.world = PushTWorld(limit)
-        self.states = [self.world.reset(seed)]
-        self.past = [self.world.observation()] * history  # before the start the first observation repeats
-        self.seen: list[dict[str, Float]] = []
-        self.actions: list[Float] = []
+    def __init__(self, limit: int) -> None:
+        super().__init__(PushTWorld(limit))
+        self.states: list[NDArray[np.float64]] = []
 
-    def look(self) -> dict[str, Float]:
-        """The newest observations, key -> (history, *shape), which are kept."""
-        self.seen.append({key: np.stack([o[key] for o in self.past]) for key in self.past[0]})
-        return self.seen[-1]
+    def reset(self, seed: int) -> NDArray[np.float64]:
+        self.states = [super().reset(seed)]
+        return self.states[0]
 
-    def act(self, actions: Float) -> None:
-        """Execute (executed, 2) px as far as the episode goes."""
-        self.actions.append(np.array(actions))
-        for action in actions:
-            done = self.world.step(action).done
-            self.states.append(self.world.state)
-            self.past = [*self.past[1:], self.world.observation()]
-            if done:
-                break
+    def step(self, action: Float) -> StepResult:
+        result = super().step(action)
+        self.states.append(self.state)
+        return result
+
+
+class _Recorder:
+    """Worlds and a policy of which everything is kept: what :func:`training.evaluate.roll_out` takes for both."""
+
+    def __init__(self, policy: ChunkPolicy, limit: int) -> None:
+        self._policy, self.episode_steps = policy, limit
+        self.worlds: list[_Recorded] = []  # in the order of the seeds
+        self.calls: dict[int, list[tuple[dict[str, Float], Float]]] = {}  # per seed, what was seen and done
+
+    def world(self) -> _Recorded:
+        self.worlds.append(_Recorded(self.episode_steps))
+        return self.worlds[-1]
+
+    def predict(
+        self, observation: Mapping[str, NDArray[Any]], seeds: Sequence[int], chunks: Sequence[int],
+        steps: int | None = None,
+    ) -> Float:  # fmt: skip
+        actions = self._policy.predict(observation, seeds, chunks, steps=steps)
+        for row, seed in enumerate(seeds):
+            seen = {key: np.array(values[row]) for key, values in observation.items()}
+            self.calls.setdefault(seed, []).append((seen, np.array(actions[row])))
+        return actions
 
 
 def record(
@@ -87,7 +102,7 @@ def record(
 
     Args:
         policy: predicts the executed actions of a chunk for a batch of observations.
-        seeds: legacy start seeds; noise is drawn per (seed, call).
+        seeds: legacy start seeds, each once; noise is drawn per (seed, call).
         history: observations per policy call.
         steps: denoising steps; None for the policy's own.
         limit: steps after which an episode ends.
@@ -96,46 +111,22 @@ def record(
     Raises:
         UserError: the simulator is not installed, or the policy cannot predict.
     """
-    episodes: list[_Episode] = []
-    with tqdm(total=len(seeds) * limit, desc=title, unit="step", mininterval=1.0) as bar:
-        for start in range(0, len(seeds), WORLDS_TOGETHER):
-            together = [_Episode(seed, history, limit) for seed in seeds[start : start + WORLDS_TOGETHER]]
-            active, call = together, 0
-            while active:
-                looks = [episode.look() for episode in active]
-                observation = {key: np.stack([look[key] for look in looks]) for key in looks[0]}
-                chunks = policy.predict(observation, [e.seed for e in active], [call] * len(active), steps=steps)
-                for episode, actions in zip(active, chunks, strict=True):
-                    before = episode.world.steps
-                    episode.act(actions)
-                    bar.update((limit if episode.world.done else episode.world.steps) - before)
-                active, call = [episode for episode in active if not episode.world.done], call + 1
-            episodes.extend(together)
-    return _whole(episodes, limit)
-
-
-def _whole(episodes: list[_Episode], limit: int) -> Trajectories:
-    """Episodes of different lengths in arrays."""
-    calls = np.array([len(e.actions) for e in episodes])
-    first = episodes[0]
-    states = np.stack([np.stack([*e.states, *[e.states[-1]] * (limit + 1 - len(e.states))]) for e in episodes])
-    observations = {
-        key: np.zeros((len(episodes), calls.max(), *value.shape), np.float32) for key, value in first.seen[0].items()
-    }
-    actions = np.zeros((len(episodes), calls.max(), *first.actions[0].shape), np.float32)
-    for n, episode in enumerate(episodes):
-        for call, (seen, executed) in enumerate(zip(episode.seen, episode.actions, strict=True)):
+    recorder = _Recorder(policy, limit)
+    scores = roll_out(recorder, seeds, history, steps, recorder, title=title)
+    called = [recorder.calls[seed] for seed in seeds]
+    calls = np.array([len(one) for one in called])
+    seen, executed = called[0][0]
+    observations = {key: np.zeros((len(seeds), calls.max(), *value.shape), np.float32) for key, value in seen.items()}
+    actions = np.zeros((len(seeds), calls.max(), *executed.shape), np.float32)
+    for n, one in enumerate(called):
+        for call, (seen, executed) in enumerate(one):
             actions[n, call] = executed
             for key, value in seen.items():
                 observations[key][n, call] = value
+    gone = (world.states for world in recorder.worlds)
+    states = np.stack([np.stack([*s, *[s[-1]] * (limit + 1 - len(s))]) for s in gone])
     return Trajectories(
-        tuple(e.seed for e in episodes),
-        states,
-        np.array([e.world.steps for e in episodes]),
-        calls,
-        np.array([e.world.score_so_far for e in episodes]),
-        observations,
-        actions,
+        tuple(seeds), states, np.array(scores.steps), calls, np.array(scores.scores), observations, actions
     )
 
 

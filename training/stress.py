@@ -26,46 +26,56 @@ KEPT_PX = (100.0, 400.0)  # the block's published start range, which a nudge doe
 MOST_NOISE_PX, MOST_DELAY, MOST_STEPS, MOST_NUDGE_PX = 100.0, 50, 3000, 150.0
 
 
-class _Wrapper:
+class WorldWrapper:
     """A world that does what the one inside does."""
 
     def __init__(self, world: World) -> None:
+        """Wrap ``world``."""
         self.inner = world
 
     @property
     def step_limit(self) -> int:
+        """That of the world inside."""
         return self.inner.step_limit
 
     @property
     def steps(self) -> int:
+        """Those of the world inside."""
         return self.inner.steps
 
     @property
     def score_so_far(self) -> float:
+        """That of the world inside."""
         return self.inner.score_so_far
 
     @property
     def done(self) -> bool:
+        """Whether the world inside is."""
         return self.inner.done
 
     @property
     def state(self) -> NDArray[np.float64]:
+        """True state of the world inside, (5,)."""
         return self.inner.state
 
     def observation(self) -> dict[str, NDArray[np.float32]]:
+        """What the world inside shows."""
         return self.inner.observation()
 
     def reset(self, seed: int) -> NDArray[np.float64]:
+        """Start the episode of a legacy seed and return the state, (5,)."""
         return self.inner.reset(seed)
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Hold the target ``action`` (2,) px for one control period."""
         return self.inner.step(action)
 
     def displace_block(self, shift: NDArray[np.float64], turn: float) -> None:
+        """Move the block by ``shift`` (2,) px and turn it by ``turn`` rad."""
         self.inner.displace_block(shift, turn)
 
 
-class NoisyObservations(_Wrapper):
+class NoisyObservations(WorldWrapper):
     """Every coordinate of an observation is off by its own Gaussian error, as a detector's would be.
 
     The level is the standard deviation in px, for key points and agent alike. Errors are drawn anew at every step and
@@ -91,7 +101,7 @@ class NoisyObservations(_Wrapper):
         }
 
 
-class DelayedActions(_Wrapper):
+class DelayedActions(WorldWrapper):
     """A commanded target reaches the controller ``level`` steps (of 0.1 s) late.
 
     Until the first one arrives the agent holds where it started. Observations are not delayed.
@@ -118,7 +128,7 @@ class DelayedActions(_Wrapper):
         return result
 
 
-class NudgedBlock(_Wrapper):
+class NudgedBlock(WorldWrapper):
     """Every :data:`NUDGE_EVERY` steps something moves the block by ``level`` px and turns it.
 
     The direction is uniform and the turn is as large at the bar's end as the shift, either way. A nudge that would push

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BUNDLE = "pusht_keypoints"
 ENTRY_POINT_GROUP = "dcqfa.bench_commands"
-TRAINING = ("train",)  # what the training package registers
+TRAINING = ("rollouts", "train")  # what the training package registers
 NO_TRAINING = (
     "needs the training package: from the source tree, pip install -e . and pip install -r requirements/train.txt"
 )

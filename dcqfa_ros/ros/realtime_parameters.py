@@ -25,8 +25,8 @@ class RealtimeParameters:
         self._refusals: list[str] = []
         self._entered = False
         add = node.add_parameter
-        add("realtime_priority", 0, f"SCHED_FIFO priority of the {thread} thread, 1 to 99, one below of the "
-            "node's others; 0: none", minimum=0, maximum=99, read_only=True)  # fmt: skip
+        add("realtime_priority", 0, f"SCHED_FIFO priority of the {thread} thread, 1 to 99, one less for "
+            "the node's others; 0: none", minimum=0, maximum=99, read_only=True)  # fmt: skip
         add("cpu_affinity", "", f"processors the {thread} thread may run on, such as 1 or 2,3; empty: any",
             read_only=True)  # fmt: skip
         add("lock_memory", False, "keep the process in memory (mlockall), so that nothing waits for a page",

@@ -10,6 +10,7 @@ the copy into it is the conversion that is needed anyway. Scales and bias follow
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -67,7 +68,7 @@ class FloatLinear:
         return lambda x: functional.linear(x.to(inner), weight, bias).to(outer)
 
 
-class _CodedLinear:
+class _CodedLinear(ABC):
     """What integer and FP8 layers share: codes of the input in a padded buffer, a product, scales and bias.
 
     Attributes:
@@ -112,14 +113,17 @@ class _CodedLinear:
         self._write(x.reshape(rows, self.inputs), buffer)
         return buffer
 
+    @abstractmethod
     def _buffer(self, rows: int) -> Tensor:
-        raise NotImplementedError
+        """A new buffer of zeros for the codes of ``rows`` rows, padded."""
 
+    @abstractmethod
     def _write(self, x: Tensor, codes: Tensor) -> None:
-        raise NotImplementedError
+        """Write the codes of an input (rows, in) into their place."""
 
+    @abstractmethod
     def _product(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Sums (rows, out) of products of codes and weights."""
 
 
 class IntegerLinear(_CodedLinear):

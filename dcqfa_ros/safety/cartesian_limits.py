@@ -24,6 +24,7 @@ AXES = ("vx", "vy", "vz", "wx", "wy", "wz")
 _STEPS = (1.0, 0.75, 0.5, 0.25, 0.125)  # shares of the way from braking to the wanted acceleration that are tried
 _SHARE = 1.0 / sqrt(3.0)
 _SHORTEST_S = 1e-4  # a call that follows another sooner changes nothing
+_REACHED = 1e-12  # m/s and rad/s: a speed this near to what is wanted is that, or rest would never be exactly zero
 
 
 class LimitError(UserError, ValueError):
@@ -261,11 +262,11 @@ class TwistLimiter:
             steps[i] = self._inside(i, steps[i], brakes[i], rooms[i], dt)
         self._coupled(steps, brakes, 0, self.limits.linear_speed, dt)
         self._coupled(steps, brakes, 3, self.limits.angular_speed, dt)
-        new = [v + a * dt for v, a in zip(self.velocity, steps, strict=True)]
+        new = [_reached(v + a * dt, w) for v, a, w in zip(self.velocity, steps, wanted, strict=True)]
         held = self._hold_back(new, rooms)
         self._within_speed(new, 0, self.limits.linear_speed)
         self._within_speed(new, 3, self.limits.angular_speed)
-        if any(abs(n - w) > 1e-12 for n, w in zip(new, wanted, strict=True)):
+        if new != wanted:
             self.clamped["acceleration"] += 1
         # What had to be sudden is over: carried on as an acceleration it would run past zero to the other side.
         self.acceleration = tuple(
@@ -353,6 +354,10 @@ class TwistLimiter:
                 self.clamped["hard"] += 1
                 held.add(i)
         return held
+
+
+def _reached(speed: float, wanted: float) -> float:
+    return wanted if abs(speed - wanted) <= _REACHED else speed
 
 
 def _finite(twist: list[float], place: list[float]) -> None:

@@ -142,6 +142,17 @@ def test_a_command_within_the_limits_is_reached_exactly_and_keeps_its_direction(
     assert sent[:2] == pytest.approx([0.15, 0.2], abs=1e-3)
 
 
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_an_arm_that_is_told_to_rest_comes_to_exactly_zero_and_stays_there(seed: int, uneven: bool) -> None:
+    rng, plant = np.random.default_rng(seed), Plant(FAR)
+    for _ in range(20):
+        plant.command(rng.uniform(-0.2, 0.2, 6), share=rng.uniform(0.3, 1.0) if uneven else 1.0)
+    for _ in range(120):
+        plant.command(np.zeros(6), share=rng.uniform(0.3, 1.0) if uneven else 1.0)
+    for _ in range(20):
+        assert (plant.command(np.zeros(6)) == 0.0).all()
+
+
 def test_an_arm_that_is_not_where_it_was_sent_is_held_back_at_the_wall() -> None:
     plant = Plant()
     for _ in range(60):
