@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_CHECKPOINT = Path("runs/pusht_keypoints")
+DEFAULT_CONFIG = "training/pusht_keypoints.yaml"
 DEFAULT_FOLDER = Path("runs/baselines")
 
 
@@ -33,7 +34,13 @@ def baseline(subparsers: Any) -> None:
         type=Path,
         default=DEFAULT_CHECKPOINT,
         metavar="RUN",
-        help=f"run folder or checkpoint of the full-precision policy (default: {DEFAULT_CHECKPOINT})",
+        help=f"run folder, checkpoint or bundle of the full-precision policy (default: {DEFAULT_CHECKPOINT})",
+    )
+    parser.add_argument(
+        "--config",
+        default=DEFAULT_CONFIG,
+        metavar="YAML",
+        help="training configuration of a bundle's policy; runs hold their own (default: %(default)s)",
     )
     parser.add_argument("--bits", default="w8a8", help="w8a8, w4a4, w4a16 (weights alone), fp8 (default: w8a8)")
     parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
@@ -64,13 +71,15 @@ def baseline(subparsers: Any) -> None:
 def _baseline(args: argparse.Namespace) -> int:
     import torch
 
+    from dcqfa_ros.paths import find_config
     from training.baselines import find_baseline, parse_bits
     from training.baselines.artifact import save_artifact
     from training.baselines.calibration import OBSERVATIONS, calibrate, calibration_data
     from training.baselines.modelopt import check_possible, cross_check
     from training.baselines.quality import held_out, quality
     from training.commands import ArgumentError, check_least
-    from training.trained import load_trained
+    from training.config import load_config
+    from training.full_precision import load_full_precision
 
     check_least(args, observations=1, seed=0, threads=1)
     method, bits = find_baseline(args.method), parse_bits(args.bits)
@@ -83,7 +92,7 @@ def _baseline(args: argparse.Namespace) -> int:
         raise ArgumentError(f"--trained {args.trained}: {method.name} does not train; leave it out")
     if args.cross_check:
         check_possible(method.name, bits, options)
-    policy = load_trained(args.checkpoint)
+    policy, _ = load_full_precision(args.checkpoint, load_config(find_config(args.config)))
     folder = args.out or DEFAULT_FOLDER / f"{policy.config.name}.{method.name}.{bits}"
     _check_free(folder, args.overwrite)
     torch.set_num_threads(args.threads)

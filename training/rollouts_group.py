@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dcqfa_ros.bundle.schema import BundleSpec, DiffusionSpec
 from dcqfa_ros.errors import UserError
-from dcqfa_ros.runtime.denoising import SamplerCoefficients
 from dcqfa_ros.runtime.noise import chunk_noise
 from dcqfa_ros.runtime.observations import ObservationLayout
 from dcqfa_ros.sim.pusht import PushTWorld
 from dcqfa_ros.sim.tee import block_pose, state_to_reset_to
+from training.denoising import SamplerUpdate
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.subnet import Subnet
@@ -112,7 +112,7 @@ class Visited:
         return Visited(**values)
 
 
-class ChunkSampler:
+class PathSampler:
     """DDIM sampling of chunks with a training-side network, whose path is kept."""
 
     def __init__(
@@ -126,9 +126,8 @@ class ChunkSampler:
         if diffusion.sampler != "ddim":
             raise RolloutError(f"diffusion.sampler: rollouts are recorded with ddim, got {diffusion.sampler}")
         self._network, self._tokens, self._bf16 = network.eval(), tokens, bf16
-        self._coefficients = SamplerCoefficients.of(diffusion, steps)
-        self._clip = diffusion.clip_sample
-        self.timesteps = self._coefficients.timesteps
+        self._update = SamplerUpdate(diffusion, steps)
+        self.timesteps = self._update.timesteps
         with torch.inference_mode(), self._arithmetic():
             self._time = network.timestep_keys_values(torch.from_numpy(self.timesteps))
 
@@ -146,17 +145,14 @@ class ChunkSampler:
         Returns:
             The chunks' first tokens (B, T, Da), and the samples before every step (B, S, T, Da).
         """
-        c, x = self._coefficients, torch.from_numpy(noise)[:, : self._tokens]
+        x = torch.from_numpy(noise)[:, : self._tokens]
         path: list[Tensor] = []
         with self._arithmetic():
             memory = self._network.observation_keys_values(torch.from_numpy(observation))
             for index in range(len(self.timesteps)):
                 path.append(x)
                 predicted = self._network.denoise(x, self._time[index : index + 1], memory).float()
-                clean = (x * float(c.from_sample[index]) + predicted * float(c.from_noise[index])).clamp(
-                    -self._clip, self._clip
-                )
-                x = clean * float(c.to_clean[index]) + predicted * float(c.to_direction[index])
+                x = self._update(x, predicted, index)
         return x.numpy(), torch.stack(path, dim=1).numpy()
 
 
@@ -200,25 +196,25 @@ class GroupRunner:
         scale, offset = spec.action.normalizer.scale, spec.action.normalizer.offset
         self._action_scale = np.asarray(scale or (1.0,), np.float64)
         self._action_offset = np.asarray(offset or (0.0,), np.float64)
-        self.timesteps = SamplerCoefficients.of(spec.diffusion, kit.denoising_steps).timesteps
-        self._teacher: ChunkSampler | None = None
+        self.timesteps = SamplerUpdate(spec.diffusion, kit.denoising_steps).timesteps
+        self._teacher: PathSampler | None = None
         if kit.teacher is not None:
             teacher = DiffusionPolicyT(kit.policy)
             teacher.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in kit.teacher.items()})
             self._teacher = self._sampler(teacher.requires_grad_(False), kit.bf16)
         self._supernet = ElasticDiffusionPolicyT(kit.policy).requires_grad_(False).eval()
-        self._student: tuple[Subnet, ChunkSampler] | None = None  # the one that ran last
+        self._student: tuple[Subnet, PathSampler] | None = None  # the one that ran last
         self._worlds: list[PushTWorld] = []
 
-    def _sampler(self, network: DiffusionPolicyT, bf16: bool) -> ChunkSampler:
-        return ChunkSampler(network, self._kit.spec.diffusion, self._kit.denoising_steps, self._tokens, bf16=bf16)
+    def _sampler(self, network: DiffusionPolicyT, bf16: bool) -> PathSampler:
+        return PathSampler(network, self._kit.spec.diffusion, self._kit.denoising_steps, self._tokens, bf16=bf16)
 
     def load(self, weights: Float) -> None:
         """Take the weights (P,) of the supernet; see :func:`flat_state`."""
         load_flat_state(self._supernet, weights)
         self._student = None
 
-    def _driver(self, subnet: Subnet) -> ChunkSampler:
+    def _driver(self, subnet: Subnet) -> PathSampler:
         if self._student is None or self._student[0] != subnet:
             alone = self._supernet.extract(subnet)
             alone.freeze()

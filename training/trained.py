@@ -79,6 +79,21 @@ def policy_meaning(file: Path, payload: dict[str, Any]) -> PolicyMeaning:
         raise CheckpointError(f"{file}: the stored policy cannot be rebuilt ({error})") from error
 
 
+def meaning_document(meaning: PolicyMeaning) -> dict[str, Any]:
+    """The part of a checkpoint that :func:`policy_meaning` reads."""
+    return {
+        "config": meaning.config.model_dump(mode="json"),
+        "config_file": meaning.config_file,
+        "step": meaning.step,
+        "history": [segment.model_dump(mode="json") for segment in meaning.history],
+        "data_sha256": meaning.data_sha256,
+        "train_episodes": meaning.train_episodes,
+        "shapes": {key: list(shape) for key, shape in meaning.shapes.items()},
+        "observation_norms": {key: norm.model_dump(mode="json") for key, norm in meaning.observation_norms.items()},
+        "action_norm": meaning.action_norm.model_dump(mode="json"),
+    }
+
+
 def segments(payload: dict[str, Any]) -> tuple[TrainingSegment, ...]:
     """The starts and resumes that a checkpoint knows of; none in checkpoints that do not keep them.
 

@@ -58,19 +58,32 @@ class PolicyWeights:
         Raises:
             WarmStartError: an observation key or a normaliser differs.
         """
-        if list(self.observation_norms) != list(observation_norms):
+        check_normalizers(self.path, (self.observation_norms, self.action_norm), (observation_norms, action_norm))
+
+
+Norms = tuple[Mapping[str, NormalizerSpec], NormalizerSpec]  # per observation key, and of the action
+
+
+def check_normalizers(path: Path, policy: Norms, data: Norms) -> None:
+    """Refuse data in other units than those of the policy of ``path``.
+
+    Raises:
+        WarmStartError: an observation key or a normaliser differs.
+    """
+    (observations, action), (given, given_action) = policy, data
+    if list(observations) != list(given):
+        raise WarmStartError(
+            f"{path}: its policy reads the observations {', '.join(observations)}, this run {', '.join(given)}; they "
+            "must be the same in the same order"
+        )
+    pairs = {f"observations.{key}": (norm, given[key]) for key, norm in observations.items()}
+    for name, (theirs, ours) in (pairs | {"action": (action, given_action)}).items():
+        if not _same_normalizer(theirs, ours):
             raise WarmStartError(
-                f"{self.path}: its policy reads the observations {', '.join(self.observation_norms)}, this run "
-                f"{', '.join(observation_norms)}; they must be the same in the same order"
+                f"{path}: the normalizer of {name} differs from the one fitted on this run's data; train on the same "
+                "demonstrations with the same split (data.path, data.validation_ratio, data.split_seed, "
+                "data.max_train_episodes) or start from other weights"
             )
-        pairs = {f"observations.{key}": (norm, observation_norms[key]) for key, norm in self.observation_norms.items()}
-        for name, (theirs, ours) in (pairs | {"action": (self.action_norm, action_norm)}).items():
-            if not _same_normalizer(theirs, ours):
-                raise WarmStartError(
-                    f"{self.path}: the normalizer of {name} differs from the one fitted on this run's data; train on "
-                    "the same demonstrations with the same split (data.path, data.validation_ratio, data.split_seed, "
-                    "data.max_train_episodes) or start from other weights"
-                )
 
 
 def load_policy_weights(path: Path, config: DiffusionPolicyTConfig) -> dict[str, Tensor]:

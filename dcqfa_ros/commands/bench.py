@@ -76,6 +76,7 @@ def register(subparsers: Any) -> None:
     importlib.import_module("dcqfa_ros.commands.bench_camera").register(actions)
     importlib.import_module("dcqfa_ros.commands.bench_arm").register(actions)
     importlib.import_module("dcqfa_ros.commands.bench_stop").register(actions)
+    importlib.import_module("dcqfa_ros.commands.bench_executor").register(actions)
     importlib.import_module("dcqfa_ros.commands.bench_loop").register(actions)
     importlib.import_module("dcqfa_ros.commands.bench_swap").register(actions)
     importlib.import_module("dcqfa_ros.commands.bench_chunking").register(actions)

@@ -194,8 +194,9 @@ class CellArmNode(ManagedNode):
         player = stream.player
         stamp = self._time.now_ns() - (time.monotonic_ns() - now_ns)
         begun = stamp - (now_ns - player.begun_ns) if player.begun_ns else stamp
+        following = None if player.next_ns is None else stamp + (player.next_ns - now_ns)
         episode = stream.snapshot().episode
-        report = Report(episode, stamp, player.consumed, begun, player.remaining, player.starved)
+        report = Report(episode, stamp, player.consumed, begun, player.remaining, player.starved, following)
         return consumption_message(report)
 
     # Listeners, in whichever thread

@@ -170,6 +170,8 @@ def consumption_message(report: Report) -> DiagnosticArray:
         "buffered": report.buffered,
         "starved_ticks": report.starved,
     }
+    if report.next_ns is not None:
+        values["next"] = report.next_ns
     return status_message(report.stamp_ns, "consumption", 0, "actions consumed", values)
 
 
@@ -182,12 +184,13 @@ def consumption_report(message: DiagnosticArray) -> Report:
     values = status_values(message)
     try:
         numbers = [int(values[key]) for key in ("episode", "consumed", "begun", "buffered", "starved_ticks")]
+        following = int(values["next"]) if "next" in values else None
     except (KeyError, ValueError) as error:
         raise MessageError(f"consumption of the arm: {error!r}") from error
-    if min(numbers) < 0:
+    if min(numbers) < 0 or (following or 0) < 0:
         raise MessageError(f"consumption of the arm holds a negative number: {values}")
     episode, consumed, begun, buffered, starved = numbers
-    return Report(episode, from_time(message.header.stamp), consumed, begun, buffered, starved)
+    return Report(episode, from_time(message.header.stamp), consumed, begun, buffered, starved, following)
 
 
 def status_values(message: DiagnosticArray) -> dict[str, str]:

@@ -23,6 +23,7 @@ from rclpy.context import Context
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.impl.implementation_singleton import rclpy_implementation as _rclpy
+from rclpy.node import Node
 
 _EVENTS_S = 0.5
 """Time between two looks at events (a peer of incompatible quality of service, ...): every publisher and subscription
@@ -39,6 +40,7 @@ class StreamExecutor(SingleThreadedExecutor):
         """Begin without nodes, in ``context`` (None: rclpy's default)."""
         super().__init__(context=context)
         self._entities: _Entities | None = None
+        self._changed = True  # whether there may be other entities now
         self._waiting = threading.RLock()  # while handles are waited on, which must not be let go
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
@@ -70,6 +72,22 @@ class StreamExecutor(SingleThreadedExecutor):
         if others:
             super().spin_once(0.0)
 
+    def wake(self) -> None:
+        """End a wait; nodes call it when entities were added to them or destroyed."""
+        self._changed = True
+        super().wake()
+
+    def add_node(self, node: Node) -> bool:
+        """Run the callbacks of ``node``, too; returns False where that is so already."""
+        added: bool = super().add_node(node)
+        self._changed = True
+        return added
+
+    def remove_node(self, node: Node) -> None:
+        """Run the callbacks of ``node`` no more."""
+        super().remove_node(node)
+        self._changed = True
+
     def shutdown(self, timeout_sec: float | None = None) -> bool:
         """Run nothing more, from whichever thread, and release what the wait set holds; see rclpy."""
         done = super().shutdown(timeout_sec)  # ends a wait
@@ -84,6 +102,9 @@ class StreamExecutor(SingleThreadedExecutor):
 
     def _current(self) -> _Entities:
         """Return the wait set of what there is now."""
+        if self._entities is not None and not self._changed:
+            return self._entities
+        self._changed = False  # before looking, so that what changes meanwhile is looked at the next time
         found = {kind: [entity for node in self.get_nodes() for entity in getattr(node, kind)] for kind in _KINDS}
         found["guards"] += [self._guard, self._sigint_gc]
         if self._entities is None or not self._entities.are(found):

@@ -73,8 +73,13 @@ class ChunkPlayer:
 
     @property
     def begun_ns(self) -> int:
-        """When the last action was begun; 0 before the first."""
+        """Time of the last action: of the tick that began it, or one period after the action before; 0: none yet."""
         return self._times[-1] if self._times else 0
+
+    @property
+    def next_ns(self) -> int | None:
+        """Time of the next action if there is one by then; None where the one to come begins with its chunk."""
+        return None if self._current is None else self._begun_ns + self._period_ns
 
     def first_of(self, observed_ns: int) -> int:
         """Return the number of the first action that belongs to an observation: how many had been begun by then."""
@@ -132,6 +137,6 @@ class ChunkPlayer:
         # A late tick shifts what follows: the arm must not leave out an action to catch up.
         self._begun_ns = now_ns if late else self._begun_ns + self._period_ns
         self._current = row
-        self._times.append(now_ns)
+        self._times.append(self._begun_ns)
         self._new_gripper = self._grippers.pop(number, None)
         return True

@@ -122,7 +122,8 @@ class ChunkSchedule:
 
         Looks up (and, for at most ``TELL_S`` seconds, waits for) what the arm had consumed at the observation.
         """
-        plan, known = self._plan, self.consumption.at(stamp_ns, TELL_S)
+        plan = self._plan
+        known = self.consumption.at(stamp_ns, TELL_S, plan.end)
         consumed = known.actions
         if not known.told and consumed > plan.end:  # it cannot have consumed what it was never sent: it ran dry
             self.figures.starved += consumed - plan.end if plan.end else 0

@@ -1,8 +1,9 @@
 """How many actions the arm had consumed at an observation, as the policy knows it.
 
-The arm tells its count per control period. Where it tells none, one action per period is assumed since the newest count
-that is known; an arm that ran dry has then consumed fewer, which shows as soon as more were consumed than published.
-Stamps are those of observations, nanoseconds.
+The arm tells its count per control period, and where its actions follow a grid of time also when it will begin the
+next one: then what it has buffered is known beforehand, and nothing has to be waited for. Where it tells nothing, one
+action per period is assumed since the newest count that is known; an arm that ran dry has then consumed fewer, which
+shows as soon as more were consumed than published. Stamps are those of observations, nanoseconds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Consumed:
     Attributes:
         actions: consumed by then.
         buffered: actions that were left, None where that is unknown.
-        told: whether the arm said so; else it is an estimate.
+        told: whether the arm said so, or said that it would; else it is an estimate.
     """
 
     actions: int
@@ -42,6 +43,8 @@ class Report:
         begun_ns: stamp from which on it holds: when the last of them was begun.
         buffered: actions that are left.
         starved: control periods of the episode without an action.
+        next_ns: stamp from which on the next action counts if there is one by then, and every period one more; None
+            where the arm does not say.
     """
 
     episode: int
@@ -50,6 +53,7 @@ class Report:
     begun_ns: int
     buffered: int
     starved: int
+    next_ns: int | None = None
 
 
 class ConsumptionLog:
@@ -102,36 +106,56 @@ class ConsumptionLog:
         """The arm's last message of this episode."""
         return self._newest
 
-    def at(self, stamp_ns: int, timeout_s: float) -> Consumed:
+    def at(self, stamp_ns: int, timeout_s: float, most: int | None = None) -> Consumed:
         """Return what was consumed at ``stamp_ns``; waits for the arm's word where it has told its count before.
 
         Args:
             stamp_ns: of an observation.
             timeout_s: seconds to wait at most; then it is estimated.
+            most: actions that the arm was sent; once it has told that these are consumed nothing is waited for.
         """
         deadline = time.monotonic() + timeout_s
         with self._condition:
-            while self._may_be_more(stamp_ns):
+            known = self._known(stamp_ns, most)
+            while known is None and self._newest is not None:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0.0 or not self._condition.wait(remaining):
                     break
-            newest = self._newest
-            if newest is not None and (newest.stamp_ns >= stamp_ns or not self._may_be_more(stamp_ns)):
-                place = bisect_right(self._stamps, stamp_ns)
-                if place or self._counts[0] == 0:
-                    last = place == len(self._counts)
-                    return Consumed(self._counts[place - 1] if place else 0, newest.buffered if last else None, True)
-            known_ns, known = self._anchor
-            if newest is not None and newest.stamp_ns > known_ns:
-                known_ns, known = newest.stamp_ns, newest.consumed
-            return Consumed(known + max(0, round((stamp_ns - known_ns) / self._period_ns)), None, False)
+                known = self._known(stamp_ns, most)
+            return known or self._estimate(stamp_ns)
 
-    def _may_be_more(self, stamp_ns: int) -> bool:
-        """Whether the arm, which has told its count, may have begun an action by ``stamp_ns`` that it has not told."""
+    def _known(self, stamp_ns: int, most: int | None) -> Consumed | None:
+        """What is known of ``stamp_ns``; None where the arm may have begun an action that it has not told."""
         newest = self._newest
-        if newest is None or newest.stamp_ns >= stamp_ns:
-            return False
-        return stamp_ns - newest.begun_ns >= _EARLIEST * self._period_ns
+        if newest is None:
+            return None
+        if newest.stamp_ns < stamp_ns:
+            coming = self._coming(newest, stamp_ns) if most is None or newest.consumed < most else 0
+            if coming is None:
+                return None
+            if coming:
+                return Consumed(newest.consumed + coming, None, True)
+        place = bisect_right(self._stamps, stamp_ns)
+        if not place and self._counts[0] != 0:  # before the first word
+            return self._estimate(stamp_ns)
+        last = place == len(self._counts)
+        return Consumed(self._counts[place - 1] if place else 0, newest.buffered if last else None, True)
+
+    def _coming(self, newest: Report, stamp_ns: int) -> int | None:
+        """Actions begun from the arm's last word to a later stamp; None where that cannot be told from it."""
+        if newest.next_ns is None:
+            return None if stamp_ns - newest.begun_ns >= _EARLIEST * self._period_ns else 0
+        if stamp_ns < newest.next_ns:
+            return 0
+        count = 1 + (stamp_ns - newest.next_ns) // self._period_ns
+        return count if count <= newest.buffered else None
+
+    def _estimate(self, stamp_ns: int) -> Consumed:
+        newest = self._newest
+        known_ns, known = self._anchor
+        if newest is not None and newest.stamp_ns > known_ns:
+            known_ns, known = newest.stamp_ns, newest.consumed
+        return Consumed(known + max(0, round((stamp_ns - known_ns) / self._period_ns)), None, False)
 
     def correct(self, stamp_ns: int, consumed: int) -> None:
         """Let estimates go on from a count at a stamp that is known otherwise."""

@@ -91,15 +91,20 @@ def test_a_status_message_without_a_status_is_refused():
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 2**40), min_size=6, max_size=6))
-def test_what_the_arm_consumed_comes_back_as_it_was(numbers):
-    report = Report(*numbers)
+@given(st.lists(st.integers(0, 2**40), min_size=6, max_size=6), st.none() | st.integers(0, 2**62))
+def test_what_the_arm_consumed_comes_back_as_it_was(numbers, following):
+    report = Report(*numbers, following)
     assert c.consumption_report(c.consumption_message(report)) == report
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"consumed": "-1"}, "negative"), ({"begun": "x"}, "invalid literal"), ({"buffered": None}, "KeyError")],
+    [
+        ({"consumed": "-1"}, "negative"),
+        ({"next": "-1"}, "negative"),
+        ({"begun": "x"}, "invalid literal"),
+        ({"buffered": None}, "KeyError"),
+    ],
 )
 def test_a_malformed_word_on_consumption_is_refused(change, text):
     message = c.consumption_message(Report(1, 2, 3, 4, 5, 6))

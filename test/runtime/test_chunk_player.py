@@ -58,6 +58,25 @@ def test_every_action_is_begun_once_and_in_order_whatever_the_delay_of_inference
     assert begun == list(range(len(begun)))
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_said_of_actions_to_come_is_what_happens_where_ticks_are_less_than_a_period_late(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    player, now = ChunkPlayer(), START
+    player.offer(now, PERIOD, chunk(*(float(i) for i in range(40))), now)
+    said: list[tuple[int, int]] = []  # stamp, count
+    while player.remaining:
+        player.at(now)
+        ahead = int(random.integers(0, player.remaining + 1))
+        following = player.next_ns
+        assert following is not None
+        for stamp in (following + ahead * PERIOD - 1, following + int(random.integers(0, ahead * PERIOD + 1)) - 1):
+            said.append((stamp, player.consumed + 1 + (stamp - following) // PERIOD))
+        now += int(random.integers(1, PERIOD))
+    assert player.starved == 0
+    for stamp, count in said:
+        assert player.first_of(stamp) == count
+
+
 def test_ages_belong_to_the_chunk_an_action_came_from() -> None:
     player = ChunkPlayer()
     player.offer(START - 50, PERIOD, chunk(1.0, 1.0), START)

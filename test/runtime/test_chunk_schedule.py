@@ -92,6 +92,28 @@ def test_an_observation_waits_for_the_arm_only_where_it_may_have_begun_another_a
     assert log.at(7 * PERIOD, 0.01) == Consumed(6, None, False), "estimated from the last word"
 
 
+def test_an_arm_that_says_when_it_begins_the_next_action_is_not_waited_for_while_it_has_some() -> None:
+    log = ConsumptionLog(PERIOD)
+    log.begin(1, 0)
+    stamp, begun = 5 * PERIOD + PERIOD // 2, 5 * PERIOD + PERIOD // 4
+    log.note(Report(1, stamp, 5, begun, 2, 0, begun + PERIOD))
+    assert log.at(begun + PERIOD - 1, 0.0) == Consumed(5, 2, True)
+    assert log.at(begun + PERIOD, 0.0) == Consumed(6, None, True)
+    assert log.at(begun + 3 * PERIOD - 1, 0.0) == Consumed(7, None, True)
+    assert not log.at(begun + 3 * PERIOD, 0.0).told, "what it has by then it has not told"
+
+
+def test_an_arm_that_has_consumed_all_it_was_sent_is_not_waited_for() -> None:
+    log = ConsumptionLog(PERIOD)
+    log.begin(1, 0)
+    log.note(report(5, 5, buffered=0))
+    assert log.at(9 * PERIOD, 0.0, most=5) == Consumed(5, 0, True)
+    assert not log.at(9 * PERIOD, 0.0, most=6).told, "a chunk is on its way"
+    begin = time.monotonic()
+    assert not log.at(4 * PERIOD, 20.0, most=5).told, "it will say nothing of what was before its first word"
+    assert time.monotonic() - begin < 10.0
+
+
 def test_words_of_older_episodes_say_nothing_and_those_of_the_next_may_come_early() -> None:
     log = ConsumptionLog(PERIOD)
     log.begin(3, 0)

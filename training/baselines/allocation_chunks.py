@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcqfa_ros.runtime.denoising import SamplerCoefficients
 from dcqfa_ros.runtime.noise import step_noise
 from training.baselines.calibration import Calibration
+from training.denoising import SamplerUpdate
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.trained import TrainedPolicy
 
 OBSERVATIONS = 64  # on which the error of a whole network is told
 
 
-class ChunkSampler:
-    """The policy's sampler in PyTorch: the updates of :class:`dcqfa_ros.runtime.denoising.DenoisingLoop`.
+class CalibrationSampler:
+    """The policy's sampler in PyTorch, from the noise of the calibration.
 
     Attributes:
         reference: (N, executed, Da) float32, the full-precision policy's executed actions, normalised.
@@ -27,8 +27,7 @@ class ChunkSampler:
         spec = policy.meaning.specification().diffusion
         self.reference = calibration.chunk[:, calibration.first :]
         self.steps = spec.steps
-        self._coefficients = SamplerCoefficients.of(spec, spec.steps)
-        self._ancestral, self._limit = spec.sampler == "ddpm", spec.clip_sample
+        self._update = SamplerUpdate(spec, spec.steps)
         self._calibration = calibration
         self._shape = (policy.config.policy.horizon, policy.config.policy.action_dim)
 
@@ -37,20 +36,17 @@ class ChunkSampler:
 
         Gradients flow wherever ``network`` lets them. The observation is encoded once per chunk, as a robot does.
         """
-        given, c, actions = self._calibration, self._coefficients, self._shape[1]
+        given, update, actions = self._calibration, self._update, self._shape[1]
         flags = given.calls[0].noisy[rows][..., actions:]  # of known tokens, where the policy takes any
         known, clean = flags > 0, given.calls[0].noisy[rows][..., :actions]
         observation_kv = network.observation_keys_values(given.observation[rows])
         x = given.noise[rows]
-        for index, timestep in enumerate(c.timesteps.tolist()):
+        for index, timestep in enumerate(update.timesteps.tolist()):
             timestep_kv = network.timestep_keys_values(torch.full((len(rows),), timestep))
             x = torch.where(known, clean, x) if flags.shape[-1] else x
             noise = network.denoise(torch.cat([x, flags], dim=-1), timestep_kv, observation_kv)
-            predicted = float(c.from_sample[index]) * x + float(c.from_noise[index]) * noise
-            predicted = predicted.clamp(-self._limit, self._limit)
-            x = float(c.to_clean[index]) * predicted + float(c.to_direction[index]) * (x if self._ancestral else noise)
-            if c.sigma[index] > 0.0:
-                x = x + float(c.sigma[index]) * self._step_noise(rows, index, x.shape[1])
+            fresh = self._step_noise(rows, index, x.shape[1]) if update.sigma[index] > 0.0 else None
+            x = update(x, noise, index, fresh)
         x = torch.where(known, clean, x) if flags.shape[-1] else x
         return x[:, given.first :]
 

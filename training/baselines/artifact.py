@@ -18,20 +18,8 @@ from training.baselines.network import ROW_BITS, PlainLinear, plain_copy, plain_
 from training.baselines.parts import QUANTIZERS, TRANSFORMS, Part, make_part
 from training.checkpoint import BASELINE, CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.policies.diffusion_policy_t import DiffusionPolicyT
-from training.trained import TrainedPolicy, policy_meaning
+from training.trained import TrainedPolicy, meaning_document, policy_meaning
 from training.warm_start import state_sha256
-
-MEANING = (
-    "config",
-    "config_file",
-    "step",
-    "history",
-    "shapes",
-    "observation_norms",
-    "action_norm",
-    "train_episodes",
-    "data_sha256",
-)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -118,12 +106,11 @@ def restore_linear(linear: PlainLinear, document: dict[str, Any]) -> None:
 
 def save_artifact(folder: Path, policy: TrainedPolicy, quantized: QuantizedPolicy) -> Path:
     """Write the quantized policy of ``policy`` to ``folder`` atomically; returns the checkpoint's path."""
-    source = load_checkpoint(policy.path)
     linears = plain_linears(quantized.network)
     inside = tuple(f"{name}." for name in linears)
     others = {name: t for name, t in quantized.network.state_dict().items() if not name.startswith(inside)}
     payload = {
-        **{key: source[key] for key in MEANING if key in source},
+        **meaning_document(policy.meaning),
         BASELINE: {
             "report": quantized.report,
             "source_sha256": state_sha256(policy.network.state_dict()),

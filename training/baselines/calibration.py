@@ -27,6 +27,7 @@ from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.quant.calibrate import InputGroup
 from training.torch_engine import TorchEngine
 from training.trained import TrainedPolicy
+from training.warm_start import check_normalizers
 
 OBSERVATIONS = 256
 CALIBRATION_SEED = 60_000_011  # no training step, evaluation or other calibration draws from it
@@ -187,6 +188,7 @@ def calibration_data(policy: TrainedPolicy, path: str | None = None) -> PolicyDa
 
     Raises:
         DataError: they cannot be read, or are not those of the run.
+        WarmStartError: they are in other units.
     """
     section = {} if path is None else {"path": path, "format": "auto"}
     config: TrainConfig = override(policy.config, data=section, run={"precision": "fp32"})
@@ -195,6 +197,10 @@ def calibration_data(policy: TrainedPolicy, path: str | None = None) -> PolicyDa
         raise DataError(
             f"{config.data.path}: not the demonstrations that {policy.path} was trained on; give those with --data"
         )
+    meaning = policy.meaning  # of a bundle the hash may be unknown, its units are not
+    check_normalizers(
+        policy.path, (meaning.observation_norms, meaning.action_norm), (data.observation_norms, data.action_norm)
+    )
     return data
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import kept
-from training.baselines.allocation_chunks import ChunkSampler
+from training.baselines.allocation_chunks import CalibrationSampler
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.da_ptq_compensation import GAINS, RANK, Compensation, Moments, compensation
@@ -141,7 +141,7 @@ class DaPtq:
                 calls_of(calibration, passes),
                 executes_as=_executes_as(network, sum(stays.values()), len(names)),
                 backward_calls=calls_of(calibration),
-                action_error=ChunkSampler(policy, calibration).error(network),
+                action_error=CalibrationSampler(policy, calibration).error(network),
                 kept_layers=[name for name in names if stays[name]],
                 kept_share=share,
                 drift_gradient=slopes,

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from training.baselines.allocation import AllocationError
-from training.baselines.allocation_chunks import ChunkSampler
+from training.baselines.allocation_chunks import CalibrationSampler
 from training.baselines.bits import Bits
 from training.baselines.calibration import Calibration
 from training.baselines.network import linear_names, weight_codes
@@ -111,7 +111,7 @@ def drift_gradients(
         raise AllocationError(f"weights: expected {width} of action dimensions, at least 0, got {dimension.shape}")
     units = np.broadcast_to(np.reciprocal(np.asarray(scale or 1.0, np.float64)), (width,))
     importance = torch.from_numpy((dimension * units**2).astype(np.float32))
-    sampler = ChunkSampler(policy, calibration)
+    sampler = CalibrationSampler(policy, calibration)
     network, names = copy.deepcopy(policy.network), linear_names(policy.network)
     linears = {name: _low_bit(network.get_submodule(name), bits) for name in names}
     count = len(calibration.observation)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from training.baselines import QuantizedPolicy
 from training.baselines.allocation import CHANNEL_BITS, demote
-from training.baselines.allocation_chunks import ChunkSampler
+from training.baselines.allocation_chunks import CalibrationSampler
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.calibration import Calibration
 from training.baselines.network import linear_names, plain_copy, plain_linears
@@ -116,7 +116,7 @@ class Qvla:
                 calibration,
                 time.monotonic() - started,
                 calls,
-                action_error=ChunkSampler(policy, calibration).error(network),
+                action_error=CalibrationSampler(policy, calibration).error(network),
                 sensitivity=sensitivity,
                 sensitivity_observations=observations or count,
                 probes=None if sensitivity == "direct" else probes,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.baselines.allocation import CHANNEL_BITS
-from training.baselines.allocation_chunks import ChunkSampler
+from training.baselines.allocation_chunks import CalibrationSampler
 from training.baselines.calibration import Calibration
 from training.baselines.network import hooked, linear_names, weight_codes
 from training.trained import TrainedPolicy
@@ -63,7 +63,7 @@ def proxy_sensitivity(
         together: chunks at a time.
         progress: called with the number of chunks after each part.
     """
-    network, sampler = policy.network, ChunkSampler(policy, calibration)
+    network, sampler = policy.network, CalibrationSampler(policy, calibration)
     names = linear_names(network)
     errors = {name: weight_errors(network.get_submodule(name)) for name in names}  # type: ignore[arg-type]
     count = len(calibration.observation)
@@ -127,7 +127,7 @@ def direct_sensitivity(
         together: chunks at a time.
         progress: called with the number of channels and widths after each part.
     """
-    network, sampler = policy.network, ChunkSampler(policy, calibration)
+    network, sampler = policy.network, CalibrationSampler(policy, calibration)
     linear = network.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     errors = weight_errors(linear)

@@ -25,18 +25,18 @@ from training.evaluate import check_push_t
 from training.export.diffusion_policy_t import export_graphs
 from training.export.half import HalfTablePolicy, half_graphs, round_weights
 from training.export.subnets import REST, TOLERANCE, AsStored, precision_name
+from training.full_precision import load_full_precision
 from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policy_shape import PolicyShape
 from training.space import SearchSpace, SpaceError
 from training.space_config import SpaceConfig
 from training.space_counts import paper_bytes, parameters
-from training.specification import PolicyMeaning
 from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.torch_engine import TorchEngine
-from training.trained import TrainedPolicy, load_trained, policy_meaning
-from training.warm_start import read_policy_weights, state_sha256
+from training.trained import TrainedPolicy, policy_meaning
+from training.warm_start import state_sha256
 
 if TYPE_CHECKING:
     from training.baselines import Baseline, Bits
@@ -118,42 +118,13 @@ class Opener:
 
     @cached_property
     def full_precision(self) -> tuple[TrainedPolicy, str]:
-        """The full-precision policy that baselines quantize, and its SHA-256; see :meth:`_full_precision`."""
-        return self._full_precision(found(self.config.policy))
+        """The full-precision policy that baselines quantize, and its SHA-256."""
+        return load_full_precision(found(self.config.policy), self.training)
 
     @property
     def policy(self) -> TrainedPolicy:
         """The full-precision policy that baselines quantize."""
         return self.full_precision[0]
-
-    def _full_precision(self, path: Path) -> tuple[TrainedPolicy, str]:
-        """A full-precision policy and its SHA-256: of a checkpoint's weights, or of the files of a bundle's variant.
-
-        What is read back out of a bundle is solved for, so its last bits depend on the processor; its files do not.
-
-        Raises:
-            UserError: its files are missing or damaged.
-        """
-        if path.suffix == ".pt" or (path / CHECKPOINT).is_file():
-            trained = load_trained(path)
-            return trained, state_sha256(trained.network.state_dict())
-        weights = read_policy_weights(path, self.training.policy)
-        spec = load_bundle(find_bundle(str(path))).spec
-        sha256 = next(variant.weights for variant in spec.variants if variant.precision == "fp32")
-        with torch.random.fork_rng(devices=[]):
-            network = DiffusionPolicyT(self.training.policy)
-        network.load_state_dict(weights.state)
-        network.requires_grad_(False).eval()
-        meaning = PolicyMeaning(
-            config=self.training,
-            shapes={key: tuple(source.shape) for key, source in spec.observations.items()},
-            observation_norms=weights.observation_norms,
-            action_norm=weights.action_norm,
-            train_episodes=spec.training.episodes,
-            step=weights.steps,
-            data_sha256=weights.data_sha256,
-        )
-        return TrainedPolicy(meaning, network, path), sha256
 
     @cached_property
     def _calibration(self) -> Any:
@@ -234,7 +205,7 @@ class Opener:
 
     def _checkpoint(self, entry: Entry) -> Contender:
         assert entry.checkpoint is not None
-        trained, sha256 = self._full_precision(found(entry.checkpoint))
+        trained, sha256 = load_full_precision(found(entry.checkpoint), self.training)
         refuse_images(trained.meaning, trained.path)
         spec, network = trained.meaning.specification(), trained.network
         graphs, size = self._float_graphs(entry, network, spec)

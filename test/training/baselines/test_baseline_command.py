@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from training.evaluate import evaluate
+from training.export.bundle import ExportOptions, export_bundle
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -40,6 +43,54 @@ def test_command_names_its_folder_and_prints_text(run: Run, tmp_path: Path) -> N
     assert (tmp_path / "runs/baselines/pusht_keypoints.rtn.w8a8/checkpoint.pt").is_file()
     assert "executes as  INT8 products; activation scales per token" in output
     assert "by the paper's convention" in output
+
+
+@pytest.fixture
+def bundle(supernet_files: Any, tmp_path: Path) -> tuple[Path, Path]:
+    """The tiny policy as a bundle, and the configuration of its training."""
+    export_bundle(supernet_files.teacher, tmp_path / "policy", ExportOptions(variants=("fp32",)))
+    document = yaml.safe_load(supernet_files.config.read_text())
+    del document["supernet"]
+    config = tmp_path / "policy.yaml"
+    config.write_text(yaml.safe_dump(document, sort_keys=False))
+    return tmp_path / "policy", config
+
+
+def test_a_bundle_is_quantized_like_the_run_it_was_exported_from(
+    run: Run, bundle: tuple[Path, Path], in_process: Callable[[str], Run], tmp_path: Path
+) -> None:
+    code, output, errors = run("rtn", "--bits", "w4a4", "--out", tmp_path / "of_run", "--json")
+    assert code == 0, errors
+    folder, config = bundle
+    arguments = ("--checkpoint", folder, "--config", config, "--observations", 4, "--out", tmp_path / "of_bundle")
+    code, output_of_bundle, errors = in_process("baseline")("rtn", "--bits", "w4a4", *arguments, "--json")
+    assert code == 0, errors
+    one, other = json.loads(output), json.loads(output_of_bundle)
+    assert other["distance"] == pytest.approx(one["distance"], rel=1e-2)
+    assert other["artifact_mib"] == pytest.approx(one["artifact_mib"], rel=1e-2)
+    scores = [evaluate(str(tmp_path / name), None, [200_000], steps=1) for name in ("of_run", "of_bundle")]
+    assert scores[0]["steps"] == scores[1]["steps"]
+
+
+def test_a_bundle_of_another_size_than_the_configuration_is_refused(
+    bundle: tuple[Path, Path], in_process: Callable[[str], Run]
+) -> None:
+    code, _, errors = in_process("baseline")("rtn", "--checkpoint", bundle[0], "--observations", 4)
+    assert code not in (0, None)
+    assert "depth" in errors
+
+
+def test_demonstrations_in_other_units_than_the_bundle_are_refused(
+    bundle: tuple[Path, Path], in_process: Callable[[str], Run], supernet_files: Any, tmp_path: Path
+) -> None:
+    arrays = dict(np.load(supernet_files.data))
+    arrays["keypoint"] = arrays["keypoint"] * 1.5
+    np.savez(tmp_path / "other.npz", **arrays)
+    code, _, errors = in_process("baseline")(
+        "rtn", "--checkpoint", bundle[0], "--config", bundle[1], "--observations", 4, "--data", tmp_path / "other.npz"
+    )
+    assert code not in (0, None)
+    assert "the normalizer of observations.keypoints differs" in errors
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 from test.training.baselines.allocation_policy import calibrated_policy
 from training.baselines import BASELINES, BaselineError, Bits
 from training.baselines.allocation import CHANNEL_BITS
-from training.baselines.allocation_chunks import ChunkSampler
+from training.baselines.allocation_chunks import CalibrationSampler
 from training.baselines.calibration import Calibration
 from training.baselines.network import linear_names, plain_linears, weight_codes
 from training.baselines.qvla import Qvla
@@ -34,7 +34,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.mark.parametrize(("sampler", "prefix"), [("ddim", 0), ("ddpm", 0), ("ddim", 3)])
 def test_chunks_with_gradients_are_those_of_the_robots_loop(tmp_path: Path, sampler: str, prefix: int) -> None:
     policy, calibration = calibrated_policy(tmp_path, sampler, prefix)
-    chunks = ChunkSampler(policy, calibration)
+    chunks = CalibrationSampler(policy, calibration)
     torch.testing.assert_close(chunks(policy.network, torch.arange(8)), chunks.reference, rtol=0, atol=1e-5)
     assert chunks.error(policy.network) == pytest.approx(0.0, abs=1e-9)
 
@@ -42,7 +42,7 @@ def test_chunks_with_gradients_are_those_of_the_robots_loop(tmp_path: Path, samp
 @pytest.mark.parametrize("name", LAYERS)
 def test_direct_sensitivity_is_that_of_a_network_with_one_channel_quantized(case: Case, name: str) -> None:
     policy, calibration = case
-    chunks = ChunkSampler(policy, calibration)
+    chunks = CalibrationSampler(policy, calibration)
     found = direct_sensitivity(policy, calibration, name, [3, 7], together=24)
     assert found.shape == (2, len(CHANNEL_BITS)) and (found[:, 0] == 0).all()
     for row, channel in enumerate((3, 7)):
@@ -69,7 +69,7 @@ def test_the_proxy_multiplies_the_norms_of_jacobian_and_output_error(case: Case)
         return output + leaves[-1]
 
     handle = linear.register_forward_hook(add)
-    chunk = ChunkSampler(policy, calibration)(policy.network, rows)
+    chunk = CalibrationSampler(policy, calibration)(policy.network, rows)
     handle.remove()
     square = 0.0
     for value in chunk.flatten():
