@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-DEFAULT_CHECKPOINT = Path("runs/pusht_keypoints")
+DEFAULT_CHECKPOINT = Path("models/pusht_keypoints")
 DEFAULT_CONFIG = "training/pusht_keypoints.yaml"
 DEFAULT_FOLDER = Path("runs/baselines")
 
@@ -25,7 +25,7 @@ def baseline(subparsers: Any) -> None:
         "the denoiser to the full-precision one on held-out data and what a device would execute, and stores a "
         "checkpoint that 'dcqfa eval' runs. Methods that train need --trained: a run of 'dcqfa train' of their own "
         "configuration (docs/baselines.md).",
-        epilog="example: dcqfa baseline smoothquant --checkpoint runs/pusht_keypoints --bits w8a8 "
+        epilog="example: dcqfa baseline smoothquant --checkpoint models/pusht_keypoints --bits w8a8 "
         "--data pusht_human_demos_lowdim.npz --json",
     )
     parser.add_argument("method", metavar="METHOD", help=", ".join(BASELINES))
@@ -43,7 +43,7 @@ def baseline(subparsers: Any) -> None:
         help="training configuration of a bundle's policy; runs hold their own (default: %(default)s)",
     )
     parser.add_argument("--bits", default="w8a8", help="w8a8, w4a4, w4a16 (weights alone), fp8 (default: w8a8)")
-    parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
+    parser.add_argument("--data", help="path of the demonstrations (default: data.path of the configuration)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {DEFAULT_FOLDER}/NAME.METHOD.BITS")
     parser.add_argument("--trained", type=Path, metavar="RUN", help="run of a method that trains (sqil, batchquant)")
     parser.add_argument(

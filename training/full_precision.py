@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from dcqfa_ros.bundle.load import load_bundle
+from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.paths import find_bundle
 from training.checkpoint import CHECKPOINT
 from training.config import TrainConfig
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.specification import PolicyMeaning
 from training.trained import TrainedPolicy, load_trained
-from training.warm_start import read_policy_weights, state_sha256
+from training.warm_start import WarmStartError, read_policy_weights, state_sha256
 
 
 def is_run(path: Path) -> bool:
@@ -31,11 +32,16 @@ def load_full_precision(path: Path, config: TrainConfig) -> tuple[TrainedPolicy,
         config: what a bundle's policy was trained with, which it does not hold; a run has its own.
 
     Raises:
-        UserError: its files are missing or damaged, or a bundle's policy is not of ``config``.
+        UserError: its files are missing or damaged, or a bundle's policy was not trained with ``config``.
     """
     if is_run(path):
         trained = load_trained(path)
         return trained, state_sha256(trained.network.state_dict())
+    if config.supernet is not None:
+        raise WarmStartError(
+            f"training configuration {config.name!r}: is of a supernet; give the one that the policy of {path} was "
+            "trained with"
+        )
     weights = read_policy_weights(path, config.policy)
     spec = load_bundle(find_bundle(str(path))).spec
     sha256 = next(variant.weights for variant in spec.variants if variant.precision == "fp32")
@@ -53,4 +59,19 @@ def load_full_precision(path: Path, config: TrainConfig) -> tuple[TrainedPolicy,
         data_sha256=weights.data_sha256,
         history=tuple(spec.training.history),
     )
+    _check(path, spec, meaning.specification(), config)
     return TrainedPolicy(meaning, network, path), sha256
+
+
+def _check(path: Path, spec: BundleSpec, ours: BundleSpec, config: TrainConfig) -> None:
+    """Refuse a configuration by which the bundle's policy would be sampled or executed in another way."""
+    for field, theirs, mine in (
+        ("diffusion", spec.diffusion, ours.diffusion),
+        ("action", spec.action, ours.action),
+        ("architecture", spec.architecture, ours.architecture),
+    ):
+        if theirs != mine:
+            raise WarmStartError(
+                f"{path}: its {field} is not that of the training configuration {config.name!r}; give the one that it "
+                "was trained with (--config)"
+            )

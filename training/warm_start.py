@@ -73,16 +73,16 @@ def check_normalizers(path: Path, policy: Norms, data: Norms) -> None:
     (observations, action), (given, given_action) = policy, data
     if list(observations) != list(given):
         raise WarmStartError(
-            f"{path}: its policy reads the observations {', '.join(observations)}, this run {', '.join(given)}; they "
-            "must be the same in the same order"
+            f"{path}: its policy reads the observations {', '.join(observations)}, the configuration "
+            f"{', '.join(given)}; they must be the same in the same order"
         )
     pairs = {f"observations.{key}": (norm, given[key]) for key, norm in observations.items()}
     for name, (theirs, ours) in (pairs | {"action": (action, given_action)}).items():
         if not _same_normalizer(theirs, ours):
             raise WarmStartError(
-                f"{path}: the normalizer of {name} differs from the one fitted on this run's data; train on the same "
-                "demonstrations with the same split (data.path, data.validation_ratio, data.split_seed, "
-                "data.max_train_episodes) or start from other weights"
+                f"{path}: the normalizer of {name} differs from the one fitted on the demonstrations given; give those "
+                "that the policy was trained on, with the same split (data.path, data.validation_ratio, "
+                "data.split_seed, data.max_train_episodes), or other weights"
             )
 
 

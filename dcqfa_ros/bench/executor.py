@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from dcqfa_ros.ros.isolation import isolated_environment
 
 EXECUTORS = ("stream", "rclpy")
 _LOAD = "dcqfa_ros.ros.executor_load"
-_END_S = 30.0
+_START_S, _END_S = 60.0, 30.0
 _LEAST_SHARE = 0.9  # of the messages due, below which several may be taken per wait, which flatters the slower
 
 
@@ -100,9 +101,8 @@ def _measure(name: str, seconds: float, rate: float) -> dict[str, Any]:
             return process
 
         receiver, sender = start(name), start("send")
-        for process in (receiver, sender):
-            assert process.stdout is not None
-            process.stdout.readline()  # empty where it could not begin: its result says why
+        _begun(receiver, f"receiver on {name}")
+        _begun(sender, "sender")
         time.sleep(seconds)
         found = result(receiver, f"receiver on {name}", _END_S)
         result(sender, "sender", _END_S)
@@ -113,3 +113,21 @@ def _measure(name: str, seconds: float, rate: float) -> dict[str, Any]:
             f"{rate:g} per second; give a lower --rate"
         )
     return found
+
+
+def _begun(process: subprocess.Popen[str], name: str) -> None:
+    """Wait for a process' first line.
+
+    Raises:
+        BenchError: there was none in time; the message holds the end of its stderr.
+    """
+    assert process.stdout is not None
+    watch = threading.Timer(_START_S, process.kill)
+    watch.start()
+    try:
+        begun = process.stdout.readline()
+    finally:
+        watch.cancel()
+    if not begun:
+        result(process, name, _END_S)  # says why it ended
+        raise BenchError(f"the {name} ended before it had begun")

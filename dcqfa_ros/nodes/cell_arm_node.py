@@ -191,12 +191,12 @@ class CellArmNode(ManagedNode):
 
     def _consumption(self, stream: ArmStream, now_ns: int) -> Any:
         """What the arm has consumed of its chunks by the control period at ``now_ns``."""
-        player = stream.player
-        stamp = self._time.now_ns() - (time.monotonic_ns() - now_ns)
-        begun = stamp - (now_ns - player.begun_ns) if player.begun_ns else stamp
-        following = None if player.next_ns is None else stamp + (player.next_ns - now_ns)
-        episode = stream.snapshot().episode
-        report = Report(episode, stamp, player.consumed, begun, player.remaining, player.starved, following)
+        p = stream.progress()
+        now, monotonic = self._time.now_both_ns()
+        clock = now - monotonic  # of the stamps against the monotonic clock
+        begun = clock + (p.begun_ns or now_ns)
+        following = None if p.next_ns is None else clock + p.next_ns
+        report = Report(p.episode, clock + now_ns, p.consumed, begun, p.remaining, p.starved, following)
         return consumption_message(report)
 
     # Listeners, in whichever thread

@@ -80,13 +80,13 @@ class StreamExecutor(SingleThreadedExecutor):
     def add_node(self, node: Node) -> bool:
         """Run the callbacks of ``node``, too; returns False where that is so already."""
         added: bool = super().add_node(node)
-        self._changed = True
+        self.wake()  # again: what rclpy has woken may have looked before this node was to be seen
         return added
 
     def remove_node(self, node: Node) -> None:
         """Run the callbacks of ``node`` no more."""
         super().remove_node(node)
-        self._changed = True
+        self.wake()
 
     def shutdown(self, timeout_sec: float | None = None) -> bool:
         """Run nothing more, from whichever thread, and release what the wait set holds; see rclpy."""
@@ -107,10 +107,13 @@ class StreamExecutor(SingleThreadedExecutor):
         self._changed = False  # before looking, so that what changes meanwhile is looked at the next time
         found = {kind: [entity for node in self.get_nodes() for entity in getattr(node, kind)] for kind in _KINDS}
         found["guards"] += [self._guard, self._sigint_gc]
-        if self._entities is None or not self._entities.are(found):
-            if self._entities is not None:
-                self._entities.release()
-            self._entities = _Entities(found, self._context)
+        old = self._entities
+        if old is not None and old.are(found):
+            return old
+        self._entities = None  # should the next line fail, it is tried again
+        if old is not None:
+            old.release()
+        self._entities = _Entities(found, self._context)
         return self._entities
 
 

@@ -1,8 +1,8 @@
 """The processes of ``dcqfa bench executor``: a lifecycle node that receives messages, and what sends them.
 
 ``python -m dcqfa_ros.ros.executor_load stream|rclpy`` receives, on this project's executor or on rclpy's, until
-standard input ends, and ``... send --rate 400`` sends. Each prints a line when it begins and one JSON document when it
-ends.
+standard input ends, and ``... send --rate 400`` sends. Each prints a line when it has begun (to count, or to send) and
+one JSON document when it ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dcqfa_ros.runtime.ticker import Ticker
 TOPICS, PUBLISHERS, TIMERS = 10, 10, 4  # about what arm_node has
 EXECUTORS = {"stream": StreamExecutor, "rclpy": SingleThreadedExecutor}
 _QUEUE = 50
-_WARM = 200  # messages that are not counted
+_WARM = 20  # messages that are not counted
 _POLL_S = 0.1
 
 
@@ -48,10 +48,10 @@ def receive(executor_name: str, ended: threading.Event) -> dict[str, Any]:
         node.create_timer(1.0, lambda: None)
     executor = EXECUTORS[executor_name]()
     executor.add_node(node)
-    print("begun", flush=True)
     try:
         while received[0] < _WARM and not ended.is_set():
             executor.spin_once(timeout_sec=_POLL_S)
+        print("begun", flush=True)
         before, began, used = received[0], time.monotonic(), time.thread_time()
         while not ended.is_set():
             executor.spin_once(timeout_sec=_POLL_S)

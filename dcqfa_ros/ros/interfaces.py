@@ -118,7 +118,8 @@ INTERFACES: tuple[Interface, ...] = (
         "consumption", "arm_node/consumption", "diagnostic_msgs/msg/DiagnosticArray", "stream", "-", "-",
         "control rate on Push-T, state rate on a cell with an arm; while armed", "arm_node", ("policy_node",),
         "Actions of the episode consumed by the stamp, when the last of them was begun, how many are buffered, and "
-        "control periods without one; by it the policy numbers its chunks.",
+        "control periods without one; optionally when the next one begins (`next`), every further one a period later; "
+        "by it the policy numbers its chunks.",
     ),
     _topic(
         "arm_state", "arm_node/arm_state", "diagnostic_msgs/msg/DiagnosticArray", "latched", "-", "-", "on change",

@@ -68,6 +68,18 @@ class Listeners:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the arm is with the policy's chunks at one moment; times are monotonic ns, see :class:`ChunkPlayer`."""
+
+    episode: int
+    consumed: int
+    begun_ns: int
+    remaining: int
+    starved: int
+    next_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """State at one moment."""
 
@@ -134,6 +146,12 @@ class ArmGate:
             guard, latch = self.stage.guard, self.stage.latch
             contact = guard.contact.value if guard is not None else "unknown"
             return Snapshot(self._activity, latch.last, latch.held is not None, self.episode, contact)
+
+    def progress(self) -> Progress:
+        """How far the arm is with the policy's chunks, all of one moment: another thread may stop the arm."""
+        with self._gate:
+            p = self.player
+            return Progress(self.episode, p.consumed, p.begun_ns, p.remaining, p.starved, p.next_ns)
 
     def start(self) -> None:
         """Start the thread that carries out slow requests to the driver."""

@@ -82,9 +82,16 @@ class ChunkPlayer:
         return None if self._current is None else self._begun_ns + self._period_ns
 
     def first_of(self, observed_ns: int) -> int:
-        """Return the number of the first action that belongs to an observation: how many had been begun by then."""
-        times = list(self._times)
-        return self._buffer.consumed - (len(times) - bisect_right(times, observed_ns))
+        """Return the number of the first action that belongs to an observation: how many had been begun by then.
+
+        An action whose time has come counts, whether or not the tick that begins it has: every chunk of one observation
+        gets the same number, and it is the one that the policy works out for itself.
+        """
+        times, following = list(self._times), self.next_ns
+        begun = self._buffer.consumed - (len(times) - bisect_right(times, observed_ns))
+        if following is not None and observed_ns >= following:
+            begun += min(self._buffer.remaining, 1 + (observed_ns - following) // self._period_ns)
+        return begun
 
     def offer(self, observed_ns: int, period_ns: int, twists: Floats, now_ns: int) -> str | None:
         """Merge a chunk of twists (n, 6), finite; returns why it was refused, None when it was taken."""

@@ -112,7 +112,8 @@ class ConsumptionLog:
         Args:
             stamp_ns: of an observation.
             timeout_s: seconds to wait at most; then it is estimated.
-            most: actions that the arm was sent; once it has told that these are consumed nothing is waited for.
+            most: actions that the arm was sent; an arm that has told that it has consumed these, and has no others, is
+                not waited for.
         """
         deadline = time.monotonic() + timeout_s
         with self._condition:
@@ -130,9 +131,10 @@ class ConsumptionLog:
         if newest is None:
             return None
         if newest.stamp_ns < stamp_ns:
-            coming = self._coming(newest, stamp_ns) if most is None or newest.consumed < most else 0
-            if coming is None:
-                return None
+            done = newest.consumed == most and not newest.buffered
+            coming = 0 if done else self._coming(newest, stamp_ns)
+            if coming is None or (coming and most is not None and newest.consumed < most < newest.consumed + coming):
+                return None  # the second: a shorter chunk that replaces what is buffered is on its way
             if coming:
                 return Consumed(newest.consumed + coming, None, True)
         place = bisect_right(self._stamps, stamp_ns)

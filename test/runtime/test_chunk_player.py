@@ -58,6 +58,23 @@ def test_every_action_is_begun_once_and_in_order_whatever_the_delay_of_inference
     assert begun == list(range(len(begun)))
 
 
+def test_an_observation_between_an_actions_time_and_its_tick_has_one_number_whenever_its_chunks_come() -> None:
+    player = ChunkPlayer()
+    player.offer(START, PERIOD, chunk(0.0, 1.0, 2.0), START)
+    player.at(START)
+    observed = START + PERIOD + 1
+    assert player.first_of(observed - 2) == 1
+    assert player.first_of(observed) == 2, "its time has come, its tick has not"
+    player.offer_gripper(observed, np.array([0.25, 1.0]))
+    player.at(observed + TICK)
+    assert player.consumed == 2 and player.first_of(observed) == 2
+    player.offer(observed, PERIOD, chunk(5.0, 6.0), observed + TICK + 1)
+    played = player.at(START + 2 * PERIOD + TICK)
+    assert played is not None and played.gripper == 0.25
+    assert player.consumed == 3 and player._current is not None and player._current[0] == 5.0
+    assert player.first_of(START + 9 * PERIOD) == 4, "no more than it has"
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_what_is_said_of_actions_to_come_is_what_happens_where_ticks_are_less_than_a_period_late(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -71,6 +88,7 @@ def test_what_is_said_of_actions_to_come_is_what_happens_where_ticks_are_less_th
         assert following is not None
         for stamp in (following + ahead * PERIOD - 1, following + int(random.integers(0, ahead * PERIOD + 1)) - 1):
             said.append((stamp, player.consumed + 1 + (stamp - following) // PERIOD))
+            assert player.first_of(stamp) == said[-1][1], "as it is told, so a chunk that comes now is numbered"
         now += int(random.integers(1, PERIOD))
     assert player.starved == 0
     for stamp, count in said:

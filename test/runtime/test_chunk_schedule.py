@@ -103,12 +103,24 @@ def test_an_arm_that_says_when_it_begins_the_next_action_is_not_waited_for_while
     assert not log.at(begun + 3 * PERIOD, 0.0).told, "what it has by then it has not told"
 
 
+def test_what_is_buffered_is_not_counted_on_where_a_shorter_chunk_is_on_its_way() -> None:
+    log = ConsumptionLog(PERIOD)
+    log.begin(1, 0)
+    log.note(Report(1, 8 * PERIOD, 8, 8 * PERIOD, 6, 0, 9 * PERIOD))
+    assert log.at(11 * PERIOD, 0.0, most=14) == Consumed(11, None, True)
+    assert log.at(10 * PERIOD, 0.0, most=10) == Consumed(10, None, True)
+    assert not log.at(11 * PERIOD, 0.0, most=10).told
+    assert log.at(11 * PERIOD, 0.0, most=0) == Consumed(11, None, True), "actions that were sent by another"
+
+
 def test_an_arm_that_has_consumed_all_it_was_sent_is_not_waited_for() -> None:
     log = ConsumptionLog(PERIOD)
     log.begin(1, 0)
     log.note(report(5, 5, buffered=0))
     assert log.at(9 * PERIOD, 0.0, most=5) == Consumed(5, 0, True)
     assert not log.at(9 * PERIOD, 0.0, most=6).told, "a chunk is on its way"
+    log.note(report(10, 6, buffered=2))
+    assert not log.at(14 * PERIOD, 0.0, most=6).told, "it has actions that were not sent from here"
     begin = time.monotonic()
     assert not log.at(4 * PERIOD, 20.0, most=5).told, "it will say nothing of what was before its first word"
     assert time.monotonic() - begin < 10.0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from training.evaluate import evaluate
 from training.export.bundle import ExportOptions, export_bundle
 
@@ -47,8 +48,10 @@ def test_command_names_its_folder_and_prints_text(run: Run, tmp_path: Path) -> N
 
 @pytest.fixture
 def bundle(supernet_files: Any, tmp_path: Path) -> tuple[Path, Path]:
-    """The tiny policy as a bundle, and the configuration of its training."""
-    export_bundle(supernet_files.teacher, tmp_path / "policy", ExportOptions(variants=("fp32",)))
+    """The tiny policy as a bundle that does not know its data's hash, and the configuration of its training."""
+    payload = load_checkpoint(supernet_files.teacher / CHECKPOINT)
+    save_checkpoint(tmp_path / "teacher" / CHECKPOINT, payload | {"data_sha256": None})
+    export_bundle(tmp_path / "teacher", tmp_path / "policy", ExportOptions(variants=("fp32",)))
     document = yaml.safe_load(supernet_files.config.read_text())
     del document["supernet"]
     config = tmp_path / "policy.yaml"
@@ -78,6 +81,37 @@ def test_a_bundle_of_another_size_than_the_configuration_is_refused(
     code, _, errors = in_process("baseline")("rtn", "--checkpoint", bundle[0], "--observations", 4)
     assert code not in (0, None)
     assert "depth" in errors
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("diffusion", {"steps": 3}, "its diffusion is not that of the training configuration"),
+        (None, {"executed_actions": 4}, "its action is not that of the training configuration"),
+    ],
+)
+def test_a_configuration_that_would_run_the_bundle_in_another_way_is_refused(
+    section: str | None,
+    values: dict[str, Any],
+    message: str,
+    bundle: tuple[Path, Path],
+    in_process: Callable[[str], Run],
+) -> None:
+    folder, config = bundle
+    document = yaml.safe_load(config.read_text())
+    (document if section is None else document[section]).update(values)
+    config.write_text(yaml.safe_dump(document, sort_keys=False))
+    code, _, errors = in_process("baseline")("rtn", "--checkpoint", folder, "--config", config, "--observations", 4)
+    assert code not in (0, None)
+    assert message in errors and "--config" in errors
+
+
+def test_the_configuration_of_a_supernet_is_refused_for_a_bundle(
+    bundle: tuple[Path, Path], in_process: Callable[[str], Run], supernet_files: Any
+) -> None:
+    code, _, errors = in_process("baseline")("rtn", "--checkpoint", bundle[0], "--config", supernet_files.config)
+    assert code not in (0, None)
+    assert "is of a supernet" in errors
 
 
 def test_demonstrations_in_other_units_than_the_bundle_are_refused(
