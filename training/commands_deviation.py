@@ -77,7 +77,8 @@ def _deviation(args: argparse.Namespace) -> int:
         beside = "" if paired is None else f", {paired['mean']:+.1f} +- {paired['ci95']:.1f} px to the first"
         print(
             f"  {entry['name']}: key points {_with(entry['area']['keypoints_px'], 1)} px{beside}; actions "
-            f"{own:.2f} px at own states, {shown:.2f} px at the teacher's; score {_with(entry['score'], 3)}"
+            f"{own:.2f} px at own states, {shown:.2f} px at the teacher's, excess "
+            f"{_with(entry['action_px']['excess'], 2)} px; score {_with(entry['score'], 3)}"
         )
     return 0
 
@@ -87,5 +88,5 @@ def _with(interval: dict[str, float], digits: int) -> str:
 
 
 def _mean_of(curve: dict[str, list[Any]]) -> float:
-    """Mean over all calls of all seeds."""
+    """Mean over all calls of all seeds, of which not all have late calls."""
     return float(sum(m * n for m, n in zip(curve["mean"], curve["n"], strict=True) if n) / sum(curve["n"]))

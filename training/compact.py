@@ -3,8 +3,9 @@
 Weights are kept as their difference from the (reordered) full-precision policy that the run started from, in compressed
 6-bit codes with a scale per row: the difference is small, so its rounding is far below a step of the weights' own
 quantizers. Biases, norms, positions and quantizer steps are kept exactly. The optimizers' states are left out: training
-goes on from a compact checkpoint with fresh moments. The full-precision policy itself is needed to read it, and is
-recognised by its hash.
+goes on from a compact checkpoint with fresh moments. So are the visited states of a distillation, which cannot go on
+from it; another one can start from it. The full-precision policy itself is needed to read it, and is recognised by its
+hash.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from training.config import TrainConfig
 from training.importance import BlockOrder, apply_order, importance_order
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.trained import policy_meaning
-from training.warm_start import policy_beside, read_policy_weights, state_sha256
+from training.warm_start import policy_beside, read_policy_weights
 
 COMPACT = "compact"
+LEFT_OUT = ("format", "model", "ema", "optimizer", "sampler", "buffer", "teacher_calls")  # as far as one holds them
 LEVELS = 31  # codes of 6 bits: 8 bits are 2.5 MB more and change nothing that shows
 
 
@@ -59,7 +61,7 @@ def pack(source: Path, target: Path) -> int:
             scales[name] = scale
         else:
             exact[name] = tensor.clone()
-    kept = {k: v for k, v in payload.items() if k not in ("format", "model", "ema", "optimizer", "sampler")}
+    kept = {k: v for k, v in payload.items() if k not in LEFT_OUT}
     sampler = {k: v for k, v in payload["sampler"].items() if k not in ("optimizer", "network")}
     packed = {"orders": orders, "codes": _compress(codes), "scales": scales, "exact": exact}
     save_checkpoint(target, kept | {"sampler": sampler, COMPACT: packed})
@@ -126,7 +128,7 @@ def _base(path: Path, config: TrainConfig, payload: dict[str, Any]) -> ElasticDi
     """The supernet as the run started from it, before its heads and channels were ordered."""
     assert config.supernet is not None
     weights = read_policy_weights(policy_beside(path, config.supernet.warm_start), config.policy)
-    if state_sha256(weights.state) != payload.get("teacher_sha256"):
+    if weights.sha256 != payload.get("teacher_sha256"):
         raise CompactError(
             f"{path}: was made from another full-precision policy than {weights.path}; restore that one "
             "(supernet.warm_start of its configuration)"

@@ -10,8 +10,11 @@ acts on the states that it reaches itself. At step k of seed s
 
 Two curves over policy calls say where that comes from: ``action_px``, the distance of the executed actions, once at the
 states that the student visits (``own_states``: what would the teacher do here?) and once at the teacher's
-(``teacher_states``). Their difference is what the student's own errors lead to; the second alone is quantization error
-on states that both know. Intervals are 95 % (Student's t over seeds).
+(``teacher_states``), which is quantization error on states that both know. Episodes end, so the number of seeds ``n``
+falls along both curves, and at late calls they are of other seeds. What the student's own errors lead to is therefore
+``excess``: per seed, the mean of own minus teacher's over the calls that both runs have.
+
+Intervals are 95 % (Student's t over seeds).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.sim.pusht import EPISODE_STEPS
 from dcqfa_ros.sim.tee import key_points
@@ -68,6 +72,17 @@ def action_deviation(first: NDArray[np.float32], second: NDArray[np.float32], ca
     """Mean distance in px of the executed actions (N, C, executed, 2) of a call; NaN where there was none."""
     apart = np.linalg.norm(first.astype(np.float64) - second, axis=-1).mean(-1)
     return np.where(called, apart, np.nan)
+
+
+def excess(own: Array, shown: Array) -> Array:
+    """What each seed's actions are further apart at the states of its own run, (N,), over the calls that both have.
+
+    Args:
+        own: distances (N, C) at the states that the student visits, NaN where there was no call.
+        shown: distances (N, D) at those that the teacher visits, likewise. Every run has a first call.
+    """
+    calls = min(own.shape[1], shown.shape[1])
+    return np.nanmean(own[:, :calls] - shown[:, :calls], axis=1)
 
 
 def curve(values: Array) -> dict[str, list[Any]]:
@@ -148,8 +163,9 @@ def measure(
 
     Returns:
         A JSON-ready record: ``teacher``, and per contender its ``score``, the curves, ``area`` (mean over the steps of
-        each state deviation, with its interval over seeds) and ``paired``: its area in ``keypoints_px`` minus that of
-        the first contender on the same seeds, None for the first one.
+        each state deviation, with its interval over seeds), ``paired`` (its area in ``keypoints_px`` minus that of the
+        first contender on the same seeds, None for the first one) and in ``action_px`` the ``excess`` in px with its
+        interval; see :func:`excess`.
 
     Raises:
         UserError: a policy cannot be read, is none of Push-T, or is named twice; before the first episode.
@@ -171,6 +187,8 @@ def measure(
         with reference.open() as policy:
             at_own = answers(policy, own, steps=options.steps, title=f"teacher at states of {contender.variant}")
         states = state_deviations(own, shown)
+        at_own_states = action_deviation(own.actions, at_own, own.called)
+        at_teacher_states = action_deviation(at_teacher, shown.actions, shown.called)
         area = {key: values[:, 1:].mean(1) for key, values in states.items()}
         areas.append(area["keypoints_px"])
         entries.append(
@@ -181,8 +199,9 @@ def measure(
                 "paired": None if len(areas) == 1 else _interval(areas[-1] - areas[0]) | {"against": contenders[0]},
                 "curves": {key: curve(values) for key, values in states.items()},
                 "action_px": {
-                    "own_states": curve(action_deviation(own.actions, at_own, own.called)),
-                    "teacher_states": curve(action_deviation(at_teacher, shown.actions, shown.called)),
+                    "own_states": curve(at_own_states),
+                    "teacher_states": curve(at_teacher_states),
+                    "excess": _interval(excess(at_own_states, at_teacher_states)),
                 },
                 "seconds": round(time.monotonic() - started, 2),
             }
@@ -205,19 +224,26 @@ def _check(
         if contender.identity in known:
             raise DeviationError(f"{name}: is the same network as {known[contender.identity]}; name each one once")
         known[contender.identity] = name
-        executed, theirs = contender.spec.action.executed, reference.spec.action.executed
-        if executed != theirs:
-            raise DeviationError(
-                f"{name}: executes {executed} actions a call, the teacher {theirs}; expected equally many"
-            )
+        ours, others = contender.spec, reference.spec
+        for what, mine, theirs in (
+            ("executes {} actions a call", ours.action.executed, others.action.executed),
+            ("predicts chunks of {} actions", ours.action.horizon, others.action.horizon),  # the noise is of this shape
+            ("takes {} observations a call", _history(ours), _history(others)),
+        ):
+            if mine != theirs:
+                raise DeviationError(f"{name}: {what.format(mine)}, the teacher {theirs}; expected equally many")
     for name, contender in zip((*names, teacher), (*found, reference), strict=True):
         most = contender.spec.diffusion.most_steps
         if steps is not None and not 1 <= steps <= most:
             raise DeviationError(f"--steps {steps}: {name} takes 1 to {most} denoising steps")
 
 
+def _history(spec: BundleSpec) -> int:
+    return next(iter(spec.observations.values())).history
+
+
 def _run(policy: Any, contender: Contender, options: Options, title: str) -> Trajectories:
-    history = next(iter(contender.spec.observations.values())).history
+    history = _history(contender.spec)
     return record(policy, options.seeds, history, steps=options.steps, limit=options.horizon, title=title)
 
 

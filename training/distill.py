@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.compact import COMPACT
 from training.config import ConfigError
 from training.distill_buffer import StateBuffer
 from training.distill_config import DistillConfig
 from training.losses.sqil import sqil_loss
-from training.rollouts_group import GroupRunner, Job, Kit, Visited, flat_state
+from training.lut import write_atomically
+from training.rollouts_group import GroupRunner, Job, Kit, RolloutError, Visited, flat_state
 from training.rollouts_workers import Workers, open_workers
 from training.run import Record
 from training.sandwich import Member
@@ -62,6 +64,11 @@ class DistillTrainer(SupernetTrainer):
         if config.distill is None:
             raise ConfigError(f"training configuration {config.name!r}: distill: the section is missing")
         self.distill: DistillConfig = config.distill
+        if self.options.activations == "batchquant":
+            raise ConfigError(
+                f"training configuration {config.name!r}: supernet.activations: batchquant estimates ranges for every "
+                "network, and those that drive rollouts have none; distil a supernet of learned steps"
+            )
         if self.world.size > 1:
             raise WorldError(
                 "distill: runs in one process, whose rollouts use every core (distill.workers); start it without "
@@ -87,6 +94,7 @@ class DistillTrainer(SupernetTrainer):
             ("executed_actions", theirs.executed_actions == self.config.executed_actions),
             ("diffusion.train_timesteps", theirs.diffusion.train_timesteps == self.config.diffusion.train_timesteps),
             ("supernet.space", theirs.supernet.space == self.options.space),
+            ("supernet.activations", theirs.supernet.activations == self.options.activations),
         ):
             if not same:
                 raise ConfigError(
@@ -138,6 +146,11 @@ class DistillTrainer(SupernetTrainer):
 
     def _load_state(self, payload: dict[str, Any]) -> None:
         if "buffer" not in payload:
+            if COMPACT in payload:
+                raise CheckpointError(
+                    f"{self.checkpoint_path}: is packed, without the visited states that a distillation goes on with; "
+                    "continue the whole checkpoint, or give another --out and this one as distill.start"
+                )
             raise CheckpointError(f"{self.checkpoint_path}: no checkpoint of a distillation; give another --out")
         super()._load_state(payload)
         self.buffer.load_state_dict(payload["buffer"])
@@ -192,13 +205,16 @@ class DistillTrainer(SupernetTrainer):
             )
         return jobs
 
+    def _open_workers(self) -> Workers:
+        if self._workers is None:
+            self._workers = open_workers(self._kit(), self.distill.groups, self.distill.workers, self.distill.ray)
+        return self._workers
+
     def collect(self) -> Record:
         """Do the round that is due: roll the averaged networks out and keep what they visit."""
         started = time.monotonic()
-        if self._workers is None:
-            self._workers = open_workers(self._kit(), self.distill.groups, self.distill.workers, self.distill.ray)
         jobs = self.jobs()
-        visited = Visited.join(self._workers.run(flat_state(self.ema), jobs))
+        visited = Visited.join(self._open_workers().run(flat_state(self.ema), jobs))
         self.buffer.add(visited)
         self.teacher_calls += visited.teacher_calls
         return {
@@ -271,11 +287,19 @@ class DistillTrainer(SupernetTrainer):
         return record
 
     def run(self, log: Callable[[Record], None] | None = None) -> bool:
-        """Train to the end or to Ctrl-C, see :meth:`TrainingRun.run`; every record is a line of ``log.jsonl`` too."""
+        """Train to the end or to Ctrl-C, see :meth:`TrainingRun.run`; every record is a line of ``log.jsonl`` too.
+
+        Raises:
+            UserError: ``distill.ray`` is no address, or Ray is not installed; nothing was written. Or a step failed.
+            RolloutError: a round could not be collected; the checkpoint is of the step before it.
+        """
+        self._open_workers()  # starts nothing, but knows the address of a cluster from what is none
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / LOG
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= self.step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        if path.exists():
+            text = "".join(f"{line}\n" for line in _lines(path) if json.loads(line)["step"] <= self.step)
+            if text != path.read_text():
+                write_atomically(path, text.encode())
 
         def write(record: Record) -> None:
             with path.open("a") as file:
@@ -285,6 +309,10 @@ class DistillTrainer(SupernetTrainer):
 
         try:
             return super().run(write)
+        except RolloutError:
+            if self.step:
+                self.save()  # a round comes first in a step: nothing of it was done
+            raise
         finally:
             self.close()
 
@@ -305,7 +333,5 @@ def _mean_bits(subnet: Subnet) -> float:
 
 def _lines(path: Path) -> list[str]:
     """Whole records of an earlier part of the run; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
     lines = path.read_text().splitlines()
     return [line for line in lines if line.startswith("{") and line.endswith("}")]

@@ -23,9 +23,7 @@ def is_run(path: Path) -> bool:
 
 
 def load_full_precision(path: Path, config: TrainConfig) -> tuple[TrainedPolicy, str]:
-    """A full-precision policy and its SHA-256: of a checkpoint's weights, or of the files of a bundle's variant.
-
-    What is read back out of a bundle is solved for, so its last bits depend on the processor; its files do not.
+    """A full-precision policy and what it is recognised by (:attr:`training.warm_start.PolicyWeights.sha256`).
 
     Args:
         path: a run folder or checkpoint file, or the folder or name of a bundle.
@@ -44,7 +42,6 @@ def load_full_precision(path: Path, config: TrainConfig) -> tuple[TrainedPolicy,
         )
     weights = read_policy_weights(path, config.policy)
     spec = load_bundle(find_bundle(str(path))).spec
-    sha256 = next(variant.weights for variant in spec.variants if variant.precision == "fp32")
     with torch.random.fork_rng(devices=[]):
         network = DiffusionPolicyT(config.policy)
     network.load_state_dict(weights.state)
@@ -60,7 +57,7 @@ def load_full_precision(path: Path, config: TrainConfig) -> tuple[TrainedPolicy,
         history=tuple(spec.training.history),
     )
     _check(path, spec, meaning.specification(), config)
-    return TrainedPolicy(meaning, network, path), sha256
+    return TrainedPolicy(meaning, network, path), weights.sha256
 
 
 def _check(path: Path, spec: BundleSpec, ours: BundleSpec, config: TrainConfig) -> None:

@@ -25,6 +25,7 @@ from dcqfa_ros.bench.conditions import Conditions, versions, watch_conditions
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.observations import ObservationLayout
 from dcqfa_ros.sim.pusht import PushTWorld
+from training.evaluate import LAST_SEED
 from training.rollouts_group import Float, Job, Kit, Visited, flat_state
 from training.rollouts_workers import LocalWorkers, OwnProcess, Workers
 from training.subnet import SpaceError, Subnet
@@ -58,8 +59,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RolloutBenchError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-        if self.first_seed < 0:
-            raise RolloutBenchError(f"--first-seed: expected at least 0, got {self.first_seed}")
+        last = self.first_seed + self.worlds - 1
+        if self.first_seed < 0 or last > LAST_SEED:
+            raise RolloutBenchError(f"--seed: seeds {self.first_seed} to {last}: start seeds are 0 to {LAST_SEED}")
         if self.workers is not None and self.workers > self.worlds:
             raise RolloutBenchError(f"--workers {self.workers}: more than there are worlds, {self.worlds}")
 
@@ -116,14 +118,20 @@ def bench_rollouts(target: Path, variant: str, options: Options) -> RolloutRepor
         options: what is collected.
 
     Raises:
-        UserError: the supernet cannot be read, has no such subnet, or is no policy of Push-T key points.
+        UserError: the supernet cannot be read, has no such subnet, takes fewer denoising steps, or is no policy of
+            Push-T key points.
     """
     supernet = load_supernet(target)
     try:
         subnet = supernet.space.parse(variant)
     except SpaceError as error:
         raise RolloutBenchError(f"--variant {variant}: not in the search space of {target} ({error})") from error
-    kit = Kit(supernet.meaning.config.policy, supernet.meaning.specification(), options.denoising_steps, None)
+    spec = supernet.meaning.specification()
+    if options.denoising_steps > spec.diffusion.most_steps:
+        raise RolloutBenchError(
+            f"--denoising-steps {options.denoising_steps}: {target} takes 1 to {spec.diffusion.most_steps}"
+        )
+    kit = Kit(supernet.meaning.config.policy, spec, options.denoising_steps, None)
     weights, cores = flat_state(supernet.network), len(os.sched_getaffinity(0))
     workers = min(options.workers or cores, options.worlds)
     starts = _starts(supernet, options)
@@ -196,7 +204,7 @@ class _Contender:
         """Run a few jobs, start processes, and keep the number of threads that is faster."""
         some = self.jobs[: max(self.processes, len(self.jobs) // 16)]
         trials = {}
-        for threads in sorted({1, cores} if self.processes == 1 else {1}):
+        for threads in sorted({1, cores} if isinstance(self.workers, OwnProcess) else {1}):
             self.threads = threads
             self.time(weights, some[:1])
             trials[threads] = self.time(weights, some)

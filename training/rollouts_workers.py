@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ import torch
 from training.rollouts_group import Float, GroupRunner, Job, Kit, RolloutError, Visited
 
 STOP_SECONDS = 5.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the parent ends its step and its processes
 
 
 class Workers(Protocol):
@@ -42,18 +45,27 @@ class Workers(Protocol):
 
 
 class OwnProcess:
-    """Runs jobs one after the other in this process, on whatever threads PyTorch has."""
+    """Runs jobs one after the other in this process."""
 
     count = 1
 
-    def __init__(self, kit: Kit) -> None:
-        """Build the networks."""
-        self._runner = GroupRunner(kit)
+    def __init__(self, kit: Kit, threads: int | None = None) -> None:
+        """Build the networks.
+
+        Args:
+            kit: what they need.
+            threads: of PyTorch while jobs run; with 1 they give, bit for bit, what other processes of this machine
+                give. None leaves whatever PyTorch has.
+        """
+        self._threads = threads
+        with _on_threads(threads):
+            self._runner = GroupRunner(kit)
 
     def run(self, weights: Float, jobs: Sequence[Job]) -> list[Visited]:
         """See :meth:`Workers.run`."""
-        self._runner.load(weights)
-        return [self._runner.run(job) for job in jobs]
+        with _on_threads(self._threads):
+            self._runner.load(weights)
+            return [self._runner.run(job) for job in jobs]
 
     def close(self) -> None:
         """Nothing to end."""
@@ -76,24 +88,34 @@ class LocalWorkers:
         self._pipes: list[Connection] = []
 
     def _start(self, size: int) -> None:
+        """Start the processes and send them the kit.
+
+        Raises:
+            OSError: a process ended before it had the kit.
+        """
         self._weights = self._context.RawArray("f", size)
+        resource_tracker.ensure_running()  # where it has to be started, that unblocks signals
         for _ in range(self.count):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs, self._kit, self._weights), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
             self._pipes.append(ours)
+            # Arguments go through a pipe whose other end this process holds too, so a process that dies before it has
+            # read them is never noticed once they exceed the pipe's buffer. These two are a few hundred bytes.
+            process = self._context.Process(target=_serve, args=(theirs, self._weights), daemon=True)
+            with theirs, _signals_wait():
+                process.start()
+                self._processes.append(process)
+        for pipe in self._pipes:  # only now: they import PyTorch at the same time
+            pipe.send(self._kit)
 
     def run(self, weights: Float, jobs: Sequence[Job]) -> list[Visited]:
         """See :meth:`Workers.run`."""
-        if self._weights is None:
-            self._start(len(weights))
-        np.frombuffer(self._weights, np.float32)[:] = weights
         waiting, found = deque(enumerate(jobs)), dict[int, Visited]()
         busy: dict[Connection, int] = {}
-        idle = list(self._pipes)
         try:
+            if self._weights is None:
+                self._start(len(weights))
+            np.frombuffer(self._weights, np.float32)[:] = weights
+            idle = list(self._pipes)
             while waiting or busy:
                 while waiting and idle:
                     pipe, (number, job) = idle.pop(), waiting.popleft()
@@ -129,26 +151,56 @@ class LocalWorkers:
         self._processes, self._pipes, self._weights = [], [], None
 
 
-def _serve(pipe: Connection, kit: Kit, shared: Any) -> None:
-    """Run jobs from ``pipe`` until it ends; what fails is answered as text."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the parent ends its step and its processes
+@contextmanager
+def _on_threads(count: int | None) -> Iterator[None]:
+    """Give PyTorch ``count`` threads meanwhile; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Block what stops a run; a process that is started meanwhile inherits that until it can ignore the signals.
+
+    Ctrl-C reaches every process of the terminal at once, those that are still importing PyTorch included.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(pipe: Connection, shared: Any) -> None:
+    """Take the kit and then jobs from ``pipe`` until it ends; what fails is answered as text.
+
+    Args:
+        pipe: to the parent.
+        shared: array of C floats, the weights (P,).
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    runner = GroupRunner(kit)
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the parent closed its end
+        runner = GroupRunner(pipe.recv())
+        while True:
             job = pipe.recv()
-        except EOFError:
-            return
-        try:
-            runner.load(np.frombuffer(shared, np.float32))
-            answer: Visited | str = runner.run(job)
-        except RolloutError as error:
-            answer = str(error)
-        except Exception as error:  # noqa: BLE001 (goes to the parent, which ends the run)
-            answer = f"a rollout failed: {type(error).__name__}: {error}"
-        pipe.send(answer)
+            try:
+                runner.load(np.frombuffer(shared, np.float32))
+                answer: Visited | str = runner.run(job)
+            except RolloutError as error:
+                answer = str(error)
+            except Exception as error:  # noqa: BLE001 (goes to the parent, which ends the run)
+                answer = f"a rollout failed: {type(error).__name__}: {error}"
+            pipe.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -159,20 +211,20 @@ def _end_with_parent() -> None:
 
 
 def open_workers(kit: Kit, groups: int, workers: int | None, ray: str | None) -> Workers:
-    """Workers for rounds of ``groups`` jobs.
+    """Workers for rounds of ``groups`` jobs; processes, or a connection to a cluster, begin with the first round.
 
     Args:
         kit: what they need.
         groups: jobs of a round; more workers than that are not started.
-        workers: processes or actors; None for one per core that this process may use, or per CPU of the cluster.
+        workers: processes or actors; None for one per core that this process may use, or one per group on a cluster.
         ray: address of a Ray cluster; None for this machine.
 
     Raises:
-        UserError: no such cluster can be reached, or ray is not installed.
+        UserError: that is no address of a cluster, or ray is not installed.
     """
     if ray is not None:
         from training.rollouts_ray import RayWorkers  # Ray is imported where an address is given
 
         return RayWorkers(kit, ray, min(groups, workers) if workers else groups)
     count = min(groups, workers or len(os.sched_getaffinity(0)))
-    return OwnProcess(kit) if count == 1 else LocalWorkers(kit, count)
+    return OwnProcess(kit, threads=1) if count == 1 else LocalWorkers(kit, count)

@@ -51,7 +51,7 @@ from training.shared_stem import SharedStem
 from training.subnet import Precision
 from training.supernet_config import SupernetConfig
 from training.synthetic_tables import synthetic_tensors
-from training.warm_start import read_policy_weights, state_sha256
+from training.warm_start import read_policy_weights
 
 SALIENCY = "saliency.pt"
 CALIBRATION_SEED = 30_000_001
@@ -106,7 +106,7 @@ class SupernetTrainer(TrainingRun):
             self.table = (self.options.only,)
         weights = read_policy_weights(Path(self.options.warm_start), config.policy)
         weights.check_normalizers(self.data.observation_norms, self.data.action_norm)
-        self._teacher_sha256 = state_sha256(weights.state)
+        self._teacher_sha256 = weights.sha256
         torch.manual_seed(config.run.seed)
         teacher = DiffusionPolicyT(config.policy)
         teacher.load_state_dict(weights.state)

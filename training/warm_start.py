@@ -41,6 +41,8 @@ class PolicyWeights:
         steps: optimizer steps behind the weights.
         data_sha256: of the demonstrations they come from; None where that is not known.
         path: the checkpoint file or the bundle's folder.
+        sha256: by which the policy is recognised: of a checkpoint's weights, or of the files of a bundle's variant. One
+            of the weights read out of those files is solved for, so its last bits depend on the processor.
         prefix: of the policy itself; ``state`` is for the configuration that was asked for, which may add one.
     """
 
@@ -50,6 +52,7 @@ class PolicyWeights:
     steps: int
     data_sha256: str | None
     path: Path
+    sha256: str
     prefix: int = 0
 
     def check_normalizers(self, observation_norms: Mapping[str, NormalizerSpec], action_norm: NormalizerSpec) -> None:
@@ -139,6 +142,7 @@ def _from_checkpoint(path: Path, config: DiffusionPolicyTConfig) -> PolicyWeight
         steps=meaning.step,
         data_sha256=meaning.data_sha256,
         path=trained.path,
+        sha256=state_sha256(state),
     )
 
 
@@ -191,12 +195,13 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
     }
     want = config.model_dump(exclude={"attention_dropout", "ffn_ratio"}) | {"ffn_dim": config.ffn_ratio * config.dim}
     _check_sizes(field, have, want)
-    variant = next((variant.name for variant in spec.variants if variant.precision == "fp32"), None)
-    if variant is None:
+    exported = next((variant for variant in spec.variants if variant.precision == "fp32"), None)
+    if exported is None:
         names = ", ".join(f"{variant.name} ({variant.precision})" for variant in spec.variants)
         raise WarmStartError(
             f"{field}: variants: none is of precision fp32, there is {names}; export one, or start from the checkpoint"
         )
+    variant = exported.name
     graphs = {role: bundle.read(variant, role) for role in ROLES}
     theirs = config.model_copy(update={"prefix": spec.diffusion.prefix})
     state = graph_state(graphs, theirs, bundle.file(variant, "encoder").parent)
@@ -211,6 +216,7 @@ def _from_bundle(bundle: Bundle, config: DiffusionPolicyTConfig) -> PolicyWeight
         steps=spec.training.steps,
         data_sha256=spec.training.data_sha256,
         path=bundle.folder,
+        sha256=exported.weights,
         prefix=spec.diffusion.prefix,
     )
 

@@ -36,6 +36,9 @@ from dcqfa_ros.runtime.pictures import PictureHistory
 KEPT = 64  # frames, and samples per key, kept at most
 PENDING = 8  # newest stamps of the clock for which a frame may still become complete
 TOLERANCE_PERIODS, WINDOW_TOLERANCE_PERIODS = 0.9, 1.5
+STATE_TOLERANCE_PERIODS = 2.0
+"""Of states beside pictures, whose ticks no camera shares: the arm's node reads the controller's newest state, so that
+stamps lie up to twice a period apart, and waiting for the next one would cost more time than it lies nearer."""
 PICTURES = ("image", "depth")
 
 
@@ -169,7 +172,8 @@ class ObservationSynchronizer:
         self.step_ns = step_ns
         self.dropped = 0
         self._keys = {
-            name: _Key(name, spec, given.get(name, default_tolerance_ns(spec))) for name, spec in self.specs.items()
+            name: _Key(name, spec, given.get(name, default_tolerance_ns(spec, self.specs[self.reference])))
+            for name, spec in self.specs.items()
         }
         self._cheapest_first = sorted(self._keys.items(), key=lambda item: item[1].is_window)
         self._condition = threading.Condition()
@@ -213,7 +217,7 @@ class ObservationSynchronizer:
                 self._add_reference(sample, arrival_ns, began_anew)
             else:
                 self._add_sample(entry, sample, began_anew)
-            self._complete()
+            self._complete(entry, stamp_ns)
 
     def _add_reference(self, sample: _Sample, arrival_ns: int, began_anew: bool) -> None:
         if began_anew:  # the source's clock began anew: nothing of before belongs to what follows
@@ -240,12 +244,15 @@ class ObservationSynchronizer:
         while len(samples) > most:
             samples.popleft()
 
-    def _complete(self) -> None:
-        """Make frames of the stamps for which every key has come; older stamps than the newest frame's may follow."""
+    def _complete(self, entry: _Key, stamp_ns: int) -> None:
+        """Make frames of the stamps for which every key has come; older stamps than the newest frame's may follow.
+
+        Looks at those alone that the new sample of ``entry`` can complete: stamps that never will are kept for a while.
+        """
         waiting: list[_Sample] = []
         news = False
         for reference in self._pending:
-            values = self._others(reference.stamp_ns)
+            values = self._others(reference.stamp_ns) if self._touches(entry, stamp_ns, reference.stamp_ns) else None
             if values is None:
                 waiting.append(reference)
                 continue
@@ -257,6 +264,12 @@ class ObservationSynchronizer:
         if news:
             del self._frames[: self._expired()]
             self._condition.notify_all()
+
+    def _touches(self, entry: _Key, stamp_ns: int, reference_ns: int) -> bool:
+        """Whether a sample of ``entry`` may be part of the frame of a stamp of the reference."""
+        if entry.name == self.reference:
+            return stamp_ns == reference_ns
+        return stamp_ns <= reference_ns if entry.is_window else abs(stamp_ns - reference_ns) <= entry.tolerance_ns
 
     def _others(self, stamp_ns: int) -> dict[str, NDArray[Any]] | None:
         """Values of all keys but the reference for a frame, None where one has not come; asked at every sample."""
@@ -356,9 +369,13 @@ def reference_of(specs: Mapping[str, ObservationSpec]) -> str:
     return next((name for name, spec in specs.items() if spec.type != "wrench"), next(iter(specs)))
 
 
-def default_tolerance_ns(spec: ObservationSpec) -> int:
-    """Return the tolerance that follows from a key's rate."""
-    periods = WINDOW_TOLERANCE_PERIODS if spec.type == "wrench" else TOLERANCE_PERIODS
+def default_tolerance_ns(spec: ObservationSpec, reference: ObservationSpec) -> int:
+    """Return the tolerance that follows from a key's rate, and from what the reference is."""
+    periods = TOLERANCE_PERIODS
+    if spec.type == "wrench":
+        periods = WINDOW_TOLERANCE_PERIODS
+    elif spec.type not in PICTURES and reference.type in PICTURES:
+        periods = STATE_TOLERANCE_PERIODS
     return round(periods * 1e9 / spec.rate_hz)
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from training.deviation import (
     Options,
     action_deviation,
     curve,
+    excess,
     measure,
     parse_contender,
     state_deviations,
 )
 from training.deviation_plot import check_plot, plot
+from training.evaluate import Contender
 from training.rollouts import Trajectories
 from training.search.plots import PlotError
 
@@ -79,7 +83,48 @@ def test_a_curve_has_intervals_where_there_are_values() -> None:
     assert found["ci95"][0] == pytest.approx(12.706 * np.sqrt(2.0) / np.sqrt(2.0), rel=1e-3)
 
 
-def test_a_network_departs_from_another_but_not_from_its_equal(supernet_run: Path, trained_run: Path) -> None:
+def test_excess_is_taken_in_pairs_over_the_calls_that_both_runs_have() -> None:
+    own = np.array([[1.0, 5.0, np.nan], [2.0, 2.0, 8.0], [3.0, np.nan, np.nan]])
+    shown = np.array([[1.0, 2.0, 9.0, 9.0], [1.0, np.nan, np.nan, np.nan], [1.0, 1.0, 1.0, 1.0]])
+    assert excess(own, shown).tolist() == [1.5, 1.0, 2.0]
+    assert excess(shown, own).tolist() == [-1.5, -1.0, -2.0]
+
+
+def test_a_network_does_not_depart_from_its_equal(supernet_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(supernet_run, tmp_path / "copy")
+    options = Options(SEEDS, horizon=20, steps=1)
+    entry = measure([f"{copy}:w4a4"], f"{supernet_run}:w4a4", options)["contenders"][0]
+    for name, values in entry["curves"].items():
+        assert max(values["mean"]) == pytest.approx(0.0, abs=0.05), name
+    for kind in ("own_states", "teacher_states"):
+        assert entry["action_px"][kind]["mean"] == pytest.approx([0.0] * 3, abs=0.05)
+    assert entry["action_px"]["excess"]["mean"] == pytest.approx(0.0, abs=0.05)
+
+
+def test_networks_of_other_chunks_or_histories_are_no_pair(supernet_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(*given: Any, **options: Any) -> Contender:
+        found = parse(*given, **options)
+        if found.subnet != "d2-h1-m2-w4a4":
+            return found
+        action = found.spec.action.model_copy(update={k: v for k, v in fields.items() if k != "history"})
+        history = {k: v for k, v in fields.items() if k == "history"}
+        keys = {name: key.model_copy(update=history) for name, key in found.spec.observations.items()}
+        return replace(found, spec=found.spec.model_copy(update={"action": action, "observations": keys}))
+
+    parse, contenders = parse_contender, [f"{supernet_run}:w8a8", f"{supernet_run}:w4a4"]
+    monkeypatch.setattr("training.deviation.parse_contender", changed)
+    fields: dict[str, int] = {}
+    for other, message in (
+        ({"executed": 4}, "executes 4 actions a call, the teacher 8"),
+        ({"horizon": 12}, "predicts chunks of 12 actions, the teacher 16"),
+        ({"history": 1}, "takes 1 observations a call, the teacher 2"),
+    ):
+        fields = other
+        with pytest.raises(DeviationError, match=f":w4a4: {message}"):
+            measure(contenders, str(supernet_run), Options(SEEDS))
+
+
+def test_a_network_departs_from_another(supernet_run: Path, trained_run: Path) -> None:
     options = Options(SEEDS, horizon=20, steps=1)
     result = measure([f"{supernet_run}:w4a4", f"{supernet_run}:fp32"], f"{supernet_run}:w8a8", options)
     low, full = result["contenders"]
@@ -91,6 +136,10 @@ def test_a_network_departs_from_another_but_not_from_its_equal(supernet_run: Pat
             entry["action_px"]["teacher_states"]["mean"][0], rel=0.05
         )
         assert entry["area"]["agent_px"]["mean"] > 0.0
+        curves = [entry["action_px"][kind]["mean"] for kind in ("own_states", "teacher_states")]
+        # no episode ends, so here it is the mean of the difference of the curves
+        expected = np.mean(np.subtract(*curves))
+        assert entry["action_px"]["excess"]["mean"] == pytest.approx(expected) and expected != 0.0
     difference = full["area"]["keypoints_px"]["mean"] - low["area"]["keypoints_px"]["mean"]
     assert low["paired"] is None and full["paired"]["mean"] == pytest.approx(difference)
     assert json.loads(json.dumps(result)) == result
@@ -125,6 +174,11 @@ def test_the_command_writes_json_and_a_picture(in_process: Command, supernet_run
     assert code == 0
     assert json.loads(output) == json.loads((tmp_path / "curves.json").read_text())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    code, text, _ = run(
+        f"{supernet_run}:w4a4", "--teacher", f"{supernet_run}:fp32", "--seeds", 2, "--horizon", 9, "--steps", 1
+    )
+    found = json.loads(output)["contenders"][0]["action_px"]["excess"]
+    assert code == 0 and f"excess {found['mean']:.2f} +- {found['ci95']:.2f} px" in text
     for arguments, message in (
         ((f"{supernet_run}:w4a4", "--teacher", str(supernet_run), "--seeds", 1), "--seeds: expected at least 2"),
         ((f"{supernet_run}:w4a4", "--teacher", str(supernet_run), "--plot", "x.gif"), "expected a file name"),

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,19 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from dcqfa_ros.errors import UserError
 from training import commands
 from training.checkpoint import CheckpointError, load_checkpoint
 from training.commands import ArgumentError
+from training.compact import pack
 from training.config import ConfigError, TrainConfig, load_config
 from training.distill import DistillTrainer
-from training.distill_buffer import StateBuffer
 from training.distill_config import DistillConfig
-from training.objective import Objective
-from training.rollouts_group import Visited
+from training.evaluate import evaluate
+from training.rollouts_group import RolloutError, Visited
+from training.rollouts_workers import OwnProcess
 from training.run import TrainingError
+from training.supernet import SupernetTrainer
 from training.supernet_checkpoint import load_supernet
 from training.world import WorldError
 
@@ -144,14 +149,21 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_with_its_buffer(make: Make,
 
 def test_the_control_makes_as_many_teacher_calls_and_differs_in_states_alone(make: Make) -> None:
     method, control = make("method"), make("control", states="demonstrations")
-    for ours, theirs in zip(method.jobs(), control.jobs(), strict=True):
-        assert (ours.closed, theirs.closed) == (True, False)
-        assert ours.subnet == theirs.subnet and ours.seeds == theirs.seeds
-        for name in ("starts", "teacher_acts", "teacher_asked"):
-            assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
-    records = [trainer.train_step() for trainer in (method, control)]
-    assert method.teacher_calls == control.teacher_calls > 0 and method.buffer.count == control.buffer.count == 8
-    assert records[0].keys() == records[1].keys()
+    for step, acting in ((0, 8), (4, 0)):  # of the 8 calls of a round
+        method.step = control.step = step
+        for ours, theirs in zip(method.jobs(), control.jobs(), strict=True):
+            assert (ours.closed, theirs.closed) == (True, False)
+            assert ours.subnet == theirs.subnet and ours.seeds == theirs.seeds
+            assert (ours.horizon, ours.first_call) == (theirs.horizon, theirs.first_call) == (1 + step // 4, 2 * step)
+            for name in ("starts", "teacher_acts", "teacher_asked"):
+                assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+        assert sum(int(job.teacher_acts.sum()) for job in method.jobs()) == acting
+        before = method.teacher_calls
+        records = [trainer.train_step() for trainer in (method, control)]
+        asked = method.teacher_calls - before
+        assert method.teacher_calls == control.teacher_calls and (asked == 8 if acting else 0 < asked < 8)
+        assert method.buffer.count == control.buffer.count == (8 if step == 0 else 16)
+        assert records[0].keys() == records[1].keys()
     control_states = control.buffer.state_dict()["arrays"]["observation"]
     demonstrations = control.windows.observation
     assert isinstance(demonstrations, torch.Tensor)
@@ -208,6 +220,24 @@ def test_a_start_of_another_teacher_or_space_is_refused(make: Make, configured: 
         DistillTrainer(configured().model_copy(update={"executed_actions": 4}), Path("nowhere"))
     with pytest.raises(ConfigError, match=r"distill\.low: "):
         make(low="w2a2")
+    with pytest.raises(ConfigError, match=r"supernet\.activations: batchquant estimates ranges"):
+        make(sections={"supernet": {"activations": "batchquant"}})
+
+
+def test_a_packed_distillation_is_evaluated_and_started_from_but_not_continued(make: Make, tmp_path: Path) -> None:
+    trainer = make("whole")
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save()
+    whole, packed = trainer.checkpoint_path, tmp_path / "packed/checkpoint.pt"
+    pack(whole, packed)
+    assert {"buffer", "teacher_calls"} <= load_checkpoint(whole).keys()
+    assert not {"buffer", "teacher_calls"} & load_checkpoint(packed).keys()
+    scores = [evaluate(str(path), "w4a4", range(2), steps=1)["scores"] for path in (whole, packed)]
+    assert len(scores[0]) == len(scores[1]) == 2
+    assert make("further", start=str(packed)).step == 0
+    with pytest.raises(CheckpointError, match=r"packed/checkpoint\.pt: is packed, without the visited states"):
+        make("packed")
 
 
 def test_a_start_that_changed_and_checkpoints_of_other_runs_are_refused(
@@ -243,97 +273,63 @@ def test_a_diverged_step_updates_nothing(make: Make, monkeypatch: pytest.MonkeyP
 
 
 def test_a_signal_keeps_a_checkpoint_and_ends_the_workers(make: Make) -> None:
-    trainer = make()
-    original = trainer.collect
+    trainer = make(workers=2)
+    original, processes = trainer.collect, []
 
     def collect() -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return original()
+        found = original()
+        processes.extend(multiprocessing.active_children())
+        return found
 
     trainer.collect = collect  # type: ignore[method-assign]
     assert not trainer.run()
     assert trainer.checkpoint_path.exists() and trainer.step == 1 and trainer._workers is None
+    assert len(processes) == 2 and not multiprocessing.active_children()
 
 
-# Buffer --------------------------------------------------------------------------------------------------------------
+def test_a_round_that_fails_keeps_the_steps_before_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, whole = make(sections={"run": {"checkpoint_every": 100}}), make("whole")
+    assert whole.run()
+    original = OwnProcess.run
+
+    def run(workers: OwnProcess, *given: Any) -> list[Visited]:
+        if trainer.step == 2:
+            raise RolloutError("a process was killed")
+        return original(workers, *given)
+
+    monkeypatch.setattr(OwnProcess, "run", run)
+    with pytest.raises(RolloutError, match="was killed"):
+        trainer.run()
+    monkeypatch.undo()
+    again = make()
+    assert again.step == 2 and again.run() and torch.equal(weights_of(whole), weights_of(again))
 
 
-def visited(first: int, count: int, known: bool = True) -> Visited:
-    values = np.arange(first, first + count, dtype=np.float32)
-    return Visited(
-        observation=np.broadcast_to(values[:, None, None], (count, 2, 3)).copy(),
-        path=np.broadcast_to(values[:, None, None, None], (count, 4, 5, 2)).copy(),
-        teacher=np.full((count, 5, 2), 0.25, np.float32),
-        known=np.full(count, known),
-        teacher_calls=count,
-        restarts=0,
-    )
+def test_where_rollouts_run_is_checked_before_anything_is_written(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    with pytest.raises(RolloutError, match="--ray somewhere: expected auto"):
+        make(ray="somewhere").run()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"requirements/ray\.txt"):
+        make(ray="auto").run()
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def objective(configured: Callable[..., TrainConfig]) -> Objective:
-    return Objective(configured(), torch.device("cpu"))
-
-
-STEPS = np.array([90, 60, 30, 0])
-
-
-def test_the_oldest_states_leave_first() -> None:
-    buffer = StateBuffer(10, STEPS)
-    for first in (0, 6, 12):
-        buffer.add(visited(first, 6))
-    assert buffer.count == 10
-    assert sorted(buffer.state_dict()["arrays"]["observation"][:, 0, 0].tolist()) == list(range(8, 18))
-    with pytest.raises(ValueError, match="at once"):
-        buffer.add(visited(0, 11))
-
-
-def test_half_of_any_first_rows_are_of_the_own_path_the_others_of_the_teacher(objective: Objective) -> None:
-    buffer = StateBuffer(10, STEPS)
-    buffer.add(visited(100, 10))
-    batch = buffer.draw(40, 0.5, objective, 100, torch.Generator().manual_seed(0))
-    own = batch.action[:, 0, 0] >= 50.0  # paths hold the state's number, the teacher's actions lie within 1
-    for count in (2, 7, 20, 40):
-        assert int(own[:count].sum()) == count // 2
-    assert torch.equal(batch.action[own][:, 0, 0], batch.observation[own][:, 0, 0])
-    assert set(batch.timesteps[own].tolist()) <= set(STEPS.tolist())
-    assert len(set(batch.timesteps[~own].tolist())) > 4
-    late = ~own & (batch.timesteps < 5)
-    assert torch.allclose(batch.action[late], torch.tensor(0.25), atol=0.6)
-
-
-def test_shares_of_none_and_all_and_a_buffer_that_cannot_serve(objective: Objective) -> None:
-    generator, buffer = torch.Generator().manual_seed(0), StateBuffer(10, STEPS)
-    with pytest.raises(ValueError, match="empty"):
-        buffer.draw(2, 1.0, objective, 100, generator)
-    buffer.add(visited(100, 4, known=False))
-    assert (buffer.draw(6, 1.0, objective, 100, generator).action >= 100).all()
-    with pytest.raises(ValueError, match="teacher's actions"):
-        buffer.draw(6, 0.5, objective, 100, generator)
-    buffer.add(visited(200, 1))
-    batch = buffer.draw(6, 0.0, objective, 100, generator)
-    assert (batch.observation == 200).all() and (batch.action < 50).all()
-
-
-def test_a_stored_buffer_of_other_steps_or_capacity_is_refused() -> None:
-    buffer = StateBuffer(10, STEPS)
-    buffer.add(visited(0, 8))
-    state = buffer.state_dict()
-    for other in (StateBuffer(7, STEPS), StateBuffer(10, STEPS[:2])):
-        with pytest.raises(ValueError, match="another capacity"):
-            other.load_state_dict(state)
-    same = StateBuffer(10, STEPS)
-    same.load_state_dict(state)
-    same.add(visited(8, 4))
-    buffer.add(visited(8, 4))
-    ours, theirs = buffer.state_dict()["arrays"], same.state_dict()["arrays"]
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_visited_states_join_in_order() -> None:
-    joined = Visited.join([visited(0, 2), replace(visited(2, 1), restarts=3)])
-    assert len(joined) == 3 and joined.observation[:, 0, 0].tolist() == [0, 1, 2]
-    assert (joined.teacher_calls, joined.restarts) == (3, 3)
+def test_the_log_is_only_written_anew_where_lines_are_dropped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    log, kept = trainer.folder / "log.jsonl", ['{"step": 1.0, "loss": 3.0}', '{"step": 2.0, "loss": 2.0}']
+    log.write_text("\n".join([*kept, '{"step": 3.0, "loss": 1.0}', '{"step": 4.0, "lo']))
+    monkeypatch.setattr(SupernetTrainer, "run", lambda run, log: True)
+    before = log.stat().st_ino
+    assert make().run() and log.read_text().splitlines() == kept
+    after = log.stat().st_ino  # replaced, not truncated
+    assert before != after and make().run() and log.stat().st_ino == after
 
 
 # Command -------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,15 @@ from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.noise import chunk_noise
 from dcqfa_ros.runtime.observations import ObservationLayout
 from dcqfa_ros.sim.pusht import PushTWorld
-from training.evaluate import find, roll_out
+from training.evaluate import find
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
-from training.rollouts import answers, record
-from training.rollouts_bench import Options, RolloutBenchError, bench_rollouts
-from training.rollouts_group import Job, Kit, RolloutError, flat_state, load_flat_state
+from training.rollouts import record
+from training.rollouts_group import GroupRunner, Job, Kit, RolloutError, flat_state, load_flat_state
 from training.rollouts_ray import RayWorkers
 from training.rollouts_workers import LocalWorkers, OwnProcess, open_workers
 from training.search.ray_executor import LOSSES
+from training.signals import stop_on_signal
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
 
 SEEDS = (3, 5)
@@ -166,31 +167,87 @@ def test_weights_travel_in_one_array(supernet: TrainedSupernet, kit: Kit) -> Non
 
 @pytest.fixture
 def crew(kit: Kit) -> Iterator[LocalWorkers]:
-    """One process, ended with the test; each takes seconds to import PyTorch."""
-    workers = LocalWorkers(kit, 1)
+    """Two processes, ended with the test; each takes seconds to import PyTorch."""
+    workers = LocalWorkers(kit, 2)
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch on two threads, as a distillation has it by default."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def struck(monkeypatch: pytest.MonkeyPatch) -> Callable[[signal.Signals], None]:
+    """Return what sends a signal to every further process of multiprocessing as soon as there is one."""
+    original = multiprocessing.util.spawnv_passfds
+
+    def strike(number: signal.Signals) -> None:
+        def spawn(path: bytes, arguments: list[Any], descriptors: list[int]) -> int:
+            found = original(path, arguments, descriptors)
+            if "--multiprocessing-fork" in arguments:  # not the resource tracker
+                os.kill(found, number)
+            return found
+
+        monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn)
+
+    return strike
 
 
 def same(first: Any, second: Any) -> bool:
     return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ("observation", "path", "known"))
 
 
-def test_processes_collect_what_this_one_does_and_end_when_lost(
-    kit: Kit, weights: np.ndarray, job: Job, crew: LocalWorkers
+def test_two_processes_collect_what_this_one_does_and_end_when_one_is_lost(
+    kit: Kit, weights: np.ndarray, job: Job, crew: LocalWorkers, two_threads: None
 ) -> None:
     jobs = [job, replace(job, first_call=9), replace(job, horizon=1)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    expected = OwnProcess(kit).run(weights, jobs)
-    torch.set_num_threads(threads)
+    expected = open_workers(kit, len(jobs), 1, None).run(weights, jobs)
     assert all(map(same, crew.run(weights, jobs), expected))
-    for process in crew._processes:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    assert len(multiprocessing.active_children()) == 2
+    os.kill(crew._processes[0].pid, signal.SIGKILL)
+    crew._processes[0].join()
     with pytest.raises(RolloutError, match="ended early"):
         crew.run(weights, jobs)
     assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_while_processes_start_leaves_them_alone(
+    kit: Kit, weights: np.ndarray, job: Job, crew: LocalWorkers, struck: Callable[[signal.Signals], None]
+) -> None:
+    """It reaches every process of the terminal; the parent ends its step, for which it needs them."""
+    struck(signal.SIGINT)
+    assert len(crew.run(weights, [job, job])) == 2
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_are_killed_while_they_start_are_told_of(
+    kit: Kit, weights: np.ndarray, job: Job, struck: Callable[[signal.Signals], None]
+) -> None:
+    large = replace(kit, teacher={"more than a pipe holds": np.zeros(2**20)})
+    struck(signal.SIGKILL)
+    with pytest.raises(RolloutError, match="ended early"):
+        LocalWorkers(large, 2).run(weights, [job, job])
+    assert not multiprocessing.active_children()
+
+
+def test_one_worker_runs_on_one_thread_as_several_do(
+    kit: Kit, weights: np.ndarray, job: Job, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    run = GroupRunner.run
+    monkeypatch.setattr(
+        GroupRunner, "run", lambda runner, job: threads.append(torch.get_num_threads()) or run(runner, job)
+    )
+    open_workers(kit, 1, None, None).run(weights, [job])
+    OwnProcess(kit).run(weights, [job])
+    assert threads == [1, 2] and torch.get_num_threads() == 2
 
 
 def test_no_more_workers_than_groups_and_one_is_this_process(kit: Kit) -> None:
@@ -209,22 +266,28 @@ class RayTaskError(RayError):
 
 
 class FakeRay:
-    """The part of Ray that is used, in this process; the newest task ends first."""
+    """The part of Ray that is used, in this process. Actors begin where there are CPUs; the newest job ends first."""
 
     def __init__(self) -> None:
         self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
         self.connected: tuple[str, dict[str, Any]] | None = None
+        self.cpus = 8
         self.shipped: list[Any] = []
-        self.actors = self.killed = self.answers = 0
-        self.fails: Callable[[int], Exception | None] = lambda number: None
+        self.begun: set[int] = set()  # numbers of actors
+        self.actors = self.killed = self.answers = self.silent = 0
+        self.fails: Callable[[int, str], Exception | None] = lambda number, method: None
+        self.lost = False  # the connection
 
     def init(self, address: str, **options: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # as Ray's
         self.connected = (address, options)
 
     def shutdown(self) -> None:
-        self.connected = None
+        self.connected, self.begun = None, set()
 
     def put(self, value: Any) -> Any:
+        if self.lost:
+            raise ConnectionError("gone")
         self.shipped.append(value)
         return value
 
@@ -232,23 +295,33 @@ class FakeRay:
         assert num_cpus == 1
 
         def make(cls: type) -> Any:
-            def start(*arguments: Any) -> Any:
-                self.actors += 1
-                actor = cls(*arguments)
-                run = SimpleNamespace(remote=lambda *given: SimpleNamespace(get=lambda: actor.run(*given)))
-                return SimpleNamespace(run=run)
-
-            return SimpleNamespace(remote=start)
+            return SimpleNamespace(remote=lambda *arguments: self._actor(cls, arguments))
 
         return make
 
+    def _actor(self, cls: type, arguments: tuple[Any, ...]) -> Any:
+        self.actors += 1
+        actor, number = cls(*arguments), self.actors
+
+        def method(name: str) -> Any:
+            return SimpleNamespace(remote=lambda *given: Reference(name, number, lambda: getattr(actor, name)(*given)))
+
+        return SimpleNamespace(begin=method("begin"), run=method("run"))
+
     def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
-        return refs[-1:], refs[:-1]
+        able = [ref for ref in refs if ref.actor in self.begun or len(self.begun) < self.cpus]
+        if not able or self.silent > 0:
+            self.silent -= 1
+            return [], refs
+        done = next((ref for ref in able if ref.method == "begin"), able[-1])
+        self.begun.add(done.actor)
+        return [done], [ref for ref in refs if ref is not done]
 
     def get(self, ref: Any) -> Any:
-        error = self.fails(self.answers)
+        error = self.fails(self.answers, ref.method)
         self.answers += 1
         if error is not None:
+            self.begun.discard(ref.actor)
             raise error
         return ref.get()
 
@@ -256,51 +329,96 @@ class FakeRay:
         self.killed += 1
 
 
-class Hashable(SimpleNamespace):
-    """References are keys."""
-
-    __hash__ = object.__hash__
+@dataclass(eq=False)
+class Reference:
+    method: str
+    actor: int
+    get: Callable[[], Any]
 
 
 @pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
     """A stand-in for the module ``ray``."""
     fake = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(sys.modules[__name__], "SimpleNamespace", Hashable)
-    return fake
+    threads = torch.get_num_threads()
+    yield fake
+    torch.set_num_threads(threads)  # actors run in this process
 
 
 def test_a_cluster_collects_the_same_and_the_kit_travels_once(
     ray: FakeRay, kit: Kit, weights: np.ndarray, job: Job
 ) -> None:
     jobs = [job, replace(job, first_call=4), replace(job, horizon=1)]
-    threads = torch.get_num_threads()
     workers = open_workers(kit, 3, 2, "local")
     assert isinstance(workers, RayWorkers) and workers.count == 2 and ray.connected is None
     found = [workers.run(weights, jobs) for _ in range(2)]
     assert ray.connected is not None and ray.connected[0] == "local" and ray.actors == 2
     assert [value is kit for value in ray.shipped] == [True, False, False]
-    expected = OwnProcess(kit).run(weights, jobs)
-    torch.set_num_threads(threads)
+    expected = OwnProcess(kit, 1).run(weights, jobs)
     assert all(map(same, found[0], expected)) and all(map(same, found[1], expected))
     workers.close()
+    assert ray.connected is None
+
+
+def test_a_cluster_with_fewer_cpus_than_groups_does_the_work_with_those(
+    ray: FakeRay, kit: Kit, weights: np.ndarray, job: Job
+) -> None:
+    ray.cpus = 1
+    workers = RayWorkers(kit, "auto", 3)
+    assert len(workers.run(weights, [job] * 3)) == 3 and len(ray.begun) == 1 and ray.actors == 3
+    ray.cpus = 2
+    assert len(workers.run(weights, [job] * 3)) == 3 and len(ray.begun) == 2 and ray.actors == 3
+
+
+def test_a_long_job_is_waited_for_but_actors_that_never_begin_are_not(
+    ray: FakeRay, kit: Kit, weights: np.ndarray, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = RayWorkers(kit, "auto", 1)
+    workers.run(weights, [job])
+    monkeypatch.setattr("training.rollouts_ray.START_SECONDS", 0.0)
+    ray.silent = 5
+    assert len(workers.run(weights, [job])) == 1 and ray.silent == 0
+    ray.cpus = 0
+    with pytest.raises(RolloutError, match="no worker answered within 0 s; `ray status`"):
+        RayWorkers(kit, "auto", 1).run(weights, [job])
     assert ray.connected is None
 
 
 def test_what_a_lost_actor_was_running_is_given_to_another(
     ray: FakeRay, kit: Kit, weights: np.ndarray, job: Job
 ) -> None:
-    ray.fails = lambda number: RayError("actor died") if number == 0 else None
+    lost = ["run", "begin"]
+    ray.fails = lambda number, method: RayError("actor died") if lost and lost[0] == method and lost.pop(0) else None
     workers = RayWorkers(kit, "local", 2)
     assert len(workers.run(weights, [job, job])) == 2
-    assert (ray.actors, ray.killed) == (3, 1)
-    ray.fails = lambda number: RayError("actor died")
-    with pytest.raises(RolloutError, match=f"{LOSSES + 1} workers in a row"):
-        workers.run(weights, [job])
-    ray.fails = lambda number: RayTaskError("Traceback\nValueError: boom")
+    assert (ray.actors, ray.killed) == (4, 2) and not lost
+    for dies in ("begin", "run"):
+        ray.fails = lambda number, method, dies=dies: RayError("actor died") if method == dies else None  # type: ignore[misc]
+        with pytest.raises(RolloutError, match=f"{LOSSES + 1} workers in a row"):
+            RayWorkers(kit, "local", 1).run(weights, [job])
+    ray.fails = lambda number, method: RayTaskError("Traceback\nValueError: boom")
     with pytest.raises(RolloutError, match=r"a worker failed .ValueError: boom"):
         workers.run(weights, [job])
+    ray.fails = lambda number, method: None
+    assert len(workers.run(weights, [job])) == 1  # connected anew
+
+
+def test_a_connection_that_is_lost_between_rounds_is_told_of(
+    ray: FakeRay, kit: Kit, weights: np.ndarray, job: Job
+) -> None:
+    workers = RayWorkers(kit, "auto", 1)
+    workers.run(weights, [job])
+    ray.lost = True
+    with pytest.raises(RolloutError, match=r"--ray auto: the connection was lost \(gone\)"):
+        workers.run(weights, [job])
+
+
+def test_a_cluster_does_not_take_the_runs_signal_away(ray: FakeRay, kit: Kit, weights: np.ndarray, job: Job) -> None:
+    with stop_on_signal() as stop:
+        RayWorkers(kit, "local", 1).run(weights, [job])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5.0)
 
 
 def test_an_address_that_is_none_is_refused(ray: FakeRay, kit: Kit) -> None:
@@ -313,48 +431,3 @@ def test_without_ray_an_address_is_refused(kit: Kit, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"requirements/ray\.txt"):
         open_workers(kit, 2, None, "local")
-
-
-# Whole runs ----------------------------------------------------------------------------------------------------------
-
-
-def test_recorded_runs_score_as_evaluation_does(supernet_run: Path) -> None:
-    with find(str(supernet_run), "w8a8").open() as policy:
-        run = record(policy, SEEDS, 2, steps=2)
-        scores = roll_out(policy, SEEDS, 2, 2)
-        again = answers(policy, run, steps=2)
-    assert run.scores.tolist() == list(scores.scores) and run.steps.tolist() == list(scores.steps)
-    assert run.states.shape == (2, 301, 5) and run.actions.shape == (2, 38, 8, 2)
-    assert np.allclose(again, run.actions, atol=0.05)
-    world = PushTWorld()
-    world.reset(SEEDS[0])
-    for step in range(16):
-        world.step(run.actions[0].reshape(-1, 2)[step])
-    assert np.array_equal(world.state, run.states[0, 16])
-
-
-def test_a_run_that_ends_within_a_chunk_has_as_many_states_as_steps(supernet_run: Path) -> None:
-    with find(str(supernet_run), "w4a4").open() as policy:
-        run = record(policy, SEEDS, 2, steps=1, limit=12)
-    assert run.steps.tolist() == [12, 12] and run.calls.tolist() == [2, 2]
-    assert run.states.shape[1] == 13 and run.called.all()
-
-
-# Benchmark -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_collects_the_same_in_three_ways(supernet_run: Path) -> None:
-    options = Options(worlds=4, calls=2, rounds=2, denoising_steps=2, workers=1)
-    report = bench_rollouts(supernet_run, "w4a4", options)
-    assert report.states == 8 and len(report.rounds_ratio) == 2 and report.ratio > 0.0
-    assert (report.one_by_one.batch, report.batched.batch, report.parallel.batch) == (1, 4, 4)
-    assert report.parallel.processes == 1 and report.first_call_px < 0.05
-    assert not multiprocessing.active_children()
-    with pytest.raises(RolloutBenchError, match="--variant w2a2"):
-        bench_rollouts(supernet_run, "w2a2", options)
-
-
-@pytest.mark.parametrize("fields", [{"worlds": 0}, {"rounds": 0}, {"workers": 5, "worlds": 4}, {"first_seed": -1}])
-def test_impossible_benchmarks_are_refused(fields: dict[str, int]) -> None:
-    with pytest.raises(RolloutBenchError, match="--"):
-        Options(**fields)

@@ -245,7 +245,7 @@ def test_the_run_and_its_bundle_have_the_same_units(exported: Path, config: Diff
 def test_an_identity_normalizer_equals_the_one_written_out(exported: Path, config: DiffusionPolicyTConfig) -> None:
     identity = NormalizerSpec(kind=NormalizerKind.IDENTITY)
     written = NormalizerSpec(kind=NormalizerKind.MEAN_STD, scale=(1.0, 1.0), offset=(0.0, 0.0))
-    weights = PolicyWeights({}, {"x": identity}, written, 1, None, exported)
+    weights = PolicyWeights({}, {"x": identity}, written, 1, None, exported, "")
     weights.check_normalizers({"x": written}, identity)
 
 

@@ -74,7 +74,7 @@ def same_teacher(supernet: TrainedSupernet, policy: TrainedPolicy) -> bool:
     config = supernet.meaning.config
     assert config.supernet is not None
     weights = read_policy_weights(policy_beside(supernet.path, config.supernet.warm_start), config.policy)
-    if state_sha256(weights.state) != supernet.teacher_sha256:
+    if weights.sha256 != supernet.teacher_sha256:
         return False
     teacher = DiffusionPolicyT(config.policy)
     teacher.load_state_dict(weights.state)

@@ -144,8 +144,7 @@ class TeacherDistance(SubnetDistance):
         meaning, config = self.supernet.meaning, source.config
         assert config.supernet is not None
         weights = read_policy_weights(policy_beside(source.checkpoint, config.supernet.warm_start), config.policy)
-        teacher_sha256 = state_sha256(weights.state)
-        if self.supernet.teacher_sha256 not in (None, teacher_sha256):
+        if self.supernet.teacher_sha256 not in (None, weights.sha256):
             raise DistanceError(
                 f"{source.checkpoint}: was trained with another teacher than {weights.path}; restore that one "
                 "(supernet.warm_start of its configuration)"
@@ -173,7 +172,7 @@ class TeacherDistance(SubnetDistance):
         self.key: dict[str, Any] = {
             "version": VERSION,
             "network": state_sha256(self.supernet.network.state_dict()),
-            "teacher": teacher_sha256,
+            "teacher": weights.sha256,
             "data": data.sha256,
             "samples": source.samples,
             "seed": SAMPLE_SEED,

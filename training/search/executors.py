@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from multiprocessing.context import SpawnContext
+from typing import Any, Protocol
 
 import torch
 
@@ -52,7 +54,7 @@ class LocalExecutor:
 
     @contextmanager
     def measuring(self, distance: SubnetDistance) -> Iterator[tuple[Measure, int]]:
-        """Start the processes. Networks and samples are sent to each once; nothing is read from files there.
+        """Start the processes. They share networks and samples in memory; nothing is read from files there.
 
         Raises:
             DistanceError: a process was killed.
@@ -61,13 +63,13 @@ class LocalExecutor:
             yield distance, 1
             return
         context = multiprocessing.get_context("spawn")
-        arguments = (distance.parcel(),)
+        arguments = (_shared(context, distance.parcel()),)
         with ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start, initargs=arguments) as pool:
 
             def measure(subnets: Sequence[Subnet]) -> Iterator[float]:
                 try:
                     yield from pool.map(_distance, subnets)
-                except BrokenProcessPool as error:
+                except (BrokenProcessPool, OSError) as error:  # OSError: closed while another was being started
                     raise DistanceError(
                         "a process that measures distances ended early (killed, or out of memory); what was measured "
                         "is kept: give the same command again, with fewer --workers if memory is short"
@@ -76,14 +78,27 @@ class LocalExecutor:
             yield measure, self.workers
 
 
+def _shared(context: SpawnContext, parcel: Parcel) -> Any:
+    """``parcel`` in memory that processes share, as an array of C bytes.
+
+    Arguments go through a pipe whose other end this process holds too, so a process that is killed before it has read
+    them is never noticed once they exceed the pipe's buffer; of such an array only the descriptor does.
+    """
+    data = pickle.dumps(parcel, pickle.HIGHEST_PROTOCOL)
+    shared = context.RawArray("B", len(data))
+    memoryview(shared).cast("B")[:] = data
+    return shared
+
+
 _in_worker: SubnetDistance | None = None
 
 
-def _start(parcel: Parcel) -> None:
+def _start(shared: Any) -> None:
     global _in_worker  # a process pool has no other place for what its processes keep
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    parcel: Parcel = pickle.loads(memoryview(shared).cast("B"))  # noqa: S301 (the parent's own)
     _in_worker = parcel.unpacked()
 
 

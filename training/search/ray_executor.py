@@ -10,8 +10,10 @@ import logging
 import os
 import platform
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -109,12 +111,24 @@ def connect(ray: Any, address: str, cpus: int | None, shipped: int) -> None:
             # Ray takes minutes to find out that nobody is there, and may abort this process then.
             with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
                 pass
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        with _own_sigterm():
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, OverflowError, RuntimeError, ValueError, AssertionError) as error:
         raise DistanceError(
             f"--ray {address}: no cluster can be reached there ({short(error)}); start one with "
             "`ray start --head` (one that asks for a token needs RAY_AUTH_MODE=token here), or give --ray local"
         ) from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Take back the handler of SIGTERM behind ``ray.init``, which puts one there that exits in the middle of a step."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Worker:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +69,27 @@ class DeadlyDistance(SubnetDistance):
 class DeadlyParcel:
     def unpacked(self) -> DeadlyDistance:
         return DeadlyDistance()
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_are_killed_while_they_start_are_told_of(
+    four_subnets: list[Subnet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = multiprocessing.util.spawnv_passfds
+
+    def spawn(path: bytes, arguments: list[Any], descriptors: list[int]) -> int:
+        found = original(path, arguments, descriptors)
+        if "--multiprocessing-fork" in arguments:  # not the resource tracker
+            os.kill(found, signal.SIGKILL)
+        return found
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn)
+    monkeypatch.setattr(DeadlyDistance, "parcel", lambda distance: bytes(2**20))  # more than a pipe holds
+    with (
+        pytest.raises(DistanceError, match="ended early"),
+        LocalExecutor(2).measuring(DeadlyDistance()) as (measure, _),
+    ):
+        list(measure(four_subnets))
 
 
 def test_processes_that_are_killed_are_told_of(four_subnets: list[Subnet]) -> None:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 
 from dcqfa_ros import cli
 from training.search.distance import DistanceError, TeacherDistance
-from training.search.ray_executor import LOSSES, RayExecutor, Worker
+from training.search.ray_executor import LOSSES, RayExecutor, Worker, connect
 from training.subnet import Subnet
 
 Run = Callable[..., tuple[int, str, str]]
@@ -224,6 +226,28 @@ def test_no_worker_at_all_is_told_of(
         RayExecutor("auto").measuring(teacher_distance),
     ):
         pass
+
+
+def test_connecting_does_not_change_what_a_signal_does(ray: FakeRay) -> None:
+    before, init = signal.getsignal(signal.SIGTERM), ray.init
+
+    def taking(address: str, **options: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray puts a handler of its own there, and may fail then
+        init(address, **options)
+
+    def mine(number: int, frame: object) -> None:
+        """What a run has there."""
+
+    ray.init = taking  # type: ignore[method-assign]
+    for refuses in (None, ConnectionError("no")):
+        ray.refuses = refuses
+        signal.signal(signal.SIGTERM, mine)
+        try:
+            with suppress(DistanceError):
+                connect(ray, "auto", None, 0)
+            assert signal.getsignal(signal.SIGTERM) is mine
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def test_a_cluster_that_is_not_there_is_named(ray: FakeRay, teacher_distance: TeacherDistance) -> None:
