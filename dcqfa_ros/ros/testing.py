@@ -199,11 +199,17 @@ class Graph:
     def change(self, node: str, transition: int) -> bool:
         """Ask for a transition (``Transition.TRANSITION_...``); return whether it succeeded."""
         request = ChangeState.Request(transition=Transition(id=transition))
-        try:
-            success: bool = self.call(ChangeState, f"{node}/change_state", request, TIMEOUT_S / 2).success
-        except AssertionError:  # a server that has not met this client's reader yet sends its answer to nobody
-            return transition in _GOALS and self.state(node) == _GOALS[transition]
-        return success
+        for _ in range(2):
+            try:
+                success: bool = self.call(ChangeState, f"{node}/change_state", request, TIMEOUT_S / 2).success
+            except AssertionError:
+                # A server that has not met this client's writer never hears it, and one that has not met its reader
+                # yet sends its answer to nobody.
+                if transition in _GOALS and self.state(node) == _GOALS[transition]:
+                    return True
+            else:
+                return success
+        return False
 
     def configure(self, node: str) -> bool:
         """Configure a node."""

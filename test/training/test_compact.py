@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from training import graph_weights
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.compact import COMPACT, CompactError, pack
 from training.config import override
 from training.run import CHANGEABLE
 from training.supernet import SupernetTrainer
 from training.supernet_checkpoint import load_supernet
+from training.warm_start import state_sha256
+
+SHIPPED = Path(__file__).parents[2] / "models" / "pusht_keypoints_supernet"
 
 
 @pytest.fixture
@@ -54,6 +58,18 @@ def test_another_full_precision_policy_is_refused(packed: Path) -> None:
     save_checkpoint(packed / CHECKPOINT, payload | {"teacher_sha256": "0" * 64})
     with pytest.raises(CompactError, match="another full-precision policy"):
         load_supernet(packed)
+
+
+def test_the_shipped_supernet_is_the_same_on_processors_that_solve_for_its_teacher_to_other_last_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = load_supernet(SHIPPED)
+    solve = graph_weights.solve_time_position
+    monkeypatch.setattr(
+        graph_weights, "solve_time_position", lambda *given: torch.nextafter(solve(*given), torch.tensor(torch.inf))
+    )
+    elsewhere = load_supernet(SHIPPED)
+    assert state_sha256(elsewhere.network.state_dict()) == state_sha256(here.network.state_dict())
 
 
 def test_damaged_codes_are_refused_by_file(packed: Path) -> None:
