@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from dcqfa_ros.bench.processes import run_module
 from dcqfa_ros.runtime.realtime import RealtimeSettings, apply
 from dcqfa_ros.runtime.ticker import Ticker
 
@@ -27,13 +28,7 @@ def start(rate_hz: float, priority: int) -> subprocess.Popen[str]:
         rate_hz: of the tick.
         priority: of SCHED_FIFO; 0: none.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dcqfa_ros.bench.bare_tick", str(rate_hz), str(priority)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(priority))
     assert process.stdout is not None
     process.stdout.readline()  # empty where it could not begin: its result says why
     return process

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dcqfa_ros.bench.conditions import watch_conditions
-from dcqfa_ros.bench.processes import BenchError, end, result
+from dcqfa_ros.bench.processes import BenchError, end, result, run_module
 from dcqfa_ros.drivers.opencv_camera import opencv
 from dcqfa_ros.drivers.realsense_options import RealSenseOptions
 from dcqfa_ros.drivers.realsense_streams import DepthAlignment, Streams
@@ -181,14 +180,7 @@ def _transport(seconds: float, width: int, height: int, rate: float) -> tuple[di
     with isolated_environment() as isolation, contextlib.ExitStack() as stack:
 
         def start(*command: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                env=isolation.env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = run_module(*command, env=isolation.env)
             stack.callback(end, process)
             return process
 

