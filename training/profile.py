@@ -23,7 +23,7 @@ from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.devices.detect import Device, detect
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engines import ONNXRUNTIME
-from training.cost import activation_bytes, cost, fixed_bytes
+from training.cost import activation_bytes, fixed_bytes
 from training.lut import DeviceFacts, LookUpTable, stored_as, write_atomically
 from training.profile_check import Measured, fitted, random_subnet, validation
 from training.profile_conditions import clocks
@@ -31,13 +31,13 @@ from training.profile_fit import MemoryFit, Weighed, fit_memory
 from training.profile_graphs import INTEGER, INTEGER_A4, BlockSize, PolicyGraphs
 from training.profile_networks import TOGETHER, Networks, Workbench, at_speed_of, groups_of
 from training.profile_runtime import ProfiledRuntime, profiled_runtime
-from training.profile_table import Facts, GroupTimes, Layout, ProfileSettings, table_of
+from training.profile_table import CONTEXTS, Facts, GroupTimes, Layout, ProfileSettings, table_of
 from training.profile_timing import BURST, TimedNetwork, time_in_turn
 from training.space import SearchSpace
 from training.space_counts import real_bytes
 from training.subnet import Precision, Subnet, make_layer
 
-GRAPHS = 4  # counts changes of the timed graphs: an interrupted measurement of others is not continued
+GRAPHS = 5  # counts changes of what is timed: an interrupted measurement of something else is not continued
 WEIGHED = 6  # random networks whose memory is measured, beside the smallest and the largest
 
 
@@ -142,6 +142,7 @@ class _Measurement:
             sizes = [BlockSize(heads, self._widths[0], executed) for heads in self._heads]
             networks = [[*context, *[size] * self._layout.added] for size in sizes]
             yield f"chunk {executed}", partial(self._in_turn, TimedNetwork.encode, executed, networks)
+        yield CONTEXTS, self._contexts
         for precision in self._checked:
             for number, part in enumerate(groups_of(self._random_subnets(precision))):
                 yield f"subnets {precision.value} {number * TOGETHER}", partial(self._bench.subnets, part)
@@ -162,6 +163,10 @@ class _Measurement:
     ) -> list[Callable[[], object]]:
         """A part of the context network, and of each of ``networks``."""
         return [partial(part, self._bench.network(blocks)) for blocks in (self._layout.context(executed), *networks)]
+
+    def _contexts(self) -> list[Callable[[], object]]:
+        """Denoising steps of the context network of every form."""
+        return [partial(TimedNetwork.denoise, self._bench.network(blocks)) for blocks in self._layout.contexts()]
 
     def _random_subnets(self, precision: Precision) -> list[Subnet]:
         generator = Generator().manual_seed(0)
@@ -263,17 +268,16 @@ class _Measurement:
         """Explain all networks at once, and compare predictions with random subnets that had no part in it."""
         shape, steps, reports = self._space.shape, self._settings.diffusion.steps, []
         for precision in self._checked:
-            measured = self._measured(table, precision, results)
+            measured = self._measured(precision, results)
             table = fitted(table, self._bench, precision, results, measured[::2])
             held = measured[1::2]
             if held:
                 reports.append(validation(table, shape, precision, held, steps))
         return table.model_copy(update={"validation": tuple(reports)})
 
-    def _measured(self, table: LookUpTable, precision: Precision, results: dict[str, GroupTimes]) -> Sequence[Measured]:
-        """Random subnets with their milliseconds per chunk, at the speed at which the entries of ``table`` hold."""
+    def _measured(self, precision: Precision, results: dict[str, GroupTimes]) -> Sequence[Measured]:
+        """Random subnets with their milliseconds per chunk, at the speed at which the entries of a table hold."""
         subnets = self._random_subnets(precision)
         groups = [results[f"subnets {precision.value} {i}"] for i in range(0, len(subnets), TOGETHER)]
-        steps = self._settings.diffusion.steps
-        expected = cost(table, self._space.shape, self._bench.reference(precision), steps).latency_ms
+        expected = self._layout.context_chunk_ms(results, self._runtime.forms[precision].executed)
         return list(zip(subnets, at_speed_of(expected, groups), strict=True))

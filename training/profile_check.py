@@ -16,7 +16,7 @@ from training.policy_shape import PolicyShape
 from training.profile_fit import Timed, fit_networks
 from training.profile_graphs import BlockSize
 from training.profile_networks import Workbench
-from training.profile_table import GroupTimes, context_ms
+from training.profile_table import GroupTimes
 from training.space import SearchSpace
 from training.space_counts import real_bytes
 from training.subnet import FLOAT_BITS, Precision, Subnet, make_layer
@@ -84,7 +84,7 @@ def fitted(
 
     timed = []
     for form in executed:
-        step_ms = context_ms(results, form) / steps
+        step_ms = layout.context_ms(results, form) / steps
         timed.append(Timed(tuple(layout.context(form)), step_ms, REFERENCE_WEIGHT))
         for key, networks in layout.networks(bench.space, form):
             group = results[key]
@@ -95,7 +95,7 @@ def fitted(
         chunk = row.encoder_ms + sum(entries[size].kv_ms for size in blocks)
         timed.append(Timed(tuple(blocks), (ms - chunk) / steps))
     fit = fit_networks([t for t in timed if t.step_ms > 0.0], list(entries), bytes_of)
-    missing = context_ms(results, executed[0]) / steps - fit.step_ms(layout.context(executed[0]), bytes_of)
+    missing = layout.context_ms(results, executed[0]) / steps - fit.step_ms(layout.context(executed[0]), bytes_of)
     entered = tuple(
         e.model_copy(update={"step_ms": round(fit.block_ms[BlockSize(e.heads, e.mlp, e.executed)], 6)})
         if e.executed in executed

@@ -22,6 +22,7 @@ DIFFUSION = DiffusionSpec(
     train_timesteps=100, beta_schedule="squared_cosine", prediction="epsilon", clip_sample=1.0, sampler="ddim", steps=16
 )
 UNSTEADY = 0.05  # a reference whose interquartile range exceeds this share of its median tells of a busy computer
+CONTEXTS = "contexts"  # the group of all context networks
 SHALLOW = (1, 2, 4)  # blocks of the networks that tell what a cache holds
 
 
@@ -120,6 +121,25 @@ class Layout:
         for depth in SHALLOW:
             yield f"shallow {executed} {depth}", [[corner] * depth for corner in corners]
 
+    def contexts(self) -> list[list[BlockSize]]:
+        """The context networks of all forms, timed in turn as group :data:`CONTEXTS`: their ratios do not drift."""
+        return [self.context(executed) for executed in self.executed]
+
+    def context_ms(self, times: Mapping[str, GroupTimes], executed: str) -> float:
+        """Milliseconds of a form's context network in all denoising steps, at the speed of the first form's groups.
+
+        That speed is the middle one. The groups of other forms were timed later, when the computer may have been faster
+        or slower, and their own reference cannot tell: only networks that are timed in turn can be compared.
+        """
+        groups = [group for key, group in times.items() if key.startswith(f"step {self.executed[0]} ")]
+        together = times[CONTEXTS].median_ms
+        ratio = together[self.executed.index(executed)] / together[0]
+        return float(np.median([group.median_ms[0] for group in groups])) * ratio
+
+    def context_chunk_ms(self, times: Mapping[str, GroupTimes], executed: str) -> float:
+        """The same with what runs once per chunk."""
+        return self.context_ms(times, executed) + times[f"chunk {executed}"].median_ms[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -152,8 +172,8 @@ def table_of(
     Args:
         space: what was measured.
         settings: how.
-        times: groups of :meth:`Layout.networks`, each with the context network first, and ``chunk EXECUTED`` (the
-            context alone, then with blocks of each head count).
+        times: groups of :meth:`Layout.networks`, each with the context network first, ``chunk EXECUTED`` (the context
+            alone, then with blocks of each head count), and :meth:`Layout.contexts`.
         facts: about the computer.
     """
     layout, whole = Layout.of(space, facts.forms), facts.forms[Precision.INT]
@@ -231,7 +251,7 @@ class _Entries:
         for h, heads in enumerate(self.space.head_choices[0], start=1):
             step = self.times[f"step {executed} {heads}"]
             # Groups are timed one after the other: bring them to the common speed of the reference they share.
-            common = context_ms(self.times, executed) / step.median_ms[0] / self.steps
+            common = self.layout.context_ms(self.times, executed) / step.median_ms[0] / self.steps
             for m, mlp in enumerate(self.space.mlp_choices[0], start=1):
                 yield BlockEntry(
                     kind=block.kind,
@@ -252,7 +272,7 @@ class _Entries:
         """What is left of the context network when its blocks are taken out."""
         executed, around = self.facts.forms[precision].executed, self.layout.around
         inside = next(e for e in blocks if (e.executed, (e.heads, e.mlp)) == (executed, self.layout.middle))
-        step = context_ms(self.times, executed) / self.steps - around * inside.step_ms
+        step = self.layout.context_ms(self.times, executed) / self.steps - around * inside.step_ms
         chunk = self.times[f"chunk {executed}"].median_ms[0] - around * inside.kv_ms
         memory = next(fit for p, fit in self.facts.memory.items() if self.facts.forms[p].executed == executed)
         return FixedEntry(
@@ -269,12 +289,6 @@ class _Entries:
 
     def _per_block(self, group: GroupTimes, index: int) -> float:
         return max(0.0, group.median_ms[index] - group.median_ms[0]) / self.layout.added
-
-
-def context_ms(times: Mapping[str, GroupTimes], executed: str) -> float:
-    """Milliseconds of the context network's denoising steps, in the middle of all groups around it."""
-    groups = [group for key, group in times.items() if key.startswith(f"step {executed} ")]
-    return float(np.median([group.median_ms[0] for group in groups]))
 
 
 def _ends(choices: Sequence[int]) -> tuple[int, ...]:

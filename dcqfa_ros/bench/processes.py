@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dcqfa_ros.errors import UserError
@@ -54,3 +56,21 @@ def end(process: subprocess.Popen[str]) -> None:
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
             stream.close()
+
+
+def children(pid: int | None = None) -> set[int]:
+    """Process ids of a process' children, zombies among them; ``pid`` None: of this process.
+
+    Read from every process' parent: ``/proc/PID/task/*/children`` misses a child whose thread of origin ends meanwhile,
+    and may miss any while children come and go (proc(5)).
+    """
+    parent = os.getpid() if pid is None else pid
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+        if int(fields[1]) == parent:
+            found.add(int(file.parent.name))
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcqfa_ros.bench.processes import BenchError
+from dcqfa_ros.bench.processes import BenchError, children
 from dcqfa_ros.bench.swap_tick import TickProcess
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.errors import UserError
@@ -54,18 +54,7 @@ class Left(tuple[int, int, int]):
     def now(cls) -> Left:
         """Count them."""
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-        return cls((len(_children()), len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:dcqfa_chunk")))
-
-
-def _children() -> list[int]:
-    """Process ids of this process' children, zombies among them."""
-    found = []
-    for file in Path("/proc/self/task").glob("*/children"):
-        try:
-            found += [int(pid) for pid in file.read_text(encoding="ascii").split()]
-        except OSError:  # the thread has ended meanwhile
-            continue
-    return found
+        return cls((len(children()), len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:dcqfa_chunk")))
 
 
 class Cell:
@@ -144,7 +133,7 @@ class Cell:
 
     def memory(self) -> int:
         """Resident memory of this process and its workers, bytes; that of the control tick's process is not in it."""
-        workers = [pid for pid in _children() if pid != self.tick.pid]
+        workers = [pid for pid in children() if pid != self.tick.pid]
         return sum(resident_bytes(pid) for pid in (os.getpid(), *workers))
 
     def _await(self, condition: Any, what: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dcqfa_ros.bench.processes import children
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.ros.conversions import planar_chunk_message, points_message, status_values
 from dcqfa_ros.ros.interfaces import interface
@@ -76,10 +77,8 @@ class Cell:
 
     def worker(self) -> int:
         """Process id of the engine's worker."""
-        children = Path(f"/proc/{self.policy.process.pid}/task").glob("*/children")
-        pids = [int(pid) for file in children for pid in file.read_text().split()]
-        assert len(pids) == 1, pids
-        return pids[0]
+        (pid,) = children(self.policy.process.pid)
+        return pid
 
 
 @pytest.fixture

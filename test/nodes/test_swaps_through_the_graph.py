@@ -14,6 +14,7 @@ import pytest
 from lifecycle_msgs.msg import Transition
 from rcl_interfaces.srv import GetParameters
 
+from dcqfa_ros.bench.processes import children
 from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.ros.diagnostics import Report
 from dcqfa_ros.ros.interfaces import interface
@@ -180,14 +181,12 @@ def test_where_memory_is_short_the_policy_holds_or_refuses_as_configured(cell):
 def test_a_variant_whose_worker_was_killed_runs_again_after_the_next_activation(cell):
     graph_cell = cell("policy_node")
     graph, policy = graph_cell.graph, graph_cell.nodes["policy_node"]
-    files = Path(f"/proc/{policy.process.pid}/task").glob("*/children")
-    workers = [int(pid) for file in files for pid in file.read_text().split()]
-    assert len(workers) == 1
-    os.kill(workers[0], signal.SIGKILL)
+    (worker,) = children(policy.process.pid)
+    os.kill(worker, signal.SIGKILL)
     graph.wait_for("policy_node", "event", "SIGKILL")
     graph_cell.runs("")
     wait_until(lambda: graph.state("policy_node") == "inactive", "the safe stop")
-    assert not Path(f"/proc/{workers[0]}").exists()
+    assert not Path(f"/proc/{worker}").exists()
     assert graph.change("policy_node", Transition.TRANSITION_ACTIVATE)
     graph_cell.runs("fp32")
 

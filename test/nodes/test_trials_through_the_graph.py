@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dcqfa_ros.bench.processes import children
 from dcqfa_ros.ros.isolation import child_environment
 from dcqfa_ros.ros.testing import Graph, wait_until
 from dcqfa_ros.trials.records import read_records
@@ -50,10 +51,6 @@ class Running:
     def output(self) -> str:
         return "".join(self.lines)
 
-    def children(self) -> list[int]:
-        files = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for file in files for pid in file.read_text().split()]
-
     def wait_for(self, text: str) -> None:
         wait_until(lambda: text in self.output, f"{text!r} in\n{self.output[-3000:]}", 40.0)
 
@@ -61,6 +58,11 @@ class Running:
         code = self.process.wait(20)
         self._reader.join(5)
         return code
+
+
+def one_called(name: bytes, supervisor: Running) -> int:
+    """Process id of a child whose command line holds ``name``."""
+    return next(p for p in children(supervisor.process.pid) if name in Path(f"/proc/{p}/cmdline").read_bytes())
 
 
 def test_the_demo_runs_its_trials_and_leaves_records_summary_and_report(policy_bundle, tmp_path):
@@ -113,18 +115,18 @@ def test_ctrl_c_brings_the_whole_graph_down_without_orphan_or_traceback(policy_b
     up = Running("up", "--isolated", f"bundle:={policy_bundle()}", cwd=tmp_path)
     up.wait_for("graph active")
     up.wait_for("is active")
-    children = up.children()
-    assert len(children) == 6, up.output
+    nodes = children(up.process.pid)
+    assert len(nodes) == 6, up.output
     up.process.send_signal(signal.SIGINT)
     assert up.end() == 0, up.output
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in nodes if Path(f"/proc/{pid}").exists()]
     assert "Traceback" not in up.output
 
 
 def test_a_killed_node_is_reported_by_name_and_ends_the_run_with_its_code(policy_bundle, tmp_path):
     up = Running("up", "--isolated", f"bundle:={policy_bundle()}", cwd=tmp_path)
     up.wait_for("graph active")
-    victim = next(pid for pid in up.children() if b"policy_node" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    victim = one_called(b"policy_node", up)
     os.kill(victim, signal.SIGKILL)
     assert up.end() == 128 + signal.SIGKILL
     assert "policy_node" in up.output.splitlines()[-1] and "Traceback" not in up.output
@@ -141,7 +143,7 @@ def test_a_misspelt_parameter_in_a_file_is_named_and_nothing_stays_up(policy_bun
 def test_trials_abandoned_half_way_end_the_demo_with_an_error(policy_bundle, tmp_path):
     demo = Running("demo", "--bundle", str(policy_bundle()), "--realtime", "1", "--lockstep", "0", cwd=tmp_path)
     demo.wait_for("is active")
-    victim = next(pid for pid in demo.children() if b"arm_node" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    victim = one_called(b"arm_node", demo)
     os.kill(victim, signal.SIGKILL)
     assert demo.end() == 128 + signal.SIGKILL
     assert "did not finish: arm_node" in demo.output and "Traceback" not in demo.output

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dcqfa_ros.bench.processes import children
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.write import write_bundle
 from dcqfa_ros.runtime.chunking import Method
@@ -390,10 +391,6 @@ def test_an_exchange_waits_for_one_chunk_at_most_while_chunks_are_asked_for_with
         thread.join(10)
     assert names[0] == "fp32" and names[-1] == "w8a8"
     assert sum(a != b for a, b in itertools.pairwise(names)) == 1, "each chunk is of one variant"
-
-
-def children():
-    return {int(p) for f in Path("/proc/self/task").glob("*/children") for p in f.read_text().split()}
 
 
 def test_exchanges_leave_no_process_no_descriptor_and_no_thread(hosted):

@@ -38,7 +38,17 @@ from training.profile_check import fitted, random_subnet, validation
 from training.profile_fit import MemoryFit, Timed, Weighed, fit_memory, fit_networks
 from training.profile_graphs import FLOAT, FP8, HALF, INTEGER, INTEGER_A4, BlockSize, DiffusionPolicyTGraphs
 from training.profile_runtime import Form, profiled_runtime
-from training.profile_table import DIFFUSION, SHALLOW, Facts, GroupTimes, ProfileSettings, SettingsError, table_of
+from training.profile_table import (
+    CONTEXTS,
+    DIFFUSION,
+    SHALLOW,
+    Facts,
+    GroupTimes,
+    Layout,
+    ProfileSettings,
+    SettingsError,
+    table_of,
+)
 from training.profile_timing import BURST, TimedNetwork, time_in_turn, variant_of
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
@@ -190,7 +200,14 @@ def made_up_times(drift: float) -> dict[str, GroupTimes]:
             groups[f"shallow {executed} {depth}"] = row
         for key, row in groups.items():
             times[key] = GroupTimes(median_ms=tuple(row), spread_ms=tuple(0.0 for _ in row))
+    times[CONTEXTS] = contexts_of(times)
     return times
+
+
+def contexts_of(times: dict[str, GroupTimes]) -> GroupTimes:
+    """The group of context networks, on a computer that does not drift."""
+    contexts = tuple(times[f"step {executed} 1"].median_ms[0] for executed in (INTEGER, "float32"))
+    return GroupTimes(median_ms=contexts, spread_ms=(0.0, 0.0))
 
 
 @pytest.mark.parametrize("drift", [1.0, 1.1])
@@ -205,6 +222,28 @@ def test_differences_of_networks_give_blocks_and_what_is_left_the_fixed_parts(dr
     for row in table.fixed:
         assert row.step_fixed_ms == pytest.approx(common * 0.01, rel=1e-3)
         assert row.encoder_ms == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_computer_that_was_slower_for_one_form_does_not_make_that_form_look_slower() -> None:
+    even, slower = made_up_times(1.0), made_up_times(1.0)
+    for key, group in slower.items():
+        if key.startswith(("step float32", "shallow float32")):
+            slower[key] = group.model_copy(update={"median_ms": tuple(2.0 * ms for ms in group.median_ms)})
+    assert table_of(SPACE, QUICK, slower, FACTS) == table_of(SPACE, QUICK, even, FACTS)
+
+
+def test_a_reference_that_takes_less_than_its_blocks_beside_others_is_still_known() -> None:
+    """Blocks cost more beside others than alone, so that nothing is left for the fixed part: it cannot be negative."""
+    times = made_up_times(1.0)
+    for key, group in times.items():
+        if key.startswith("step float32"):
+            context, *others = group.median_ms
+            times[key] = group.model_copy(update={"median_ms": (context, *(3.0 * ms for ms in others))})
+    table = table_of(SPACE, QUICK, times, FACTS)
+    layout = Layout.of(SPACE, FORMS)
+    expected = times[CONTEXTS].median_ms[1] + times["chunk float32"].median_ms[0]
+    assert table.fixed_parts(SPACE.shape, Precision.FP32).step_fixed_ms == 0.0
+    assert layout.context_chunk_ms(times, "float32") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("saves", [False, True])
@@ -233,6 +272,7 @@ def test_all_networks_together_tell_blocks_and_what_a_cache_saves(saves: bool) -
     for key, networks in bench.layout.networks(SPACE, FLOAT):
         row = [16 * step_ms(blocks) for blocks in (bench.layout.context(FLOAT), *networks)]
         times[key] = GroupTimes(median_ms=tuple(row), spread_ms=(0.0,) * len(row))
+    times[CONTEXTS] = contexts_of(times)
     generator = torch.Generator().manual_seed(0)
     subnets = [random_subnet(SPACE, Precision.FP32, generator) for _ in range(20)]
     measured = [(s, cost(true, SPACE.shape, s, 16).latency_ms) for s in subnets]
@@ -358,7 +398,7 @@ def test_an_interrupted_measurement_continues_with_what_is_missing(
 
     monkeypatch.setattr(profile_module, "time_in_turn", count)
     measure(SPACE, graphs, QUICK, progress).check(SPACE)
-    assert len(again) == 20 - 4
+    assert len(again) == 21 - 4
     assert json.loads(progress.read_text())["results"].items() >= kept.items()
     progress.write_text("{")
     with pytest.raises(ProfileError, match=r"progress\.json: no readable progress"):
