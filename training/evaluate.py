@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -230,7 +230,7 @@ def _in_bundle(target: str, variant: str | None, threads: int, option: str) -> C
 
     def engine() -> Engine:
         files = {role: bundle.read(name, role) for role in ("encoder", "timestep", "denoiser")}
-        return OnnxRuntimeEngine(files, threads=threads, name=name)
+        return OnnxRuntimeEngine(files, threads=threads, name=name, large_batches=True)
 
     identity = (bundle.folder.resolve(), name)
     return Contender(spec, name, None, found.weights, identity, threads, engine)
@@ -244,6 +244,7 @@ def evaluate(
     threads: int | None = None,
     against: str | None = None,
     compiled: bool = False,
+    engine: Callable[[], Engine] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a bundle's variant, a checkpoint or a subnet on the given seeds.
 
@@ -256,6 +257,7 @@ def evaluate(
         against: another variant or subnet of ``target``, or ``TARGET:VARIANT`` of another policy, evaluated on the same
             seeds and compared in pairs.
         compiled: compile subnets: half a minute each, then several times as fast.
+        engine: makes the engine of a changed network, which runs in place of the one that is found.
 
     Returns:
         A JSON-ready record: ``mean``, ``ci95`` (half-width), ``scores``, ``seeds`` and how they were obtained;
@@ -272,6 +274,8 @@ def evaluate(
     if min(seeds) < 0 or max(seeds) > LAST_SEED:
         raise EvaluationError(f"seeds {min(seeds)} to {max(seeds)}: start seeds are 0 to {LAST_SEED}")
     contender = find(target, variant, threads, compiled)
+    if engine is not None:
+        contender = replace(contender, engine=engine)
     rival = None if against is None else _rival(contender, target, against, threads, compiled)
     contenders = [contender] if rival is None else [contender, rival]
     _check_steps(steps, contenders)

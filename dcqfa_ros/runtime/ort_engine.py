@@ -1,8 +1,10 @@
 """ONNX Runtime on the CPU: the default engine.
 
 Measured on ONNX Runtime 1.23.2 and 1.31.1: fixing batch and tokens by ``add_free_dimension_override_by_name`` gains
-nothing over symbolic dimensions, nor does switching the memory arena or pattern off, so one session serves every shape.
-Spinning is off because an idle engine must leave the cores to the control tick.
+nothing over symbolic dimensions, nor does switching the memory pattern off, so one session serves every shape.
+Spinning is off because an idle engine must leave the cores to the control tick. So is the memory arena: it doubles
+what it takes from the system each time, and an engine without it holds up to a third less and is as fast on single
+observations (``docs/profile.md``); only large batches want one.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ _DISABLED_IF_QUANTIZED = ("MatMulAddFusion",)
 _CACHED_BINDINGS = 8
 
 
-def session_options(threads: int = 1) -> ort.SessionOptions:
+def session_options(threads: int = 1, arena: bool = False) -> ort.SessionOptions:
     """Return the options every session of this software has, so that a report on a graph is about what the robot runs.
 
     Args:
         threads: intra-operator threads, at least 1.
+        arena: keep memory in an arena between operators.
     """
     options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = arena
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -86,13 +90,16 @@ class OnnxRuntimeEngine:
         quantizers: activation quantizers lowered to uint8, by role; all 0 in a floating-point variant.
     """
 
-    def __init__(self, files: Mapping[str, bytes], threads: int = 1, name: str = "cpu") -> None:
+    def __init__(
+        self, files: Mapping[str, bytes], threads: int = 1, name: str = "cpu", *, large_batches: bool = False
+    ) -> None:
         """Lower and load the three graphs.
 
         Args:
             files: role ("encoder", "timestep", "denoiser") -> canonical ONNX bytes.
             threads: intra-operator threads, at least 1; 1 is best for small networks.
             name: the variant, for reports.
+            large_batches: hundreds of observations are denoised together: take more memory, and take it once.
 
         Raises:
             EngineError: a role is missing, a graph cannot be parsed, lowered or loaded, its inputs and outputs are not
@@ -104,6 +111,7 @@ class OnnxRuntimeEngine:
         require_roles(files, name)
         self.name = f"onnxruntime/{name}"
         self.threads = threads
+        self._options = session_options(threads, arena=large_batches)
         self.quantizers: dict[str, int] = {}
         sessions: dict[str, ort.InferenceSession] = {}
         self.dims: dict[str, int] = {}  # fixed sizes by axis letter
@@ -166,7 +174,7 @@ class OnnxRuntimeEngine:
         if self.quantizers[role]:
             fuse_for_onnxruntime_cpu(model)
         try:
-            return open_session(model, session_options(self.threads))
+            return open_session(model, self._options)
         except Exception as error:  # as above
             raise EngineError(f"{label}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
 

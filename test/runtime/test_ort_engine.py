@@ -66,6 +66,17 @@ def test_many_shapes_in_turn_do_not_disturb_each_other() -> None:
         assert np.array_equal(engine.denoise(noisy, time, kv), expected)
 
 
+def test_memory_is_kept_in_an_arena_for_large_batches_only_and_changes_no_bit() -> None:
+    results = []
+    for large in (False, True):
+        engine = OnnxRuntimeEngine(tiny_files(), large_batches=large)
+        arenas = {session.get_session_options().enable_cpu_mem_arena for session in engine._sessions.values()}
+        assert arenas == {large}
+        time, kv = engine.timestep_kv(np.array([3])), engine.observation_kv(random(2, 64, HISTORY, OBSERVED))
+        results.append(engine.denoise(random(1, 64, 9, ACTED), time, kv).copy())
+    np.testing.assert_array_equal(*results)
+
+
 def test_quantized_activations_are_lowered() -> None:
     assert OnnxRuntimeEngine(tiny_files(quantized=True)).quantizers == {"encoder": 0, "timestep": 0, "denoiser": 2}
     assert not any(OnnxRuntimeEngine(tiny_files()).quantizers.values())

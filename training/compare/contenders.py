@@ -45,7 +45,7 @@ class Runnable:
             EngineError: a graph is damaged.
         """
         if self.graphs is not None:
-            return OnnxRuntimeEngine(dict(self.graphs), threads=1)
+            return OnnxRuntimeEngine(dict(self.graphs), threads=1, large_batches=True)
         assert isinstance(self.network, DiffusionPolicyT)
         return TorchEngine(self.network, 1)
 
