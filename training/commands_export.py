@@ -81,7 +81,7 @@ def export(subparsers: Any) -> None:
         "--calibrate",
         action="store_true",
         help="calibrate every subnet before it is written, on 256 observations of the training episodes: quantizer "
-        "steps, norms and biases, no weight; half a minute each",
+        "steps, norms and biases, no weight; a minute or two each",
     )
     subnets.add_argument("--default", metavar="VARIANT", help="the bundle's default variant (default: the one it has)")
     parser.set_defaults(func=_export)

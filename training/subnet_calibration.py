@@ -2,8 +2,8 @@
 
 A supernet learns one set of steps per layer and bit width, and one set of norms and biases, which every subnet shares.
 What suits all of them is not what suits one. Here those of a subnet that was cut out are learned on for some
-iterations, on a few observations, from the full-precision policy's answers: less than 1 % of its parameters, and half a
-minute. (Networks with batch normalization are recalibrated for the same reason once they are cut out: Once-for-All,
+iterations, on a few observations, from the full-precision policy's answers: about 1 % of its parameters, in a minute or
+two. (Networks with batch normalization are recalibrated for the same reason once they are cut out: Once-for-All,
 arXiv:1908.09791; these have none.)
 """
 

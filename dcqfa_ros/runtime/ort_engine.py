@@ -3,7 +3,7 @@
 Measured on ONNX Runtime 1.23.2 and 1.31.1: fixing batch and tokens by ``add_free_dimension_override_by_name`` gains
 nothing over symbolic dimensions, nor does switching the memory pattern off, so one session serves every shape.
 Spinning is off because an idle engine must leave the cores to the control tick. So is the memory arena: it doubles
-what it takes from the system each time, and an engine without it holds up to a third less and is as fast on single
+what it takes from the system each time, and an engine without it holds up to 30 % less and is as fast on single
 observations (``docs/profile.md``); only large batches want one.
 """
 
