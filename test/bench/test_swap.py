@@ -12,7 +12,7 @@ import time
 import pytest
 
 from dcqfa_ros.bench import swap_cell
-from dcqfa_ros.bench.processes import BenchError
+from dcqfa_ros.bench.processes import BenchError, children
 from dcqfa_ros.bench.swap import run_swap_bench
 from dcqfa_ros.bench.swap_cell import running_cell
 from dcqfa_ros.bench.swap_tick import TickProcess
@@ -46,10 +46,10 @@ def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle,
 
 
 def test_without_its_control_tick_nothing_is_measured_and_nothing_is_left(policy_bundle) -> None:
-    before, others = swap_cell.Left.now(), swap_cell._children()  # of other tests
+    before, others = swap_cell.Left.now(), children()  # of other tests
     with running_cell(load_bundle(policy_bundle()), 100.0, 1) as cell:
         assert cell.exchange("fp32", "onnxruntime").ok
-        workers = [pid for pid in swap_cell._children() if pid not in (cell.tick.pid, *others)]
+        workers = [pid for pid in children() if pid not in (cell.tick.pid, *others)]
         resident = sum(swap_cell.resident_bytes(pid) for pid in (os.getpid(), *workers, *others))
         assert len(workers) == 1 and cell.memory() == pytest.approx(resident, rel=0.05)  # the tick's is not in it
         os.kill(cell.tick.pid, signal.SIGKILL)
