@@ -19,6 +19,7 @@ from random import Random
 
 import numpy as np
 
+from dcqfa_ros.bench import bare_tick, processes
 from dcqfa_ros.bench.conditions import Conditions, watch_conditions
 from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap_cell import Left, running_cell
@@ -56,6 +57,8 @@ class SwapBench:
         threads: of an engine.
         rate_hz, seconds, seed: what was measured.
         tick_scheduler: of the control tick's thread.
+        reference_missed, reference_max_ms: of a process that only ticks, at the same rate and a priority above: what
+            delays it, the kernel or the host of a virtual machine does.
         conditions: what else went on; the scheduler is this process'.
         goals_met: no tick missed, no failure, memory within 2 %, nothing left.
     """
@@ -91,6 +94,8 @@ class SwapBench:
     seconds: float
     seed: int
     tick_scheduler: str
+    reference_missed: int
+    reference_max_ms: float
     conditions: Conditions
     goals_met: bool
 
@@ -148,19 +153,24 @@ def run_swap_bench(
         memory, results = [cell.memory()], []
         cell.tick.count_anew()
         chunks = cell.chunks
-        conditions, begin = watch_conditions(), time.monotonic()
-        order = Random(seed)
-        name = names[0]
-        for number in range(swaps):
-            name = order.choice([other for other in names if other != name])
-            results.append(cell.exchange(name, runtime))
-            if name == names[0]:
-                memory.append(cell.memory())
-            if progress and (number + 1) % 10 == 0:
-                told = f"\r{number + 1} of {swaps} exchanges, {cell.tick.missed} ticks missed"
-                print(told, end="", file=sys.stderr)
-        tick = cell.tick.report()
-        seconds, seen = time.monotonic() - begin, conditions()
+        bare = bare_tick.start(rate_hz, min(99, realtime_priority + 1) if realtime_priority else 0)
+        try:
+            conditions, begin = watch_conditions(), time.monotonic()
+            order = Random(seed)
+            name = names[0]
+            for number in range(swaps):
+                name = order.choice([other for other in names if other != name])
+                results.append(cell.exchange(name, runtime))
+                if name == names[0]:
+                    memory.append(cell.memory(bare.pid))
+                if progress and (number + 1) % 10 == 0:
+                    told = f"\r{number + 1} of {swaps} exchanges, {cell.tick.missed} ticks missed"
+                    print(told, end="", file=sys.stderr)
+            tick = cell.tick.report()
+            seconds, seen = time.monotonic() - begin, conditions()
+            reference = processes.result(bare, "reference tick", 10.0)
+        finally:
+            processes.end(bare)
         chunks = cell.chunks - chunks
         if name != names[0]:
             cell.exchange(names[0], runtime)
@@ -204,6 +214,8 @@ def run_swap_bench(
         seconds=round(seconds, 1),
         seed=seed,
         tick_scheduler=tick.scheduler,
+        reference_missed=int(reference["missed"]),
+        reference_max_ms=float(reference["max_ms"]),
         conditions=seen,
         goals_met=not (tick.missed or failed or workers or files) and descriptors <= 0 and growth <= GROWTH_LIMIT,
     )

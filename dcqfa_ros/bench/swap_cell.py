@@ -131,9 +131,12 @@ class Cell:
             self._await(lambda: self.chunks > count and done.last == result.engine, f"a chunk of {variant!r}")
         return result
 
-    def memory(self) -> int:
-        """Resident memory of this process and its workers, bytes; that of the control tick's process is not in it."""
-        workers = [pid for pid in children() if pid != self.tick.pid]
+    def memory(self, *others: int) -> int:
+        """Resident memory of this process and its workers, bytes.
+
+        That of the control tick's process, and of children in ``others``, is not in it.
+        """
+        workers = children() - {self.tick.pid, *others}
         return sum(resident_bytes(pid) for pid in (os.getpid(), *workers))
 
     def _await(self, condition: Any, what: str) -> Any:

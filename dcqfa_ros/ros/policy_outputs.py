@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.bundle.schema import ActionSpace, ActionSpec
 from dcqfa_ros.ros.arm_messages import WORLD, gripper_chunk_message, twist_chunk_message
+from dcqfa_ros.ros.chunk_template import ChunkTemplate
 from dcqfa_ros.ros.conversions import planar_chunk_message
 from dcqfa_ros.ros.node import ManagedNode
 from dcqfa_ros.runtime.errors import PolicyError
@@ -71,7 +72,14 @@ class PolicyOutputs:
             period_ns: one action lasts so long.
         """
         self._action = action = bundle.spec.action
-        self._units, self._period_ns = units_per_metre, period_ns
+        self._units = units_per_metre
+        self._planar = ChunkTemplate(
+            lambda stamp_ns, metres: planar_chunk_message(stamp_ns, action.frame, metres, period_ns, 1.0)
+        )
+        self._twists = ChunkTemplate(lambda stamp_ns, twists: twist_chunk_message(stamp_ns, twists, period_ns))
+        self._openings = ChunkTemplate(
+            lambda stamp_ns, openings: gripper_chunk_message(stamp_ns, openings[:, 0], period_ns)
+        )
         self.begin()
         self._chunks = self._node.create_interface_publisher("chunk")
         self._grippers = None
@@ -94,19 +102,19 @@ class PolicyOutputs:
         Raises:
             PolicyError: no bundle is open.
         """
-        action, period_ns = self._action, self._period_ns
+        action = self._action
         if action is None:
             raise PolicyError("policy outputs are not open")
         if action.space is ActionSpace.PLANAR_POSITION:
-            self._chunks.publish(planar_chunk_message(stamp_ns, action.frame, actions, period_ns, self._units))
+            self._chunks.publish(self._planar.serialized(stamp_ns, actions.astype(np.float64) / self._units))
         else:
             if self._grippers is not None:
-                openings = actions[:, _TWIST]
+                openings = actions[:, _TWIST:]
                 if action.gripper == "binary":
                     openings = (openings >= _OPEN_FROM).astype(np.float32)
                 # First, so that the arm has the opening when it begins the action.
-                self._grippers.publish(gripper_chunk_message(stamp_ns, np.clip(openings, 0.0, 1.0), period_ns))
-            self._chunks.publish(twist_chunk_message(stamp_ns, actions[:, :_TWIST], period_ns))
+                self._grippers.publish(self._openings.serialized(stamp_ns, np.clip(openings, 0.0, 1.0)))
+            self._chunks.publish(self._twists.serialized(stamp_ns, actions[:, :_TWIST]))
         self._published += 1
         if inference_ms is not None:
             passed_ns = self._node.get_clock().now().nanoseconds - stamp_ns

@@ -41,6 +41,7 @@ def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle,
     assert bench.swap_ms_max >= bench.swap_ms_p50 > bench.gap_ms_max >= 0.0
     assert bench.variants == ("fp32", "w8a8") and bench.python == sys.executable and bench.runtime_version[0].isdigit()
     assert json.loads(json.dumps(dataclasses.asdict(bench)))["missed_ticks"] == bench.missed_ticks
+    assert bench.reference_missed < bench.missed_ticks and bench.reference_max_ms > 0.0
     assert bench.missed_ticks >= 5 and bench.jitter_max_ms > 50.0 and not bench.goals_met
     assert bench.conditions.load_1min > 0.0 and bench.tick_scheduler.startswith("SCHED_")
 
