@@ -174,11 +174,14 @@ class CameraNode(ManagedNode):
     def _publish_frame(self, frame: CameraFrame, jpeg: JpegStream) -> None:
         stamp_ns = self._ros_stamp_ns(frame)
         stamp = (stamp_ns // 1_000_000_000, stamp_ns % 1_000_000_000)
+        # Pictures first: a policy waits for both, nobody for what belongs to them.
         self._color_publisher.publish(encode_image(stamp, self._frame_id, frame.color, COLOR_ENCODING))
+        depth = frame.depth if self._depth_publisher is not None else None
+        if depth is not None:
+            self._depth_publisher.publish(encode_image(stamp, self._frame_id, depth, DEPTH_ENCODING))
         info = restamp(self._info, stamp)
         self._info_publisher.publish(info)
-        if self._depth_publisher is not None and frame.depth is not None:
-            self._depth_publisher.publish(encode_image(stamp, self._frame_id, frame.depth, DEPTH_ENCODING))
+        if depth is not None:
             self._depth_info_publisher.publish(info)
         jpeg.submit(stamp, frame.color)
 
