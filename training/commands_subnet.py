@@ -200,27 +200,30 @@ def _measured(args: argparse.Namespace, supernet: TrainedSupernet, chosen: Subne
     """Held-out loss and closed-loop score of the run's averaged weights, calibrated if that is asked for."""
     import torch
 
-    from training.checkpoint_engine import make_ready, refuse_images
+    from training.checkpoint_engine import make_ready
     from training.compiling import check_compiler
     from training.evaluate import evaluate
+    from training.search.session import check_closed_loop
     from training.torch_engine import TorchEngine
 
     threads = args.threads or 1
     torch.set_num_threads(threads)
     seeds = DEFAULT_SEEDS if args.seeds is None else args.seeds
+    first = DEFAULT_FIRST_SEED if args.first_seed is None else args.first_seed
     if seeds:
-        refuse_images(supernet.meaning, supernet.path)  # now, not when the loss has been measured
+        check_closed_loop(supernet, range(first, first + seeds))  # now, not when the loss has been measured
         if args.compile:
             check_compiler()
     path, name = str(supernet.path), supernet.space.name(chosen)
     data = supernet.data(args.data)
     _, network = supernet.subnet(name)
-    facts: dict[str, Any] = {"held_out_loss": _held_out_loss(supernet, network, data)}
+    if not len(data.held_out):
+        print(f"{supernet.path}: the run holds no episode out, so no loss is measured", file=sys.stderr)
+    facts: dict[str, Any] = {"calibrated": args.calibrate, "held_out_loss": _held_out_loss(network, data)}
     if args.calibrate:
         facts["uncalibrated_held_out_loss"] = facts["held_out_loss"]
         _calibrate(supernet, network, data)
-        facts["held_out_loss"] = _held_out_loss(supernet, network, data)
-    first = DEFAULT_FIRST_SEED if args.first_seed is None else args.first_seed
+        facts["held_out_loss"] = _held_out_loss(network, data)
     score = None
     if seeds:
         make_ready(network, args.compile)
@@ -247,23 +250,20 @@ def _calibrate(supernet: TrainedSupernet, network: ElasticDiffusionPolicyT, data
         calibrator.calibrate(network, bar.update)
 
 
-def _held_out_loss(supernet: TrainedSupernet, network: ElasticDiffusionPolicyT, data: PolicyData) -> float | None:
+def _held_out_loss(network: ElasticDiffusionPolicyT, data: PolicyData) -> float | None:
     """The figure that training logs for a subnet; None where the run holds no episode out, or it is not finite."""
     import torch
 
     from training.held_out import held_out_loss
     from training.objective import Objective
 
-    if not len(data.held_out):
-        print(f"{supernet.path}: the run holds no episode out, so no loss is measured", file=sys.stderr)
-        return None
     loss = held_out_loss(network, Objective(data.config, torch.device("cpu")), data)
     return loss if math.isfinite(loss) else None
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[str]:
     origin = "" if facts["run"] is None else f" ({facts['run']}, step {facts['step']})"
-    yield f"{facts['subnet']}{origin}"
+    yield f"{facts['subnet']}{origin}{', calibrated' if facts.get('calibrated') else ''}"
     yield f"  blocks       {facts['depth']} of {facts['blocks']}, precision {facts['precision']}"
     yield f"  genes        {' '.join(map(str, facts['genes']))}"
     yield f"  parameters   {facts['parameters']:,}, weights of the blocks at {facts['mean_bits']:.2f} bits on average"

@@ -257,7 +257,8 @@ def evaluate(
         against: another variant or subnet of ``target``, or ``TARGET:VARIANT`` of another policy, evaluated on the same
             seeds and compared in pairs.
         compiled: compile subnets: half a minute each, then several times as fast.
-        engine: makes the engine of a changed network, which runs in place of the one that is found.
+        engine: makes the engine of a changed network, which runs in place of the one that is found and may be compared
+            with it.
 
     Returns:
         A JSON-ready record: ``mean``, ``ci95`` (half-width), ``scores``, ``seeds`` and how they were obtained;
@@ -275,7 +276,7 @@ def evaluate(
         raise EvaluationError(f"seeds {min(seeds)} to {max(seeds)}: start seeds are 0 to {LAST_SEED}")
     contender = find(target, variant, threads, compiled)
     if engine is not None:
-        contender = replace(contender, engine=engine)
+        contender = replace(contender, engine=engine, weights=None, identity=(contender.identity[0], "changed"))
     rival = None if against is None else _rival(contender, target, against, threads, compiled)
     contenders = [contender] if rival is None else [contender, rival]
     _check_steps(steps, contenders)

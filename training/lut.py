@@ -122,6 +122,8 @@ class FixedEntry(StrictModel):
         workspace_bytes: memory of the engine beyond weights and activations; None for that of the table.
         block_workspace_bytes: of it for each block that is kept.
         weight_copies: how often an engine holds the weights of blocks, packed copies included.
+        context_step_ms: of a denoising step of the measurement's reference network, which tells later how fast the
+            computer is; None where it was not kept. Blocks need not add up to it.
     """
 
     backbone: Name
@@ -134,6 +136,7 @@ class FixedEntry(StrictModel):
     workspace_bytes: Annotated[int, Field(ge=0)] | None = None
     block_workspace_bytes: Annotated[int, Field(ge=0)] = 0
     weight_copies: Annotated[float, Field(ge=0.0)] = 1.0
+    context_step_ms: Milliseconds | None = None
 
 
 class Validation(StrictModel):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dcqfa_ros.runtime.huge_pages import use_huge_pages
+from training.cost import cost
+from training.lut import LookUpTable
 from training.profile_graphs import BlockSize, PolicyGraphs
 from training.profile_memory import engine_growth
 from training.profile_runtime import ProfiledRuntime
@@ -45,16 +47,27 @@ class Workbench:
         return [BlockSize(layer.heads, layer.mlp, form.of(layer.a)) for layer in subnet.layers if layer is not None]
 
     def reference(self, precision: Precision) -> Subnet:
-        """The context network as a subnet; its depth may be below the least of the space.
-
-        A table tells its latency without error, because the fixed parts are what is left of it. So how much longer it
-        takes than that tells how much slower the computer is than when the table was measured.
-        """
+        """The context network as a subnet; its depth may be below the least of the space."""
         bits = FLOAT_BITS.get(precision)
         w, a = (bits, bits) if bits is not None else (max(self.space.weight_bits), max(self.space.activation_bits))
         layer = Layer(*self.layout.middle, w, a)
         skipped = len(self.space.shape.blocks) - self.layout.around
         return Subnet((layer,) * self.layout.around + (None,) * skipped, precision)
+
+    def reference_ms(self, table: LookUpTable, precision: Precision) -> float:
+        """Milliseconds of a chunk of the context network when ``table`` was measured.
+
+        How much longer it takes now tells how much slower the computer is.
+
+        Raises:
+            TableError: the table lacks an entry of it.
+        """
+        shape, subnet, steps = self.space.shape, self.reference(precision), self.settings.diffusion.steps
+        known = table.fixed_parts(shape, precision).context_step_ms
+        if known is None:  # a table from before it was kept: its fixed part is what is left, unless nothing was
+            return cost(table, shape, subnet, steps).latency_ms
+        first, second = (cost(table, shape, subnet, count).latency_ms for count in (1, 2))
+        return 2.0 * first - second + steps * known
 
     def network(self, blocks: Sequence[BlockSize]) -> TimedNetwork:
         """Open a network.

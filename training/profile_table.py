@@ -137,7 +137,7 @@ class Layout:
         return float(np.median([group.median_ms[0] for group in groups])) * ratio
 
     def context_chunk_ms(self, times: Mapping[str, GroupTimes], executed: str) -> float:
-        """The same with what runs once per chunk."""
+        """The same with what runs once per chunk, which is a hundredth of it and is not brought to that speed."""
         return self.context_ms(times, executed) + times[f"chunk {executed}"].median_ms[0]
 
 

@@ -171,7 +171,7 @@ def validate(table: LookUpTable, bench: Workbench, count: int, seed: int = 1, qu
     with tqdm(total=2 * count, unit="network", disable=quiet, desc=f"validate {table.name}") as bar:
         for precision, subnets in drawn.items():
             executed = bench.runtime.forms[precision].executed
-            reference = cost(table, shape, bench.reference(precision), settings.diffusion.steps).latency_ms
+            reference = bench.reference_ms(table, precision)
             groups = []
             for part in groups_of(subnets):
                 times = time_in_turn(bench.subnets(part), settings.rounds, settings.warm_ups)

@@ -1,4 +1,4 @@
-"""Calibration of one subnet after the supernet's training: quantizer steps, norms and biases, no weight.
+"""Calibration of one subnet after the supernet's training: quantizer steps, layer norms and biases, no weight.
 
 A supernet learns one set of steps per layer and bit width, and one set of norms and biases, which every subnet shares.
 What suits all of them is not what suits one. Here those of a subnet that was cut out are learned on for some
@@ -24,6 +24,8 @@ from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.supernet_checkpoint import TrainedSupernet
 from training.warm_start import policy_beside, read_policy_weights
+
+_DIVERGED = "calibration: the distance to the full-precision policy is not finite; leave the calibration out"
 
 
 class SubnetCalibrationError(UserError, ValueError):
@@ -72,12 +74,18 @@ class SubnetCalibrator:
             options: how it is done.
 
         Raises:
-            UserError: the full-precision policy that the supernet was trained from cannot be read.
+            SubnetCalibrationError: the full-precision policy at hand is not the one it was trained from.
+            UserError: that policy cannot be read.
         """
         self.options = CalibrationOptions() if options is None else options
         config = supernet.meaning.config
         assert config.supernet is not None
         weights = read_policy_weights(policy_beside(supernet.path, config.supernet.warm_start), config.policy)
+        if supernet.teacher_sha256 not in (None, weights.sha256):
+            raise SubnetCalibrationError(
+                f"{supernet.path}: was trained from another full-precision policy than {weights.path}; restore that "
+                "one (supernet.warm_start of its configuration)"
+            )
         self._teacher = DiffusionPolicyT(config.policy)
         self._teacher.load_state_dict(weights.state)
         self._teacher.requires_grad_(False).eval()
@@ -94,7 +102,8 @@ class SubnetCalibrator:
             progress: called with 1 after every iteration.
 
         Raises:
-            SubnetCalibrationError: the distance to the teacher is not finite; the network is then as it was.
+            SubnetCalibrationError: the distance to the teacher, or what was learned from it, is not finite; the network
+                is then as it was.
         """
         tuned = calibrated_parameters(network)
         before = [parameter.detach().clone() for parameter in tuned]
@@ -108,15 +117,14 @@ class SubnetCalibrator:
             for _ in range(self.options.iterations):
                 distance = self._distance(network, self._draw(generator))
                 if not torch.isfinite(distance):
-                    raise SubnetCalibrationError(
-                        "calibration: the distance to the full-precision policy is not finite; use a lower learning "
-                        "rate, or leave the calibration out"
-                    )
+                    raise SubnetCalibrationError(_DIVERGED)
                 optimizer.zero_grad()
                 distance.backward()
                 optimizer.step()
                 schedule.step()
                 progress(1)
+            if not all(torch.isfinite(parameter).all() for parameter in tuned):
+                raise SubnetCalibrationError(_DIVERGED)
         except BaseException:
             with torch.no_grad():
                 for parameter, value in zip(tuned, before, strict=True):
@@ -130,7 +138,13 @@ class SubnetCalibrator:
     def record(self) -> dict[str, Any]:
         """What a bundle records of a calibration."""
         options = self.options
-        return {"samples": options.observations, "seed": options.seed, "data_sha256": self._data_sha256}
+        learned = f"Adam, {options.iterations} iterations of {options.batch}, rate {options.learning_rate:g}"
+        return {
+            "samples": options.observations,
+            "seed": options.seed,
+            "data_sha256": self._data_sha256,
+            "method": f"quantizer steps, layer norms and biases from the full-precision policy's answers: {learned}",
+        }
 
     def _draw(self, generator: torch.Generator) -> Batch:
         size = self.options.batch
@@ -147,7 +161,7 @@ class SubnetCalibrator:
 
 
 def calibrated_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Logarithms of the quantizers' steps, scales and shifts of the norms, and biases of all linears."""
+    """Logarithms of the quantizers' steps, scales and shifts of the layer norms, and biases of all linears."""
     found = []
     for module in network.modules():
         if isinstance(module, ElasticLinear | InputQuantizer):

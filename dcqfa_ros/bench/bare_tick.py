@@ -14,9 +14,11 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from dcqfa_ros.bench.processes import run_module
+from dcqfa_ros.bench.processes import BenchError, end, result, run_module
 from dcqfa_ros.runtime.realtime import RealtimeSettings, apply
 from dcqfa_ros.runtime.ticker import Ticker
+
+NAME = "reference tick"
 
 
 def start(rate_hz: float, priority: int) -> subprocess.Popen[str]:
@@ -27,10 +29,19 @@ def start(rate_hz: float, priority: int) -> subprocess.Popen[str]:
     Args:
         rate_hz: of the tick.
         priority: of SCHED_FIFO; 0: none.
+
+    Raises:
+        BenchError: it did not begin; says why.
     """
     process = run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(priority))
     assert process.stdout is not None
-    process.stdout.readline()  # empty where it could not begin: its result says why
+    try:
+        if not process.stdout.readline():
+            result(process, NAME, 10.0)
+            raise BenchError(f"the {NAME} did not begin")
+    except BaseException:
+        end(process)
+        raise
     return process
 
 

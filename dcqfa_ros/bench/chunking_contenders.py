@@ -18,8 +18,9 @@ from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.runtime.chunking import Method
 from dcqfa_ros.runtime.engine import ROLES
-from dcqfa_ros.runtime.engines import ONNXRUNTIME, open_engine
+from dcqfa_ros.runtime.engines import ONNXRUNTIME
 from dcqfa_ros.runtime.guidance import method_refusal
+from dcqfa_ros.runtime.ort_engine import OnnxRuntimeEngine
 from dcqfa_ros.runtime.ort_pullback import open_pullback
 from dcqfa_ros.runtime.policy import PolicyRuntime
 
@@ -55,7 +56,7 @@ class Contender:
         """
         bundle = load_bundle(find_bundle(self.folder), verify=False)
         files = {role: bundle.read(self.variant, role) for role in ROLES}
-        engine = open_engine(ONNXRUNTIME, files, threads=threads, name=self.variant)
+        engine = OnnxRuntimeEngine(files, threads=threads, name=self.variant, large_batches=True)
         pullback = partial(open_pullback, ONNXRUNTIME, files["denoiser"], threads=threads, name=self.variant)
         policy = PolicyRuntime(bundle.spec, engine, pullback)
         try:

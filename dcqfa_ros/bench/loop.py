@@ -198,7 +198,7 @@ class _Run:
                 self._armed()
                 self._check_alive()
             span, cpu_after = time.monotonic() - begun, self._cpu()
-            reference = processes.result(tick, "reference tick", 10.0)
+            reference = processes.result(tick, bare_tick.NAME, 10.0)
         finally:
             processes.end(tick)
         seen = conditions()

@@ -70,11 +70,15 @@ class ParityRecord(StrictModel):
 
 
 class CalibrationRecord(StrictModel):
-    """What activation scales were found on: ``samples`` observations drawn with ``seed`` from the training episodes."""
+    """What a variant was calibrated on: ``samples`` observations drawn with ``seed`` from the training episodes.
+
+    ``method`` says what was calibrated and how; None: activation scales, from the range of what they scale.
+    """
 
     samples: Positive
     seed: Annotated[int, Field(ge=0)]
     data_sha256: Sha256
+    method: Text | None = None
 
 
 class TrainingSegment(StrictModel):

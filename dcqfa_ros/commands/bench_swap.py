@@ -97,6 +97,10 @@ def _describe(b: SwapBench) -> list[str]:
             f"memory {b.rss_before_mb:.1f} MiB before, {b.rss_after_mb:.1f} MiB after ({b.rss_growth:+.2f} %); left: "
             f"{b.workers_left} workers, {b.fds_left} descriptors, {b.memory_files_left} shared memories"
         ),
-        f"a process that only ticks: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed",
+        *(
+            [f"a process that only ticks: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed"]
+            if b.reference_max_ms is not None
+            else []
+        ),
         f"load {b.conditions.load_1min:.1f}, {100 * b.conditions.steal_share:.1f} % stolen, {b.conditions.scheduler}",
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import time
 
+import pytest
+
 from dcqfa_ros.bench import bare_tick, processes
 
 
@@ -19,3 +21,10 @@ def test_a_process_that_stood_still_has_missed_ticks_and_ends_with_its_input() -
     finally:
         processes.end(tick)
     assert told["missed"] > 0 and told["max_ms"] > 10.0 and told["scheduler"].startswith("SCHED_")
+
+
+def test_a_process_that_does_not_begin_says_why_at_once_and_is_not_left() -> None:
+    others = processes.children()
+    with pytest.raises(processes.BenchError, match=r"the reference tick ended with code 1: .*ZeroDivisionError"):
+        bare_tick.start(0.0, 0)
+    assert processes.children() == others

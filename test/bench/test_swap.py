@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from dcqfa_ros.bench import swap_cell
+from dcqfa_ros.bench import bare_tick, swap_cell
 from dcqfa_ros.bench.processes import BenchError, children
 from dcqfa_ros.bench.swap import run_swap_bench
 from dcqfa_ros.bench.swap_cell import running_cell
@@ -41,9 +41,25 @@ def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle,
     assert bench.swap_ms_max >= bench.swap_ms_p50 > bench.gap_ms_max >= 0.0
     assert bench.variants == ("fp32", "w8a8") and bench.python == sys.executable and bench.runtime_version[0].isdigit()
     assert json.loads(json.dumps(dataclasses.asdict(bench)))["missed_ticks"] == bench.missed_ticks
-    assert bench.reference_missed < bench.missed_ticks and bench.reference_max_ms > 0.0
+    assert bench.reference_missed is not None and bench.reference_missed < bench.missed_ticks
+    assert bench.reference_max_ms is not None and bench.reference_max_ms > 0.0
     assert bench.missed_ticks >= 5 and bench.jitter_max_ms > 50.0 and not bench.goals_met
     assert bench.conditions.load_1min > 0.0 and bench.tick_scheduler.startswith("SCHED_")
+
+
+def test_a_lost_reference_process_loses_no_exchange(policy_bundle, monkeypatch, capfd) -> None:
+    start = bare_tick.start
+
+    def lost(*given):
+        process = start(*given)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(bare_tick, "start", lost)
+    bench = run_swap_bench(load_bundle(policy_bundle()), swaps=1)
+    assert (bench.swaps, bench.failures, bench.fds_left, bench.workers_left) == (1, 0, 0, 0)
+    assert (bench.reference_missed, bench.reference_max_ms) == (None, None)
+    assert "the reference tick ended with code -9" in capfd.readouterr().err
 
 
 def test_without_its_control_tick_nothing_is_measured_and_nothing_is_left(policy_bundle) -> None:

@@ -241,6 +241,18 @@ def test_a_reference_that_takes_less_than_its_blocks_beside_others_is_still_know
             times[key] = group.model_copy(update={"median_ms": (context, *(3.0 * ms for ms in others))})
     table = table_of(SPACE, QUICK, times, FACTS)
     layout = Layout.of(SPACE, FORMS)
+    bench = profile_networks.Workbench(
+        SPACE, DiffusionPolicyTGraphs(POLICY, 5), QUICK, replace(profiled_runtime("onnxruntime", detect()), forms=FORMS)
+    )
+    kept = layout.context_ms(times, "float32") / 16
+    assert fitted(table, bench, Precision.FP32, times, []).fixed_parts(
+        SPACE.shape, Precision.FP32
+    ).context_step_ms == pytest.approx(kept, abs=1e-6)
+    rows = tuple(row.model_copy(update={"context_step_ms": kept}) for row in table.fixed)
+    told = table.model_copy(update={"fixed": rows})
+    chunk = layout.context_chunk_ms(times, "float32")
+    assert bench.reference_ms(told, Precision.FP32) == pytest.approx(chunk, rel=1e-3)
+    assert bench.reference_ms(table, Precision.FP32) > 2.0 * chunk  # of a table that does not tell
     expected = times[CONTEXTS].median_ms[1] + times["chunk float32"].median_ms[0]
     assert table.fixed_parts(SPACE.shape, Precision.FP32).step_fixed_ms == 0.0
     assert layout.context_chunk_ms(times, "float32") == pytest.approx(expected)

@@ -95,8 +95,8 @@ def test_a_slower_computer_is_allowed_for(
     fitted = with_term(table, ms_per_mb)
 
     def subnets(self: Workbench, part: Any) -> list[float]:
-        reference = cost(fitted, SPACE.shape, self.reference(part[0].precision), 16)
-        return [reference.latency_ms, *(cost(fitted, SPACE.shape, subnet, 16).latency_ms for subnet in part)]
+        reference = self.reference_ms(fitted, part[0].precision)
+        return [reference, *(cost(fitted, SPACE.shape, subnet, 16).latency_ms for subnet in part)]
 
     monkeypatch.setattr(Workbench, "subnets", subnets)
     monkeypatch.setattr(profile_validate, "time_in_turn", lambda runs, *_: [Timing(2 * ms, 0.0) for ms in runs])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from dcqfa_ros.bundle.load import load_bundle
 from dcqfa_ros.bundle.verify import verify_bundle
+from training.evaluate import evaluate
 from training.export import subnets as subnets_module
 from training.export.bundle import ExportOptions, export_bundle
 from training.nn.elastic import BITS
@@ -23,6 +26,7 @@ from training.subnet_calibration import (
     calibrated_parameters,
 )
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
+from training.torch_engine import TorchEngine
 
 UNEVEN = "int.1h32w4a8.4h64w8a4"  # two blocks that differ in everything
 OPTIONS = CalibrationOptions(observations=32, iterations=20, batch=32, learning_rate=5e-3)
@@ -114,6 +118,36 @@ def test_a_distance_that_is_not_finite_leaves_the_network_as_it_was(
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_a_gradient_that_is_not_finite_in_the_last_iteration_leaves_it_too(
+    supernet: TrainedSupernet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrator = SubnetCalibrator(supernet, supernet.data(), CalibrationOptions(observations=8, iterations=1, batch=8))
+    _, network = supernet.subnet("w8a8")
+    before, measured = state(network), calibrator._distance
+    # The square root of 0 has no slope, and 0 times that is not a number.
+    monkeypatch.setattr(calibrator, "_distance", lambda *given: (d := measured(*given)) + torch.sqrt(d - d))
+    with pytest.raises(SubnetCalibrationError, match="not finite"):
+        calibrator.calibrate(network)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_another_teacher_than_that_of_the_run_is_refused(supernet: TrainedSupernet) -> None:
+    other = replace(supernet, teacher_sha256="0" * 64)
+    with pytest.raises(SubnetCalibrationError, match="trained from another full-precision policy"):
+        SubnetCalibrator(other, supernet.data(), OPTIONS)
+
+
+def test_a_calibrated_network_can_be_played_against_the_one_it_was_made_of(
+    supernet: TrainedSupernet, calibrator: SubnetCalibrator
+) -> None:
+    _, network = supernet.subnet("w4a4")
+    calibrator.calibrate(network)
+    engine = partial(TorchEngine, network, 1)
+    result = evaluate(str(supernet.path), "w4a4", (1, 2), steps=2, against="w4a4", engine=engine)
+    assert result["weights"] is None and result["paired"]["other"] == "w4a4"
+    assert result["paired"]["other_scores"] == evaluate(str(supernet.path), "w4a4", (1, 2), steps=2)["scores"]
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("observations", 0), ("iterations", 0), ("batch", -1), ("learning_rate", 0.0)]
 )
@@ -137,11 +171,11 @@ def test_the_command_tells_the_loss_before_and_after_and_scores_the_calibrated_n
     plain, tuned = (subnet(*arguments, *more) for more in ((), ("--calibrate",)))
     assert plain[0] == tuned[0] == 0, tuned[2]
     plain, tuned = json.loads(plain[1]), json.loads(tuned[1])
-    assert "uncalibrated_held_out_loss" not in plain
+    assert "uncalibrated_held_out_loss" not in plain and (plain["calibrated"], tuned["calibrated"]) == (False, True)
     assert tuned["uncalibrated_held_out_loss"] == plain["held_out_loss"] != tuned["held_out_loss"]
     assert len(tuned["closed_loop"]["scores"]) == 1
     code, output, _ = subnet("w4a4", "--run", supernet.path, "--eval", "--seeds", 0, "--calibrate")
-    assert code == 0 and f"{plain['held_out_loss']:.4f} before its calibration" in output
+    assert code == 0 and ", calibrated" in output and f"{plain['held_out_loss']:.4f} before its calibration" in output
 
 
 def test_an_exported_variant_is_the_calibrated_network_and_says_so(
@@ -159,6 +193,7 @@ def test_an_exported_variant_is_the_calibrated_network_and_says_so(
     record = variants["tuned"].calibration
     assert record is not None
     assert (record.samples, record.seed, record.data_sha256) == (32, 0, supernet.data().sha256)
+    assert record.method is not None and "20 iterations of 32" in record.method
     assert variants["plain"].weights != variants["tuned"].weights
     assert variants["plain"].size == variants["tuned"].size
 

@@ -38,14 +38,17 @@ class Runnable:
     graphs: Mapping[str, bytes] | None
     network: nn.Module | None
 
-    def engine(self) -> Engine:
+    def engine(self, large_batches: bool = True) -> Engine:
         """A new engine, one thread.
+
+        Args:
+            large_batches: see :class:`OnnxRuntimeEngine`; False: as the robot runs it.
 
         Raises:
             EngineError: a graph is damaged.
         """
         if self.graphs is not None:
-            return OnnxRuntimeEngine(dict(self.graphs), threads=1, large_batches=True)
+            return OnnxRuntimeEngine(dict(self.graphs), threads=1, large_batches=large_batches)
         assert isinstance(self.network, DiffusionPolicyT)
         return TorchEngine(self.network, 1)
 

@@ -19,6 +19,7 @@ from training.policy_shape import PolicyShape
 from training.subnet import Subnet
 
 WARM_UP = 5
+ENGINE = "without a memory arena"  # how engines run; latencies of others are measured again
 NO_SUBNET = "not told: the table knows no network of mixed bits outside a search space"
 NOT_MEASURED = {"ms": None, "device": None, "kind": "measured", "note": "not measured: it has no exported form"}
 
@@ -56,7 +57,9 @@ def table_latency(
 def measured_latency(runnables: Mapping[str, Runnable], rounds: int, steps: int | None) -> dict[str, dict[str, Any]]:
     """Median latency of one chunk of exported entries, batch 1, one thread, in turn within every round."""
     device = f"{detect().processor.model}, 1 thread"
-    policies = {name: PolicyRuntime(runnable.spec, runnable.engine()) for name, runnable in runnables.items()}
+    policies = {
+        name: PolicyRuntime(runnable.spec, runnable.engine(large_batches=False)) for name, runnable in runnables.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in policies}
     conditions = watch_conditions()
     try:

@@ -20,7 +20,7 @@ from dcqfa_ros.bundle.load import BUNDLE_YAML
 from training.checkpoint import CHECKPOINT
 from training.compare.config import CompareConfig, CompareError, Entry, Task, found
 from training.compare.contenders import SIMULATED, Contender, Runnable
-from training.compare.latency import NOT_MEASURED, measured_latency, table_latency
+from training.compare.latency import ENGINE, NOT_MEASURED, measured_latency, table_latency
 from training.compare.opener import Opener
 from training.compare.results import FORMAT as RESULTS_FORMAT
 from training.compare.store import CellStore, refuse_other
@@ -270,7 +270,7 @@ class Session:
         file = self.folder / "latency.json"
         exported = [entry for entry in self.config.entries if facts[entry.name]["executed"] != SIMULATED]
         artifacts = {e.name: [facts[e.name]["identity"]["artifact"], facts[e.name]["specification"]] for e in exported}
-        key = plain({"rounds": rounds, "steps": self.config.steps, "artifacts": artifacts})
+        key = plain({"as": ENGINE, "rounds": rounds, "steps": self.config.steps, "artifacts": artifacts})
         try:
             document = json.loads(file.read_bytes())
             rows = document["rows"] if document["key"] == key else None
