@@ -69,15 +69,10 @@ def ready_subnet(supernet: TrainedSupernet, name: str, compile_blocks: bool = Fa
         SpaceError: the name is not one of the space.
     """
     _, network = supernet.subnet(name)
-    make_ready(network, compile_blocks)
-    return network
-
-
-def make_ready(network: ElasticDiffusionPolicyT, compile_blocks: bool = False) -> None:
-    """Prepare a stand-alone network for inference, in place."""
     network.freeze()
     if compile_blocks:
         network.decode_block = compiled(ElasticDecoderBlock.decode)
+    return network
 
 
 def find_variant(path: Path, name: str | None, option: str = "--variant") -> CheckpointVariant:

@@ -77,12 +77,6 @@ def export(subparsers: Any) -> None:
         help=f"the chosen network of a search (its front.json), as variant {SEARCHED!r} if no name is given; "
         "may be repeated",
     )
-    subnets.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="calibrate every subnet before it is written, on 256 observations of the training episodes: quantizer "
-        "steps, norms and biases, no weight; a minute or two each",
-    )
     subnets.add_argument("--default", metavar="VARIANT", help="the bundle's default variant (default: the one it has)")
     parser.set_defaults(func=_export)
 
@@ -102,7 +96,7 @@ def _policy(args: argparse.Namespace) -> BundleSpec:
     from training.export.bundle import ExportOptions, export_bundle
     from training.export.records import read_latency, read_quality
 
-    for option in ("subnet", "front", "calibrate", "default"):
+    for option in ("subnet", "front", "default"):
         if getattr(args, option):
             raise ArgumentError(f"--{option}: {args.checkpoint} holds a single policy, no supernet; leave it out")
     options = ExportOptions(
@@ -141,7 +135,6 @@ def _subnets(args: argparse.Namespace) -> BundleSpec:
         data=args.data,
         quality=read_quality(args.quality),
         latency=read_latency(args.latency),
-        calibrate=args.calibrate,
     )
     return export_subnets(args.checkpoint, args.out, options)
 

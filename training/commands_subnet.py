@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ from training.commands_sampler import DEFAULT_RUN
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
-    from training.data.policy_data import PolicyData
-    from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
     from training.space import SearchSpace
     from training.subnet import Subnet
     from training.supernet_checkpoint import TrainedSupernet
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "training/pusht_keypoints_supernet.yaml"
 DEFAULT_SEEDS = 50
 DEFAULT_FIRST_SEED = 200_000  # the published seeds are for reported numbers, not for looking around
-EVALUATION_OPTIONS = ("calibrate", "data", "seeds", "first_seed", "threads", "compile")
+EVALUATION_OPTIONS = ("data", "seeds", "first_seed", "threads", "compile")
 
 
 def subnet(subparsers: Any) -> None:
@@ -63,12 +60,6 @@ def subnet(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the configuration's)")
     parser.add_argument("--eval", action="store_true", help="measure held-out loss and closed-loop score; needs a run")
     group = parser.add_argument_group("with --eval")
-    group.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="calibrate the subnet first, on 256 observations of the training episodes: quantizer steps, norms and "
-        "biases, no weight; the held-out loss before it is reported too",
-    )
     group.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
     group.add_argument(
         "--seeds", type=int, metavar="N", help=f"start seeds; 0: no closed loop (default: {DEFAULT_SEEDS})"
@@ -197,73 +188,59 @@ def _costs(
 
 
 def _measured(args: argparse.Namespace, supernet: TrainedSupernet, chosen: Subnet) -> dict[str, Any]:
-    """Held-out loss and closed-loop score of the run's averaged weights, calibrated if that is asked for."""
+    """Held-out loss and closed-loop score of the run's averaged weights."""
     import torch
 
-    from training.checkpoint_engine import make_ready
-    from training.compiling import check_compiler
     from training.evaluate import evaluate
     from training.search.session import check_closed_loop
-    from training.torch_engine import TorchEngine
 
-    threads = args.threads or 1
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads or 1)
     seeds = DEFAULT_SEEDS if args.seeds is None else args.seeds
     first = DEFAULT_FIRST_SEED if args.first_seed is None else args.first_seed
     if seeds:
         check_closed_loop(supernet, range(first, first + seeds))  # now, not when the loss has been measured
-        if args.compile:
-            check_compiler()
-    path, name = str(supernet.path), supernet.space.name(chosen)
-    data = supernet.data(args.data)
-    _, network = supernet.subnet(name)
-    if not len(data.held_out):
-        print(f"{supernet.path}: the run holds no episode out, so no loss is measured", file=sys.stderr)
-    facts: dict[str, Any] = {"calibrated": args.calibrate, "held_out_loss": _held_out_loss(network, data)}
-    if args.calibrate:
-        facts["uncalibrated_held_out_loss"] = facts["held_out_loss"]
-        _calibrate(supernet, network, data)
-        facts["held_out_loss"] = _held_out_loss(network, data)
+    loss = _held_out_loss(supernet, chosen, args.data)
     score = None
     if seeds:
-        make_ready(network, args.compile)
+        path, name = str(supernet.path), supernet.space.name(chosen)
         score = evaluate(
-            path,
-            name,
-            range(first, first + seeds),
-            steps=args.steps,
-            threads=threads,
-            compiled=args.compile,
-            engine=partial(TorchEngine, network, threads),
+            path, name, range(first, first + seeds), steps=args.steps, threads=args.threads, compiled=args.compile
         )
-    return facts | {"closed_loop": score}
+    return {"held_out_loss": loss, "closed_loop": score}
 
 
-def _calibrate(supernet: TrainedSupernet, network: ElasticDiffusionPolicyT, data: PolicyData) -> None:
-    """Calibrate a subnet that was cut out, and show it."""
-    from tqdm import tqdm
+def _held_out_loss(supernet: TrainedSupernet, chosen: Subnet, path: str | None) -> float | None:
+    """The figure that training logs for this subnet; None where the run holds no episode out.
 
-    from training.subnet_calibration import SubnetCalibrator
-
-    calibrator = SubnetCalibrator(supernet, data)
-    with tqdm(total=calibrator.options.iterations, desc="calibrate", unit="step") as bar:
-        calibrator.calibrate(network, bar.update)
-
-
-def _held_out_loss(network: ElasticDiffusionPolicyT, data: PolicyData) -> float | None:
-    """The figure that training logs for a subnet; None where the run holds no episode out, or it is not finite."""
+    Raises:
+        DataError: the demonstrations cannot be read, or are not those of the run.
+    """
     import torch
 
+    from training.commands import data_section
+    from training.config import override
+    from training.data.episodes import DataError
+    from training.data.policy_data import PolicyData
     from training.held_out import held_out_loss
     from training.objective import Objective
 
-    loss = held_out_loss(network, Objective(data.config, torch.device("cpu")), data)
+    config = override(supernet.meaning.config, data=data_section(path))
+    data = PolicyData(config)
+    if supernet.meaning.data_sha256 not in (None, data.sha256):
+        raise DataError(
+            f"{config.data.path}: not the demonstrations that {supernet.path} was trained on; give those with --data"
+        )
+    if not len(data.held_out):
+        print(f"{supernet.path}: the run holds no episode out, so no loss is measured", file=sys.stderr)
+        return None
+    supernet.network.activate(chosen)
+    loss = held_out_loss(supernet.network, Objective(config, torch.device("cpu")), data)
     return loss if math.isfinite(loss) else None
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[str]:
     origin = "" if facts["run"] is None else f" ({facts['run']}, step {facts['step']})"
-    yield f"{facts['subnet']}{origin}{', calibrated' if facts.get('calibrated') else ''}"
+    yield f"{facts['subnet']}{origin}"
     yield f"  blocks       {facts['depth']} of {facts['blocks']}, precision {facts['precision']}"
     yield f"  genes        {' '.join(map(str, facts['genes']))}"
     yield f"  parameters   {facts['parameters']:,}, weights of the blocks at {facts['mean_bits']:.2f} bits on average"
@@ -282,9 +259,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     for text in facts["missing_tables"]:
         yield f"  cost         {text}: no such table; `dcqfa profile` makes one"
     if facts.get("held_out_loss") is not None:
-        before = facts.get("uncalibrated_held_out_loss")
-        calibrated = "" if before is None else f", {before:.4f} before its calibration"
-        yield f"  held out     denoising loss {facts['held_out_loss']:.4f}{calibrated}"
+        yield f"  held out     denoising loss {facts['held_out_loss']:.4f}"
     score = facts.get("closed_loop")
     if score is not None:
         half_width = "" if score["ci95"] is None else f" +- {score['ci95']:.3f}"

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -244,7 +244,6 @@ def evaluate(
     threads: int | None = None,
     against: str | None = None,
     compiled: bool = False,
-    engine: Callable[[], Engine] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a bundle's variant, a checkpoint or a subnet on the given seeds.
 
@@ -257,8 +256,6 @@ def evaluate(
         against: another variant or subnet of ``target``, or ``TARGET:VARIANT`` of another policy, evaluated on the same
             seeds and compared in pairs.
         compiled: compile subnets: half a minute each, then several times as fast.
-        engine: makes the engine of a changed network, which runs in place of the one that is found and may be compared
-            with it.
 
     Returns:
         A JSON-ready record: ``mean``, ``ci95`` (half-width), ``scores``, ``seeds`` and how they were obtained;
@@ -275,8 +272,6 @@ def evaluate(
     if min(seeds) < 0 or max(seeds) > LAST_SEED:
         raise EvaluationError(f"seeds {min(seeds)} to {max(seeds)}: start seeds are 0 to {LAST_SEED}")
     contender = find(target, variant, threads, compiled)
-    if engine is not None:
-        contender = replace(contender, engine=engine, weights=None, identity=(contender.identity[0], "changed"))
     rival = None if against is None else _rival(contender, target, against, threads, compiled)
     contenders = [contender] if rival is None else [contender, rival]
     _check_steps(steps, contenders)

@@ -10,9 +10,6 @@ from typing import Any
 
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
 from training.compact import COMPACT, averaged_state, sampler_state
-from training.config import override
-from training.data.episodes import DataError
-from training.data.policy_data import PolicyData
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.sandwich import search_space
 from training.space import SearchSpace
@@ -44,24 +41,6 @@ class TrainedSupernet:
         """
         subnet = self.space.parse(name)
         return subnet, self.network.extract(subnet)
-
-    def data(self, path: str | None = None) -> PolicyData:
-        """The demonstrations that it was trained on.
-
-        Args:
-            path: where they are now; None for where the run read them.
-
-        Raises:
-            DataError: they cannot be read, or are others.
-        """
-        source = {} if path is None else {"path": path, "format": "auto"}  # another path may be of another format
-        config = override(self.meaning.config, data=source)
-        data = PolicyData(config)
-        if self.meaning.data_sha256 not in (None, data.sha256):
-            raise DataError(
-                f"{config.data.path}: not the demonstrations that {self.path} was trained on; give those with --data"
-            )
-        return data
 
 
 def is_supernet(payload: dict[str, Any]) -> bool:

@@ -70,15 +70,11 @@ class ParityRecord(StrictModel):
 
 
 class CalibrationRecord(StrictModel):
-    """What a variant was calibrated on: ``samples`` observations drawn with ``seed`` from the training episodes.
-
-    ``method`` says what was calibrated and how; None: activation scales, from the range of what they scale.
-    """
+    """What activation scales were found on: ``samples`` observations drawn with ``seed`` from the training episodes."""
 
     samples: Positive
     seed: Annotated[int, Field(ge=0)]
     data_sha256: Sha256
-    method: Text | None = None
 
 
 class TrainingSegment(StrictModel):

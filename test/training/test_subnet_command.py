@@ -130,7 +130,6 @@ def test_other_demonstrations_than_those_of_the_run_are_refused(
         (("w4a4", "--eval"), "--eval: a configuration has no weights"),
         (("w4a4", "--eval", "--first-seed", -1), "--first-seed: expected at least 0"),
         (("w4a4", "--table", "absent.json"), "absent.json: cannot be read"),
-        (("w4a4", "--calibrate"), "--calibrate: has no effect without --eval"),
     ],
 )
 def test_a_wrong_argument_is_one_named_line_and_exit_code_2(
@@ -156,7 +155,7 @@ def test_runs_and_configurations_without_a_supernet_are_refused_by_name(
 
 
 def test_a_seed_out_of_range_is_refused_before_anything_is_measured(subnet: Run, supernet_run: Path) -> None:
-    code, output, errors = subnet("w4a4", "--run", supernet_run, "--eval", "--calibrate", "--first-seed", 5_000_000_000)
+    code, output, errors = subnet("w4a4", "--run", supernet_run, "--eval", "--first-seed", 5_000_000_000)
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert "start seeds are 0 to" in errors
 

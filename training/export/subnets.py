@@ -51,7 +51,6 @@ from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.space_counts import paper_bytes, parameters
 from training.subnet import FLOAT_BITS, Precision, Subnet
-from training.subnet_calibration import SubnetCalibrator
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.torch_engine import TorchEngine
 from training.warm_start import policy_beside, read_policy_weights
@@ -92,7 +91,6 @@ class SubnetOptions:
         quality: evaluations to record per variant; they must be of the weights that are written.
         latency: measured latencies to record per variant, likewise.
         threads: PyTorch threads.
-        calibrate: calibrate every subnet's quantizer steps, norms and biases before it is written.
     """
 
     subnets: Mapping[str, str]
@@ -102,15 +100,12 @@ class SubnetOptions:
     quality: Mapping[str, tuple[Result[QualityRecord], ...]] = field(default_factory=dict)
     latency: Mapping[str, tuple[Result[LatencyRecord], ...]] = field(default_factory=dict)
     threads: int = 1
-    calibrate: bool = False
 
     def __post_init__(self) -> None:
         if not (self.subnets or self.default or self.quality or self.latency):
             raise ExportError("--subnet: no subnet is named; name one, as in --subnet w8a8 or --subnet fast=NAME")
         if "fp32" in self.subnets:
             raise ExportError("--subnet fp32: that name is of the full-precision policy; write NAME=fp32")
-        if self.calibrate and not self.subnets:
-            raise ExportError("--calibrate: no subnet is named; name one with --subnet or --front, or leave it out")
 
 
 def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> BundleSpec:
@@ -149,12 +144,11 @@ def export_subnets(checkpoint: Path, folder: Path, options: SubnetOptions) -> Bu
     if there is not None:
         _check_same_weights(there, supernet, specification.diffusion, inputs, reference)
 
-    calibrator = SubnetCalibrator(supernet, supernet.data(options.data)) if options.calibrate else None
     fields = meaning.fields()
     training = None if there is None else fields["training"]
     documents, contents = [], {}
     for name, subnet in tqdm(options.subnets.items(), desc="export", unit="variant"):
-        work = _Export(supernet, specification.diffusion, inputs, reference, options, calibrator)
+        work = _Export(supernet, specification.diffusion, inputs, reference, options)
         document, files = work.variant(name, subnet)
         document["training"] = training
         documents.append(document)
@@ -217,15 +211,11 @@ class _Export:
     inputs: Float
     reference: Float
     options: SubnetOptions
-    calibrator: SubnetCalibrator | None
 
     def variant(self, name: str, asked: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         """A variant's document without records, and its files by path."""
         space, threads = self.supernet.space, self.options.threads
         subnet, network = self.supernet.subnet(asked)
-        if self.calibrator is not None:
-            with tqdm(total=self.calibrator.options.iterations, desc=f"calibrate {name}", unit="step") as bar:
-                self.calibrator.calibrate(network, bar.update)
         rest = REST[subnet.precision]
         graphs = export_graphs(network, self.diffusion.train_timesteps, rest)
         engine = AsStored(network, rest, self.diffusion.train_timesteps, threads)
@@ -255,7 +245,6 @@ class _Export:
                 "paper_bytes": paper_bytes(shape, subnet),
                 "disk_bytes": sum(len(data) for data in graphs.values()),
             },
-            "calibration": None if self.calibrator is None else self.calibrator.record(),
             "searched_for": self.options.searched.get(name),
             "parity": agreement | parts,
         }
