@@ -32,7 +32,7 @@ from training.profile_graphs import INTEGER, INTEGER_A4, BlockSize, PolicyGraphs
 from training.profile_networks import TOGETHER, Networks, Workbench, at_speed_of, groups_of
 from training.profile_runtime import ProfiledRuntime, profiled_runtime
 from training.profile_table import CONTEXTS, Facts, GroupTimes, Layout, ProfileSettings, table_of
-from training.profile_timing import BURST, TimedNetwork, time_in_turn
+from training.profile_timing import BURST, SETTLE, TimedNetwork, time_in_turn
 from training.space import SearchSpace
 from training.space_counts import real_bytes
 from training.subnet import Precision, Subnet, make_layer
@@ -212,7 +212,7 @@ class _Measurement:
             "shape": repr(self._space.shape),
             "space": self._space.config.model_dump(mode="json"),
             "diffusion": settings.diffusion.model_dump(mode="json"),
-            "numbers": [settings.threads, settings.runs, settings.warm_ups, settings.subnets, BURST],
+            "numbers": [settings.threads, settings.runs, settings.warm_ups, settings.subnets, BURST, SETTLE],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

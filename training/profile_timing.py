@@ -18,7 +18,10 @@ from dcqfa_ros.runtime.engine import Engine, Float32
 from training.export.diffusion_policy_t import table_graph
 from training.profile_graphs import BlockSize, Feeds, PolicyGraphs, rest_of
 
-BURST = 5  # consecutive chunks of one network; one more before them fills the caches again and is not counted
+BURST = 10  # consecutive chunks of one network
+# Runs before them that are not counted: others have had the caches since. After one, networks that nearly fill the last
+# cache still took up to 1.4 times as long as later.
+SETTLE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,8 @@ def time_in_turn(
             for place in range(len(runs)):
                 index = (number + place) % len(runs)
                 run = runs[index]
-                run()
+                for _ in range(SETTLE):
+                    run()
                 for repeat in range(BURST):
                     begin = clock()
                     run()

@@ -49,7 +49,7 @@ from training.profile_table import (
     SettingsError,
     table_of,
 )
-from training.profile_timing import BURST, TimedNetwork, time_in_turn, variant_of
+from training.profile_timing import BURST, SETTLE, TimedNetwork, time_in_turn, variant_of
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.space_counts import real_bytes
@@ -173,7 +173,7 @@ def test_times_are_corrected_for_the_drift_that_the_reference_shows() -> None:
     timings = time_in_turn([work(2.0), work(3.0)], rounds=10, warm_ups=2, clock=lambda: now[0])
     assert timings[1].median_ms / timings[0].median_ms == pytest.approx(1.5)
     assert timings[1].spread_ms < 0.01 * timings[1].median_ms
-    assert calls[0] == 2 * (2 + 10 * (BURST + 1))
+    assert calls[0] == 2 * (2 + 10 * (BURST + SETTLE))
 
 
 # -- from times to a table --------------------------------------------------------------------------------------------
