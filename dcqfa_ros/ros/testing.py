@@ -38,7 +38,7 @@ _GOALS = {
     Transition.TRANSITION_DEACTIVATE: "inactive",
     Transition.TRANSITION_CLEANUP: "unconfigured",
 }
-QUIET_S = 0.1
+QUIET_S = 0.3
 """Between the end of the processes and that of the probe: what they last announced is heard before its participant is
 taken down, because Fast DDS has crashed when it was taken down while peers were still coming up."""
 
