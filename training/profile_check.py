@@ -95,7 +95,7 @@ def fitted(
         chunk = row.encoder_ms + sum(entries[size].kv_ms for size in blocks)
         timed.append(Timed(tuple(blocks), (ms - chunk) / steps))
     fit = fit_networks([t for t in timed if t.step_ms > 0.0], list(entries), bytes_of)
-    context = layout.context_ms(results, executed[0]) / steps
+    context = round(layout.context_ms(results, executed[0]) / steps, 6)
     missing = context - fit.step_ms(layout.context(executed[0]), bytes_of)
     entered = tuple(
         e.model_copy(update={"step_ms": round(fit.block_ms[BlockSize(e.heads, e.mlp, e.executed)], 6)})
@@ -103,8 +103,11 @@ def fitted(
         else e
         for e in table.blocks
     )
-    change = {"step_fixed_ms": round(max(0.0, fit.fixed_ms + missing), 6), "cache": fit.cache}
-    change["context_step_ms"] = round(context, 6)
+    change = {
+        "step_fixed_ms": round(max(0.0, fit.fixed_ms + missing), 6),
+        "cache": fit.cache,
+        "context_step_ms": context,
+    }
     fixed = tuple(r.model_copy(update=change) if forms[r.precision].executed == executed[0] else r for r in table.fixed)
     return table.model_copy(update={"blocks": entered, "fixed": fixed})
 

@@ -19,8 +19,8 @@ from training.export.diffusion_policy_t import table_graph
 from training.profile_graphs import BlockSize, Feeds, PolicyGraphs, rest_of
 
 BURST = 10  # consecutive chunks of one network
-# Runs before them that are not counted: others have had the caches since. After one, networks that nearly fill the last
-# cache still took up to 1.4 times as long as later.
+# Runs before them that are not counted: others have had the caches since. After one, a reference of 13 MB among larger
+# networks was seen to take 1.4 times as long as among small ones.
 SETTLE = 4
 
 

@@ -28,12 +28,12 @@ def start(rate_hz: float, priority: int) -> subprocess.Popen[str]:
 
     Args:
         rate_hz: of the tick.
-        priority: of SCHED_FIFO; 0: none.
+        priority: of SCHED_FIFO, of the measured tick: this one gets the next above; 0: neither has one.
 
     Raises:
         BenchError: it did not begin; says why.
     """
-    process = run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(priority))
+    process = run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(min(99, priority + 1) if priority else 0))
     assert process.stdout is not None
     try:
         if not process.stdout.readline():

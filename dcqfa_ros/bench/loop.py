@@ -191,7 +191,7 @@ class _Run:
         self._reports.clear()
         before, cpu_before, begun = self._figures(), self._cpu(), time.monotonic()
         conditions = watch_conditions()
-        tick = bare_tick.start(self._rate_hz, min(99, self._priority + 1) if self._priority else 0)
+        tick = bare_tick.start(self._rate_hz, self._priority)
         try:
             while (left := begun + seconds - time.monotonic()) > 0:
                 time.sleep(min(_POLL_S, left))

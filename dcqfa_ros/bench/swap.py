@@ -151,7 +151,7 @@ def run_swap_bench(
         gc.collect()
         gc.freeze()  # as nodes do when they are activated
         memory, results = [cell.memory()], []
-        bare = bare_tick.start(rate_hz, min(99, realtime_priority + 1) if realtime_priority else 0)
+        bare = bare_tick.start(rate_hz, realtime_priority)
         try:
             cell.tick.count_anew()
             chunks = cell.chunks

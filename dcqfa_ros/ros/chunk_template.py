@@ -6,7 +6,6 @@ publication.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rclpy.serialization import serialize_message
 
+from dcqfa_ros.ros.conversions import NS
+from dcqfa_ros.ros.images import restamp
 from dcqfa_ros.runtime.recent import Recent
 
 _LENGTHS = 8  # that are kept; a policy's chunks have one or two
-_STAMP = struct.Struct("=iI")
-_STAMP_AT = 4  # behind the encapsulation header; a std_msgs/Header is first
 
 
 class ChunkTemplate:
@@ -44,8 +43,7 @@ class ChunkTemplate:
         data, places = found
         message = np.frombuffer(data, np.uint8).copy()
         message[places] = np.ascontiguousarray(values, np.float64).reshape(-1, 1).view(np.uint8)
-        _STAMP.pack_into(message, _STAMP_AT, *divmod(stamp_ns, 1_000_000_000))
-        return message.tobytes()
+        return restamp(message.tobytes(), divmod(stamp_ns, NS))
 
     def _template(self, shape: tuple[int, ...]) -> tuple[bytes, NDArray[np.intp]]:
         """A serialized message, and where in it the bytes (n k, 8) of each value are."""
