@@ -13,6 +13,9 @@ import pytest
 from dcqfa_ros.bundle.schema import BundleSpec
 from dcqfa_ros.bundle.write import file_spec, write_bundle
 from test.figures import print_figures, rows
+from test.repeats import mark, pytest_xdist_make_scheduler
+
+__all__ = ["pytest_xdist_make_scheduler"]  # pytest finds it here
 
 _deselected: set[str] = set()
 
@@ -21,12 +24,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts backgrou
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run modules that infer on OpenVINO in this process last.
+    """Mark tests that may be repeated, and run modules that infer on OpenVINO in this process last.
 
     After that a SIGINT raised in the test process can end it with a segmentation fault (OpenVINO 2026.4.1, within
     pytest; a plain process that does the same is fine), and some tests raise one.
     """
     items.sort(key=lambda item: getattr(getattr(item, "module", None), "INFERS_ON_OPENVINO", False))
+    mark(items)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

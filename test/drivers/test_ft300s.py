@@ -143,23 +143,45 @@ def test_polling_says_soon_that_nobody_answers(emulate: Callable[..., FT300SEmul
 
 
 def test_a_first_reading_after_a_long_wait_is_fresh_and_one_after_a_pause_of_the_reader_is_not(
-    emulate: Callable[..., FT300SEmulator], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dcqfa_ros.drivers.ft300s._STALLED_NS", 300_000_000)
-    emulator = emulate(rate_hz=2.5)
-    with closing(FT300S(emulator.port, "stream")) as driver:
-        driver._line.open()
-        driver._line.write(stream_request())
-        driver._read_ns = time.monotonic_ns()
-        numbers = [driver.read(PATIENCE_S).number for _ in range(2)]
-        assert numbers == [0, 1]
-        assert len(emulator.frames) <= 4, "none was thrown away"
-        count = len(emulator.frames)
-        wait_until(lambda: len(emulator.frames) > count, "a frame that nobody reads")
-        discarded: list[bool] = []
-        monkeypatch.setattr(driver._line, "discard", lambda: discarded.append(True))
-        driver.read(PATIENCE_S)
-        assert discarded == [True]
+    class Clock:
+        now_ns = 5_000_000_000
+
+        def monotonic_ns(self) -> int:
+            return self.now_ns
+
+        def monotonic(self) -> float:
+            return self.now_ns * 1e-9
+
+    class Line:
+        """Brings a frame whenever it is asked, after a wait of 2 s; what it brought before a pause is stale."""
+
+        is_open = True
+        discarded = 0
+
+        def read(self, timeout_s: float) -> bytes:
+            clock.now_ns += 2_000_000_000
+            return encode_frame((1, 2, 3, 4, 5, 6))
+
+        def discard(self) -> None:
+            self.discarded += 1
+
+        def close(self) -> None:
+            pass
+
+    clock, line = Clock(), Line()
+    monkeypatch.setattr("dcqfa_ros.drivers.ft300s.time", clock)
+    driver = FT300S("/dev/none", "stream")
+    driver._line = line  # type: ignore[assignment]
+    driver._read_ns = clock.now_ns
+    assert [driver.read(PATIENCE_S).number for _ in range(3)] == [0, 1, 2]
+    assert line.discarded == 0, "the reader waited for them"
+    clock.now_ns += 1_500_000_000  # the reader does something else
+    began_ns = clock.now_ns
+    sample = driver.read(PATIENCE_S)
+    assert line.discarded == 1
+    assert sample.stamp_ns > began_ns + 2_000_000_000, "the stale frame was not taken for a reading"
 
 
 def test_damaged_and_cut_frames_and_noise_are_counted_and_never_read(emulate: Callable[..., FT300SEmulator]) -> None:
