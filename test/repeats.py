@@ -1,8 +1,8 @@
 """Tests that meet the wall clock get a second try, and a crash of a test process costs one test.
 
-Tests of the folders in ``WALL_CLOCK`` drive processes, threads, sockets and pseudo-terminals in real time. A shared host
-stalls now and then for longer than a deadline that would still show a fault, so such a test is repeated at once when it
-fails (pytest-rerunfailures). First failures are printed in full at the end and counted in the closing line, and
+Tests of the folders in ``WALL_CLOCK`` drive processes, threads, sockets and pseudo-terminals in real time. A shared
+host stalls now and then for longer than a deadline that would still show a fault, so such a test is repeated at once
+when it fails (pytest-rerunfailures). First failures are printed in full at the end and counted in the closing line, and
 ``--max-suite-reruns`` in pyproject.toml bounds how many a run may have: beyond it they fail. What only computes, and
 every property test, has one try.
 """

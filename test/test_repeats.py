@@ -45,7 +45,7 @@ def run(folder: Path, always: bool) -> str:
     (folder / "test_a.py").write_text(CRASHES.replace("ALWAYS", str(always)))
     for name in "bcd":
         (folder / f"test_{name}.py").write_text(OTHERS)
-    options = ["-n2", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    options = ["-n2", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, str(folder)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=90).stdout.splitlines()[-1]
 

@@ -129,7 +129,7 @@ def _measure(folder: Path) -> int:
         timestep_kv = engine.timestep_kv(np.zeros(1, np.int64))
         for _ in range(2):
             engine.denoise(inputs["noisy"], timestep_kv, observation_kv)
-        use_huge_pages()
+        use_huge_pages()  # the robot's worker process has them from the start
         return engine
 
     keep_heap_together()  # as the robot's worker process does

@@ -78,7 +78,7 @@ class Workbench:
         files, feeds = variant_of(self.graphs, blocks, self.settings.diffusion.train_timesteps)
         network = TimedNetwork(self.runtime.open(files, self.settings.threads), feeds, self.settings.diffusion)
         network.chunk()  # takes its buffers
-        use_huge_pages()  # as the robot's worker process does
+        use_huge_pages()  # the robot's worker process has them from the start
         return network
 
     def subnets(self, subnets: Sequence[Subnet]) -> list[Callable[[], object]]:

@@ -29,6 +29,7 @@ from dcqfa_ros.runtime.chunking import Continuation, Method
 from dcqfa_ros.runtime.engine import Float32
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
 from dcqfa_ros.runtime.errors import PolicyError, WorkerDiedError
+from dcqfa_ros.runtime.huge_pages import with_huge_heap
 from dcqfa_ros.runtime.observations import Observation, ObservationLayout
 from dcqfa_ros.runtime.worker_main import MAX_MESSAGE, resident_bytes
 from dcqfa_ros.runtime.worker_memory import ChunkMemory
@@ -188,7 +189,7 @@ class EngineWorker:
                         pass_fds=descriptors,
                         stdin=subprocess.DEVNULL,
                         cwd=self.bundle.folder,  # holds no module that could be imported by mistake
-                        env=worker_environment(os.environ),
+                        env=with_huge_heap(worker_environment(os.environ)),
                         start_new_session=True,  # a terminal's Ctrl-C does not reach it, not even while it starts
                     )
                 except OSError as error:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcqfa_ros.runtime.huge_pages import keep_heap_together, use_huge_pages
+from dcqfa_ros.runtime.huge_pages import keep_heap_together
 
 if TYPE_CHECKING:
     from dcqfa_ros.bundle.load import Bundle
@@ -106,7 +106,6 @@ def _serve(control: socket.socket, memory_fd: int) -> None:
     gc.collect()
     gc.freeze()  # what is loaded now stays: later collections need not look at it
     _return_free_memory()
-    use_huge_pages()
     ready = {
         "engine": runtime.engine.name,
         "load_ms": 1e3 * (loaded - begin),

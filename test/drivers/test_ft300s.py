@@ -24,7 +24,7 @@ from dcqfa_ros.drivers.ft300s_line import (
     latency_timer_ms,
     latency_warning,
 )
-from dcqfa_ros.drivers.ft300s_protocol import FRAME_NS, encode_frame, stream_request
+from dcqfa_ros.drivers.ft300s_protocol import FRAME_NS, encode_frame
 from dcqfa_ros.drivers.ft300s_reader import WrenchReader
 from dcqfa_ros.drivers.protocols import DriverError, WrenchSample
 from dcqfa_ros.sim.ft300s import FT300SEmulator, FT300SOptions

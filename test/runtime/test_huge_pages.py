@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dcqfa_ros.runtime import huge_pages
+from dcqfa_ros.runtime.huge_pages import with_huge_heap
 
 PROGRAM = """
 import mmap, re
@@ -45,3 +48,41 @@ def test_nothing_happens_where_the_system_has_no_huge_pages(
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")
     monkeypatch.setattr(huge_pages, "_SYSTEM", tmp_path)
     assert huge_pages.use_huge_pages() == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.arena_max=1", "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("glibc.malloc.arena_max=1:glibc.malloc.hugetlb=2", "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=2"),
+    ],
+)
+def test_a_worker_asks_for_a_huge_heap_unless_its_environment_says_otherwise(given: str | None, expected: str) -> None:
+    before = {"OTHER": "stays"} | ({} if given is None else {"GLIBC_TUNABLES": given})
+    assert with_huge_heap(before) == {"OTHER": "stays", "GLIBC_TUNABLES": expected}
+
+
+HEAP = """
+import re
+from pathlib import Path
+from dcqfa_ros.runtime.huge_pages import keep_heap_together
+keep_heap_together()
+used = b"x" * (64 << 20)
+print(1024 * int(re.search(r"AnonHugePages:\\s+(\\d+) kB", Path("/proc/self/smaps_rollup").read_text()).group(1)))
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or [int(n) for n in platform.libc_ver()[1].split(".")[:2]] < [2, 35],
+    reason="heaps in huge pages need glibc 2.35",
+)
+def test_the_heap_of_a_process_started_so_lies_in_huge_pages() -> None:
+    if not huge_pages._huge_page():
+        pytest.skip("this system allows no huge pages")
+    command = [sys.executable, "-c", HEAP]
+    environment = with_huge_heap(os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
+    assert int(done.stdout) >= 48 << 20
