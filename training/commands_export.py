@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dcqfa_ros.bundle.schema import BundleSpec
+    from training.trained import TrainedPolicy
 
 DEFAULT_VARIANTS = "fp32,w8a8"
 SEARCHED = "searched"
@@ -26,9 +27,16 @@ def export(subparsers: Any) -> None:
         "before the bundle is written, in one step.",
         epilog="examples: dcqfa export runs/pusht_keypoints --out models/pusht_keypoints; dcqfa export "
         "runs/pusht_keypoints --out models/pusht_keypoints --variants fp32 --store float16 --keep; dcqfa export "
-        "runs/pusht_keypoints_supernet --out models/pusht_keypoints --subnet w8a8 --subnet small=smallest",
+        "runs/pusht_keypoints_supernet --out models/pusht_keypoints --subnet w8a8 --subnet small=smallest; "
+        "dcqfa export models/pusht_keypoints --config config/training/pusht_keypoints.yaml --out smaller "
+        "--variants fp32 --store float16",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="run folder or checkpoint file")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="run folder or checkpoint file, or a bundle, whose full-precision policy is exported again",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
     parser.add_argument(
@@ -49,6 +57,7 @@ def export(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print sizes and parity as JSON")
     plain = parser.add_argument_group("of a policy (an older bundle is replaced, see --keep)")
     plain.add_argument("--variants", help=f"comma-separated, the default one first (default: {DEFAULT_VARIANTS})")
+    plain.add_argument("--config", type=Path, help="training YAML of the policy, which a bundle does not hold")
     plain.add_argument("--calibration", type=int, metavar="N", help="calibration observations (default: 256)")
     plain.add_argument(
         "--store",
@@ -82,20 +91,38 @@ def export(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from dcqfa_ros.bundle.load import BUNDLE_YAML
     from training.checkpoint import CHECKPOINT, load_checkpoint
     from training.supernet_checkpoint import is_supernet
 
     file = args.checkpoint / CHECKPOINT if args.checkpoint.is_dir() else args.checkpoint
-    spec = (_subnets if is_supernet(load_checkpoint(file)) else _policy)(args)
+    if not file.exists() and (args.checkpoint / BUNDLE_YAML).is_file():
+        spec = _policy(args, _of_bundle(args))
+    elif is_supernet(load_checkpoint(file)):
+        spec = _subnets(args)
+    else:
+        spec = _policy(args, args.checkpoint)
     _report(args, spec)
     return 0
 
 
-def _policy(args: argparse.Namespace) -> BundleSpec:
+def _of_bundle(args: argparse.Namespace) -> TrainedPolicy:
+    from training.commands import ArgumentError
+    from training.config import load_config
+    from training.full_precision import load_full_precision
+
+    if args.config is None:
+        raise ArgumentError(f"--config: {args.checkpoint} is a bundle; give the training YAML of its policy")
+    return load_full_precision(args.checkpoint, load_config(args.config))[0]
+
+
+def _policy(args: argparse.Namespace, source: Path | TrainedPolicy) -> BundleSpec:
     from training.commands import ArgumentError
     from training.export.bundle import ExportOptions, export_bundle
     from training.export.records import read_latency, read_quality
 
+    if args.config is not None and source is args.checkpoint:
+        raise ArgumentError(f"--config: {args.checkpoint} holds its own training configuration; leave it out")
     for option in ("subnet", "front", "default"):
         if getattr(args, option):
             raise ArgumentError(f"--{option}: {args.checkpoint} holds a single policy, no supernet; leave it out")
@@ -108,7 +135,7 @@ def _policy(args: argparse.Namespace) -> BundleSpec:
         store=args.store or "float32",
         keep=args.keep,
     )
-    return export_bundle(args.checkpoint, args.out, options)
+    return export_bundle(source, args.out, options)
 
 
 def _subnets(args: argparse.Namespace) -> BundleSpec:
@@ -117,7 +144,7 @@ def _subnets(args: argparse.Namespace) -> BundleSpec:
     from training.export.records import read_latency, read_quality
     from training.export.subnets import SubnetOptions, export_subnets
 
-    for option in ("variants", "calibration", "store", "keep"):
+    for option in ("variants", "calibration", "store", "keep", "config"):
         if getattr(args, option) not in (None, False):
             raise ArgumentError(f"--{option}: {args.checkpoint} holds a supernet; name its subnets with --subnet")
     named = [_named(text, None) for text in args.subnet]

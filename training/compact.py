@@ -1,15 +1,18 @@
-"""A supernet's checkpoint small enough to ship: what training added to the full-precision policy.
+"""A supernet's checkpoint small enough to ship: what training added to what it started from.
 
-Weights are kept as their difference from the (reordered) full-precision policy that the run started from, in compressed
-6-bit codes with a scale per row: the difference is small, so its rounding is far below a step of the weights' own
-quantizers. Biases, norms, positions and quantizer steps are kept exactly. The optimizers' states are left out: training
-goes on from a compact checkpoint with fresh moments. So are the visited states of a distillation, which cannot go on
-from it; another one can start from it. The full-precision policy itself is needed to read it, and is recognised by its
-hash.
+Weights are kept as their difference from the (reordered) full-precision policy that the run started from, or from
+another supernet of it that is shipped as well (a distillation's start), in compressed codes with a scale per row: the
+difference is small, so its rounding is far below a step of the weights' own quantizers. Biases, norms, positions and
+quantizer steps are kept exactly. The optimizers' states are left out: training goes on from a compact checkpoint with
+fresh moments. So are the visited states of a distillation, which cannot go on from it; another one can start from it.
+What the difference is taken from is needed to read it, and is recognised by its hash.
 """
 
 from __future__ import annotations
 
+import io
+import lzma
+import pickle
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -19,53 +22,124 @@ import torch
 from torch import Tensor
 
 from dcqfa_ros.errors import UserError
-from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.config import TrainConfig
 from training.importance import BlockOrder, apply_order, importance_order
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.trained import policy_meaning
-from training.warm_start import policy_beside, read_policy_weights
+from training.warm_start import policy_beside, read_policy_weights, state_sha256
 
 COMPACT = "compact"
+_XZ = b"\xfd7zXZ"
+_DAMAGED = (lzma.LZMAError, pickle.UnpicklingError, EOFError)
+_PRESET = 9 | lzma.PRESET_EXTREME
+SQUEEZED = "xz"  # key of a part that is stored as xz's bytes; checkpoints of earlier versions have it plain
 LEFT_OUT = ("format", "model", "ema", "optimizer", "sampler", "buffer", "teacher_calls")  # as far as one holds them
 LEVELS = 31  # codes of 6 bits: 8 bits are 2.5 MB more and change nothing that shows
+LEVELS_AGAINST = 7  # from another supernet the difference is several times smaller
+CLOSE = 2e-3  # of a tensor's size: what rounding a policy to float16 changes, and no training leaves
+CLOSE_SOLVED = 0.05  # the time token's position is solved for from the rounded table
 
 
 class CompactError(UserError, ValueError):
     """A checkpoint that cannot be packed or unpacked; the message names the file and what to do."""
 
 
-def pack(source: Path, target: Path) -> int:
+def pack(source: Path, target: Path, *, policy: Path | None = None, against: Path | None = None) -> int:
     """Write the averaged weights of a supernet's checkpoint file in compact form; returns the bytes written.
 
+    Args:
+        source: the checkpoint, whole or compact; of a supernet, or of one of its networks trained alone.
+        target: file to write.
+        policy: run, checkpoint or bundle of the same full-precision policy, rounded: the one that reads the result from
+            now on. None: the one that ``source`` started from.
+        against: a supernet of the same policy whose weights the difference is taken from; it stays needed.
+
     Raises:
-        CheckpointError: the checkpoint is missing or damaged.
-        CompactError: it holds no whole supernet, or its full-precision policy is another one.
+        CheckpointError: a checkpoint is missing or damaged.
+        CompactError: it holds no supernet, its full-precision policy is another one, ``policy`` is not close to it, or
+            ``against`` is of another policy.
+        UserError: ``policy`` cannot be read.
     """
     payload = load_checkpoint(source)
-    if "ema" not in payload or "sampler" not in payload:
-        raise CompactError(f"{source}: holds no whole supernet; give the checkpoint of a supernet run")
+    if not _of_supernet(payload):
+        raise CompactError(f"{source}: holds no supernet; give the checkpoint of a supernet run")
     config = policy_meaning(source, payload).config
+    state = averaged_state(source, payload, config)
     base = _base(source, config, payload)
-    orders = []
-    for block in base.elastic_blocks():
-        order = importance_order(block)
-        orders.append({name: tensor.to(torch.int16) for name, tensor in asdict(order).items()})
-        apply_order(block, order)
-    start, codes, scales, exact = base.state_dict(), {}, {}, {}
-    for name, tensor in payload["ema"].items():
+    orders = _orders(payload, base)
+    if policy is not None:
+        base, payload["teacher_sha256"] = _rounded(policy, config, base)
+    _reorder(base, orders)
+    packed: dict[str, Any] = {"orders": orders}
+    start, levels = base.state_dict(), LEVELS
+    if against is not None:
+        start, packed["against"] = _supernet_state(against, orders, str(payload["teacher_sha256"]))
+        levels = LEVELS_AGAINST
+    codes, scales, exact = {}, {}, {}
+    for name, tensor in state.items():
         if tensor.ndim == 2 and not name.endswith("log_step"):
             difference = tensor - start[name]
-            scale = (difference.abs().amax(1) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = (difference.abs().amax(1) / levels).clamp_min(torch.finfo(torch.float32).tiny)
             codes[name] = torch.round(difference / scale[:, None]).to(torch.int8)
             scales[name] = scale
         else:
             exact[name] = tensor.clone()
-    kept = {k: v for k, v in payload.items() if k not in LEFT_OUT}
-    sampler = {k: v for k, v in payload["sampler"].items() if k not in ("optimizer", "network")}
-    packed = {"orders": orders, "codes": _compress(codes), "scales": scales, "exact": exact}
-    save_checkpoint(target, kept | {"sampler": sampler, COMPACT: packed})
+    kept = {k: v for k, v in payload.items() if k not in LEFT_OUT and k != COMPACT}
+    if "sampler" in payload:
+        sampler = _sampler(payload)
+        kept["sampler"] = {SQUEEZED: _squeeze({k: v for k, v in sampler.items() if k not in ("optimizer", "network")})}
+    packed |= {"codes": _compress(codes), SQUEEZED: _squeeze({"scales": scales, "exact": exact})}
+    save_checkpoint(target, kept | {COMPACT: packed})
     return target.stat().st_size
+
+
+def _of_supernet(payload: dict[str, Any]) -> bool:
+    return (COMPACT in payload or "ema" in payload) and payload.get("config", {}).get("supernet") is not None
+
+
+def _orders(payload: dict[str, Any], base: ElasticDiffusionPolicyT) -> list[dict[str, Tensor]]:
+    """How heads and channels of a run were ordered, block by block, from the policy it started from."""
+    if COMPACT in payload:
+        return list(payload[COMPACT]["orders"])
+    found = (asdict(importance_order(block)) for block in base.elastic_blocks())
+    return [{name: tensor.to(torch.int16) for name, tensor in order.items()} for order in found]
+
+
+def _reorder(base: ElasticDiffusionPolicyT, orders: list[dict[str, Tensor]]) -> None:
+    for block, order in zip(base.elastic_blocks(), orders, strict=True):
+        apply_order(block, BlockOrder(**{name: tensor.long() for name, tensor in order.items()}))
+
+
+def _rounded(policy: Path, config: TrainConfig, base: ElasticDiffusionPolicyT) -> tuple[ElasticDiffusionPolicyT, str]:
+    """``policy`` in the place of ``base``, and its hash."""
+    weights = read_policy_weights(policy, config.policy)
+    for name, tensor in base.state_dict().items():
+        close = CLOSE_SOLVED if name == "memory_position" else CLOSE
+        if name in weights.state and (weights.state[name] - tensor).norm() > close * tensor.norm():
+            raise CompactError(
+                f"{weights.path}: {name} is not that of the policy the supernet started from, rounded; give that policy"
+            )
+    network = ElasticDiffusionPolicyT(config.policy)
+    network.load_state_dict(weights.state, strict=False)
+    return network, weights.sha256
+
+
+def _supernet_state(
+    path: Path, orders: list[dict[str, Tensor]] | None, teacher: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Averaged weights of the supernet at ``path``, and how it is recognised."""
+    file = path / CHECKPOINT if path.is_dir() else path
+    payload = load_checkpoint(file)
+    if not _of_supernet(payload) or payload.get("teacher_sha256") != teacher:
+        raise CompactError(f"{file}: is no supernet of the same full-precision policy; give one")
+    config = policy_meaning(file, payload).config
+    if orders is not None:
+        theirs = _orders(payload, _base(file, config, payload))
+        if any(not torch.equal(x[name], y[name]) for x, y in zip(theirs, orders, strict=True) for name in x):
+            raise CompactError(f"{file}: its heads or channels are in another order; give a supernet it started from")
+    state = averaged_state(file, payload, config)
+    return state, {"path": str(path), "sha256": state_sha256(state)}
 
 
 def averaged_state(path: Path, payload: dict[str, Any], config: TrainConfig) -> dict[str, Tensor]:
@@ -73,7 +147,7 @@ def averaged_state(path: Path, payload: dict[str, Any], config: TrainConfig) -> 
 
     Raises:
         CheckpointError: it holds neither, or is damaged.
-        CompactError: the full-precision policy that a compact one needs is missing or another one.
+        CompactError: the full-precision policy, or the supernet, that a compact one needs is missing or another one.
     """
     if COMPACT not in payload:
         if "ema" not in payload:
@@ -81,14 +155,21 @@ def averaged_state(path: Path, payload: dict[str, Any], config: TrainConfig) -> 
         return dict(payload["ema"])
     packed = payload[COMPACT]
     base = _base(path, config, payload)
+    against = packed.get("against")
+    if against is not None:
+        start, found = _supernet_state(policy_beside(path, against["path"]), None, str(payload["teacher_sha256"]))
+        if found["sha256"] != against["sha256"]:
+            raise CompactError(
+                f"{path}: was packed against other weights than {against['path']} holds now; restore those"
+            )
     try:
-        for block, order in zip(base.elastic_blocks(), packed["orders"], strict=True):
-            apply_order(block, BlockOrder(**{name: tensor.long() for name, tensor in order.items()}))
-        state = base.state_dict()
+        _reorder(base, packed["orders"])
+        state = base.state_dict() if against is None else start
+        rest = _expand(packed[SQUEEZED]) if SQUEEZED in packed else packed
         for name, codes in _decompress(packed["codes"], state).items():
-            state[name] = state[name] + codes.float() * packed["scales"][name][:, None]
-        return state | packed["exact"]
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, zlib.error) as error:
+            state[name] = state[name] + codes.float() * rest["scales"][name][:, None]
+        return state | rest["exact"]
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, zlib.error, *_DAMAGED) as error:
         raise CheckpointError(f"{path}: its compact weights cannot be unpacked ({error})") from error
 
 
@@ -102,7 +183,7 @@ def sampler_state(payload: dict[str, Any], fresh: dict[str, Any]) -> dict[str, A
     Raises:
         CheckpointError: there is none.
     """
-    learned: dict[str, Any] | None = payload.get("sampler")
+    learned = _sampler(payload) if "sampler" in payload else None
     if learned is None:
         raise CheckpointError("the checkpoint holds no configuration sampler; it is of one network, not of a supernet")
     if COMPACT not in payload:
@@ -110,16 +191,40 @@ def sampler_state(payload: dict[str, Any], fresh: dict[str, Any]) -> dict[str, A
     return fresh | learned | {"network": learned["averaged"]}  # averaged weights only
 
 
+def _sampler(payload: dict[str, Any]) -> dict[str, Any]:
+    try:
+        given: dict[str, Any] = payload["sampler"]
+        return _expand(given[SQUEEZED]) if SQUEEZED in given else given
+    except (RuntimeError, *_DAMAGED) as error:
+        raise CheckpointError(f"the checkpoint's configuration sampler cannot be unpacked ({error})") from error
+
+
+def _squeeze(document: dict[str, Any]) -> Tensor:
+    """What ``torch.save`` writes of a document, as xz's bytes in a uint8 tensor."""
+    buffer = io.BytesIO()
+    torch.save(document, buffer)
+    return torch.frombuffer(bytearray(lzma.compress(buffer.getvalue(), preset=_PRESET)), dtype=torch.uint8)
+
+
+def _expand(data: Tensor) -> dict[str, Any]:
+    raw = lzma.decompress(data.numpy().tobytes())
+    document: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    return document
+
+
 def _compress(codes: dict[str, Tensor]) -> dict[str, Any]:
-    """Names in order, and all codes one after the other as zlib's bytes in a uint8 tensor."""
-    data = zlib.compress(torch.cat([tensor.flatten() for tensor in codes.values()]).numpy().tobytes(), 9)
+    """Names in order, and all codes one after the other as xz's bytes in a uint8 tensor."""
+    flat = torch.cat([tensor.flatten() for tensor in codes.values()])
+    data = lzma.compress(flat.numpy().tobytes(), preset=_PRESET)
     return {"names": list(codes), "data": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
 
 
 def _decompress(packed: dict[str, Any], shapes: dict[str, Tensor]) -> dict[str, Tensor]:
     """Codes by name, in the shapes of the tensors of the same names."""
-    data = bytearray(zlib.decompress(packed["data"].numpy().tobytes()))
-    flat, names = torch.frombuffer(data, dtype=torch.int8), packed["names"]
+    data = packed["data"].numpy().tobytes()
+    # Checkpoints packed by earlier versions hold zlib's bytes.
+    raw = bytearray(lzma.decompress(data) if data.startswith(_XZ) else zlib.decompress(data))
+    flat, names = torch.frombuffer(raw, dtype=torch.int8), packed["names"]
     parts = flat.split([shapes[name].numel() for name in names])
     return {name: part.view(shapes[name].shape) for name, part in zip(names, parts, strict=True)}
 

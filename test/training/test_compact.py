@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from test.training.conftest import SupernetFiles
 from training import graph_weights
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
-from training.compact import COMPACT, CompactError, pack
+from training.compact import COMPACT, SQUEEZED, CompactError, _expand, averaged_state, pack, sampler_state
 from training.config import override
 from training.run import CHANGEABLE
 from training.supernet import SupernetTrainer
 from training.supernet_checkpoint import load_supernet
 from training.warm_start import state_sha256
+
+
+def scales_of(folder: Path) -> dict[str, torch.Tensor]:
+    scales: dict[str, torch.Tensor] = _expand(load_checkpoint(folder / CHECKPOINT)[COMPACT][SQUEEZED])["scales"]
+    return scales
+
+
+def written(folder: Path, payload: dict[str, Any]) -> Path:
+    """``payload`` as the checkpoint of ``folder``."""
+    save_checkpoint(folder / CHECKPOINT, {key: value for key, value in payload.items() if key != "format"})
+    return folder
+
 
 SHIPPED = Path(__file__).parents[2] / "models" / "pusht_keypoints_supernet"
 
@@ -30,7 +46,7 @@ def packed(supernet_run: Path, tmp_path: Path) -> Path:
 
 def test_packed_weights_differ_by_at_most_half_a_code(supernet_run: Path, packed: Path) -> None:
     whole, small = (load_supernet(path).network.state_dict() for path in (supernet_run, packed))
-    scales = load_checkpoint(packed / CHECKPOINT)[COMPACT]["scales"]
+    scales = scales_of(packed)
     assert whole.keys() == small.keys()
     for name, tensor in whole.items():
         if name in scales:
@@ -47,7 +63,7 @@ def test_the_whole_checkpoint_is_left_alone_and_moments_are_dropped(supernet_run
 
 
 def test_packing_a_plain_policy_is_refused(trained_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(CompactError, match="holds no whole supernet"):
+    with pytest.raises(CompactError, match="holds no supernet"):
         pack(trained_run / CHECKPOINT, tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
 
@@ -70,6 +86,122 @@ def test_the_shipped_supernet_is_the_same_on_processors_that_solve_for_its_teach
     )
     elsewhere = load_supernet(SHIPPED)
     assert state_sha256(elsewhere.network.state_dict()) == state_sha256(here.network.state_dict())
+
+
+@pytest.fixture
+def moved(supernet_run: Path, tmp_path: Path) -> Path:
+    """A run whose weights have moved a little from those of ``supernet_run``, as a distillation's from its start."""
+    payload = load_checkpoint(supernet_run / CHECKPOINT)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in payload["ema"].items():
+        if tensor.ndim == 2:
+            payload["ema"][name] = tensor + 1e-3 * torch.randn(tensor.shape, generator=generator)
+    return written(tmp_path / "moved", payload)
+
+
+def test_against_its_start_a_distillation_is_smaller_at_no_larger_error(
+    moved: Path, packed: Path, tmp_path: Path
+) -> None:
+    alone, against = tmp_path / "alone", tmp_path / "against"
+    pack(moved / CHECKPOINT, alone / CHECKPOINT)
+    pack(moved / CHECKPOINT, against / CHECKPOINT, against=packed)
+    sizes = [len(load_checkpoint(folder / CHECKPOINT)[COMPACT]["codes"]["data"]) for folder in (alone, against)]
+    assert sizes[1] < 0.8 * sizes[0]
+    whole, small = (load_supernet(path).network.state_dict() for path in (moved, against))
+    scales = scales_of(against)
+    for name, tensor in whole.items():
+        bound = 0.5001 * scales[name][:, None] + 1e-7 if name in scales else torch.zeros(())
+        assert ((tensor - small[name]).abs() <= bound).all(), name
+
+
+def test_what_a_supernet_was_packed_against_is_recognised_by_its_weights(
+    moved: Path, packed: Path, tmp_path: Path
+) -> None:
+    against = tmp_path / "against"
+    pack(moved / CHECKPOINT, against / CHECKPOINT, against=packed)
+    pack(moved / CHECKPOINT, packed / CHECKPOINT)  # in the place of the other
+    with pytest.raises(CompactError, match=r"packed against other weights than .*small holds now"):
+        load_supernet(against)
+    (packed / CHECKPOINT).unlink()
+    with pytest.raises(CheckpointError, match=r"small/checkpoint\.pt: no such checkpoint"):
+        load_supernet(against)
+
+
+def test_a_supernet_of_another_policy_is_refused_to_pack_against(moved: Path, packed: Path, tmp_path: Path) -> None:
+    written(packed, load_checkpoint(packed / CHECKPOINT) | {"teacher_sha256": "0" * 64})
+    with pytest.raises(CompactError, match="no supernet of the same full-precision policy"):
+        pack(moved / CHECKPOINT, tmp_path / "x.pt", against=packed)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def rounded(teacher: Path, folder: Path, factor: float = 1.0) -> Path:
+    payload = load_checkpoint(teacher / CHECKPOINT)
+    payload["ema"] = {name: factor * tensor.half().float() for name, tensor in payload["ema"].items()}
+    return written(folder, payload)
+
+
+def test_a_packed_supernet_goes_over_to_the_rounded_policy(
+    supernet_files: SupernetFiles, packed: Path, tmp_path: Path
+) -> None:
+    policy = rounded(supernet_files.teacher, tmp_path / "rounded")
+    again = tmp_path / "again"
+    pack(packed / CHECKPOINT, again / CHECKPOINT, policy=policy)
+    with pytest.raises(CompactError, match="another full-precision policy"):
+        load_supernet(again)  # beside the policy of before
+    payload = load_checkpoint(again / CHECKPOINT)
+    payload["config"]["supernet"]["warm_start"] = str(policy)
+    written(again, payload)
+    before, after = load_supernet(packed), load_supernet(again)
+    assert after.teacher_sha256 != before.teacher_sha256
+    for name, tensor in before.network.state_dict().items():
+        change = (after.network.state_dict()[name] - tensor).norm()
+        assert change <= 0.01 * tensor.norm(), name
+
+
+def test_another_policy_than_the_rounded_one_is_refused(
+    supernet_files: SupernetFiles, packed: Path, tmp_path: Path
+) -> None:
+    policy = rounded(supernet_files.teacher, tmp_path / "other", factor=1.01)
+    with pytest.raises(CompactError, match=r"is not that of the policy the supernet started from, rounded"):
+        pack(packed / CHECKPOINT, tmp_path / "x.pt", policy=policy)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_packing_twice_keeps_the_weights_within_a_code_and_the_sampler(packed: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice"
+    pack(packed / CHECKPOINT, twice / CHECKPOINT)
+    once, again = load_supernet(packed), load_supernet(twice)
+    scales = scales_of(packed)
+    for name, tensor in once.network.state_dict().items():
+        change = (again.network.state_dict()[name] - tensor).abs()
+        bound = 1e-3 * scales[name][:, None] + 1e-6 * tensor.abs() if name in scales else torch.zeros(())
+        assert (change <= bound).all(), name
+    learned = [sampler_state(load_checkpoint(folder / CHECKPOINT), {}) for folder in (packed, twice)]
+    assert learned[0].keys() == learned[1].keys()
+    assert torch.equal(learned[0]["predictor"]["gram"], learned[1]["predictor"]["gram"])
+
+
+def test_a_checkpoint_packed_before_parts_were_squeezed_is_read_alike(packed: Path, tmp_path: Path) -> None:
+    payload = load_checkpoint(packed / CHECKPOINT)
+    config = load_supernet(packed).meaning.config
+    new = averaged_state(packed / CHECKPOINT, payload, config)
+    content = dict(payload[COMPACT])
+    codes = lzma.decompress(content["codes"]["data"].numpy().tobytes())
+    content["codes"]["data"] = torch.frombuffer(bytearray(zlib.compress(codes)), dtype=torch.uint8)
+    content |= _expand(content.pop(SQUEEZED))
+    old = averaged_state(packed / CHECKPOINT, payload | {COMPACT: content}, config)
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in new)
+    plain = payload | {"sampler": _expand(payload["sampler"][SQUEEZED])}
+    assert sampler_state(plain, {}).keys() == sampler_state(payload, {}).keys()
+
+
+def test_a_network_trained_alone_can_be_packed(supernet_run: Path, tmp_path: Path) -> None:
+    payload = load_checkpoint(supernet_run / CHECKPOINT)
+    del payload["sampler"]
+    alone, small = written(tmp_path / "alone", payload), tmp_path / "small"
+    pack(alone / CHECKPOINT, small / CHECKPOINT)
+    whole, packed = (load_supernet(path).network.state_dict() for path in (alone, small))
+    assert all((whole[name] - packed[name]).norm() <= 0.05 * whole[name].norm() for name in whole)
 
 
 def test_damaged_codes_are_refused_by_file(packed: Path) -> None:

@@ -242,3 +242,43 @@ def test_subnets_refuse_the_options_of_a_policy(given: dict[str, Any]) -> None:
 def test_an_unknown_type_is_refused() -> None:
     with pytest.raises(ExportError, match=r"--store bfloat16: expected one of float32, float16"):
         ExportOptions(store="bfloat16")
+
+
+def exported(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    commands_export.export(parser.add_subparsers())
+    args = parser.parse_args(["export", *arguments])
+    return int(args.func(args))
+
+
+def test_a_bundles_policy_is_stored_anew_without_its_run(
+    run: Path, whole: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(trained_run.parent / "tiny.yaml")
+    folder = Path(shutil.copytree(whole, tmp_path / "policy"))
+    options = ("--config", config, "--variants", "fp32", "--store", "float16", "--keep", "--json")
+    assert exported(str(folder), "--out", str(folder), *options) == 0  # in its own place
+    capsys.readouterr()
+    assert verify_bundle(folder).ok
+    before, after = load_bundle(whole).spec, load_bundle(folder).spec
+    assert after.variants[1] == before.variants[1]
+    assert after.training == before.training
+    assert after.variants[0].size.disk_bytes < 0.6 * before.variants[0].size.disk_bytes
+    shape = load_trained(run).config.policy
+    one, other = (read_policy_weights(path, shape).state for path in (whole, folder))
+    for name, tensor in one.items():
+        if name != "memory_position":  # solved for from the rounded table
+            assert (other[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("of_bundle", "given", "why"),
+    [(True, False, "is a bundle; give the training YAML"), (False, True, "holds its own training configuration")],
+)
+def test_a_training_configuration_is_for_bundles_only(
+    run: Path, whole: Path, trained_run: Path, tmp_path: Path, of_bundle: bool, given: bool, why: str
+) -> None:
+    config = ["--config", str(trained_run.parent / "tiny.yaml")] if given else []
+    with pytest.raises(ArgumentError, match=rf"--config: .*{why}"):
+        exported(str(whole if of_bundle else run), "--out", str(tmp_path / "x"), *config)
+    assert not (tmp_path / "x").exists()

@@ -40,7 +40,7 @@ from training.quant.linear import QuantizedLinear
 from training.space_counts import paper_bytes
 from training.subnet import Layer, Precision, Subnet
 from training.torch_engine import TorchEngine
-from training.trained import load_trained
+from training.trained import TrainedPolicy, load_trained
 
 CALIBRATION_SEED = 256
 PARITY_SEED = 257
@@ -100,8 +100,13 @@ class ExportOptions:
             raise ExportError(f"--calibration: expected at least 1, got {self.calibration}")
 
 
-def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> BundleSpec:
-    """Write the bundle of a run folder or checkpoint to ``folder`` and return its specification.
+def export_bundle(source: Path | TrainedPolicy, folder: Path, options: ExportOptions) -> BundleSpec:
+    """Write a policy's bundle to ``folder`` and return its specification.
+
+    Args:
+        source: the policy, or the run folder or checkpoint that holds it.
+        folder: of the bundle; an older one is replaced.
+        options: what to export.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -110,7 +115,7 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
             images; nothing is written.
         BundleError: ``folder`` cannot be replaced by a bundle.
     """
-    trained = load_trained(checkpoint)
+    trained = source if isinstance(source, TrainedPolicy) else load_trained(source)
     meaning, network = trained.meaning, trained.network
     if trained.config.policy.image is not None:
         raise ExportError(
@@ -118,8 +123,8 @@ def export_bundle(checkpoint: Path, folder: Path, options: ExportOptions) -> Bun
             "export a policy of key points. Nothing was written"
         )
     diffusion = meaning.specification().diffusion
-    source = {} if options.data is None else {"path": options.data, "format": "auto"}
-    demonstrations = read_demonstrations(override(trained.config, data=source).data)
+    elsewhere = {} if options.data is None else {"path": options.data, "format": "auto"}
+    demonstrations = read_demonstrations(override(trained.config, data=elsewhere).data)
     parity_inputs = training_observations(meaning, demonstrations, PARITY_SAMPLES, PARITY_SEED)
     known = known_tokens(meaning, demonstrations, PARITY_SAMPLES, PARITY_SEED)
     torch.set_num_threads(options.threads)
