@@ -1,6 +1,7 @@
 """A process that ticks and does nothing else: what delays it delays every process of this computer.
 
-Runs until its standard input ends, then prints one line of JSON: ``missed``, ``max_ms`` (lateness) and ``scheduler``.
+Runs until its standard input ends, then prints one line of JSON: ``missed``, ``max_ms`` (lateness), ``scheduler``, and
+``stalls``, deadline and begin of the newest ticks that began half a period late or more (monotonic ns).
 Beside a measured control tick it tells what the kernel, or the host of a virtual machine, did.
 """
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ticker.done()
     report = ticker.report()
     told = {"missed": ticker.missed_in_all, "max_ms": float(report["jitter_max_ms"] or 0.0)}
-    print(json.dumps({**told, "scheduler": report["scheduler"]}))
+    print(json.dumps({**told, "scheduler": report["scheduler"], "stalls": list(ticker.stalls)}))
     return 0
 
 

@@ -13,9 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from dcqfa_ros.runtime.worker import worker_environment
 
 _SAMPLES = 5  # of the memory, at either end
 GROWTH_LIMIT = 2.0  # percent
+Stall = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class SwapBench:
         tick_scheduler: of the control tick's thread.
         reference_missed, reference_max_ms: of a process that only ticks, at the same rate and a priority above: what
             delays it, the kernel or the host of a virtual machine does. None where that process was lost.
+        missed_alone: of ``missed_ticks``, those in stalls during which that process ticked in time (less than half a
+            period late); None where it was lost.
         conditions: what else went on; the scheduler is this process'.
         goals_met: no tick missed, no failure, memory within 2 %, nothing left.
     """
@@ -96,6 +100,7 @@ class SwapBench:
     tick_scheduler: str
     reference_missed: int | None
     reference_max_ms: float | None
+    missed_alone: int | None
     conditions: Conditions
     goals_met: bool
 
@@ -214,21 +219,33 @@ def run_swap_bench(
         seconds=round(seconds, 1),
         seed=seed,
         tick_scheduler=tick.scheduler,
-        reference_missed=reference[0],
-        reference_max_ms=reference[1],
+        reference_missed=None if reference is None else int(reference["missed"]),
+        reference_max_ms=None if reference is None else float(reference["max_ms"]),
+        missed_alone=None
+        if reference is None
+        else missed_alone(tick.stalls, reference["stalls"], round(1e9 / rate_hz)),
         conditions=seen,
         goals_met=not (tick.missed or failed or workers or files) and descriptors <= 0 and growth <= GROWTH_LIMIT,
     )
 
 
-def _told(bare: subprocess.Popen[str]) -> tuple[int | None, float | None]:
-    """What the reference process tells: missed ticks and the latest one; its loss loses no exchange."""
+def _told(bare: subprocess.Popen[str]) -> dict[str, Any] | None:
+    """What the reference process tells; its loss loses no exchange."""
     try:
-        told = processes.result(bare, bare_tick.NAME, 10.0)
+        return processes.result(bare, bare_tick.NAME, 10.0)
     except BenchError as error:
         print(error, file=sys.stderr)
-        return None, None
-    return int(told["missed"]), float(told["max_ms"])
+        return None
+
+
+def missed_alone(stalls: Iterable[Stall], others: Iterable[Stall], period_ns: int) -> int:
+    """Ticks missed in ``stalls`` (deadline, begin; ns) that overlap none of ``others``."""
+    elsewhere = list(others)
+    return sum(
+        (begin - deadline) // period_ns
+        for deadline, begin in stalls
+        if not any(deadline < end and start < begin for start, end in elsewhere)
+    )
 
 
 def _percentile(values: Sequence[float], share: float, digits: int) -> float:

@@ -186,7 +186,8 @@ class TickProcess:
             answer: dict[str, Any] = json.loads(message[1:])
             with self._changed:
                 self.missed = answer["missed"]
-                self._answers.append(TickReport(**answer))
+                stalls = tuple((deadline, begin) for deadline, begin in answer["stalls"])
+                self._answers.append(TickReport(**answer | {"stalls": stalls}))
                 self._changed.notify_all()
         else:
             _, stamp_ns, consumed, self.missed = TICK.unpack(message)

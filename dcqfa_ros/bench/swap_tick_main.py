@@ -50,6 +50,7 @@ class TickReport:
         untold: ticks whose observation was not sent, because the parent had not read those before.
         jitter_p50_ms, jitter_p99_ms, jitter_max_ms: how late they began; 0 where there was none.
         scheduler: of the thread, as the system says.
+        stalls: deadline and begin, monotonic ns, of the newest that began half a period late or more.
     """
 
     ticks: int
@@ -60,6 +61,7 @@ class TickReport:
     jitter_p99_ms: float
     jitter_max_ms: float
     scheduler: str
+    stalls: tuple[tuple[int, int], ...]
 
 
 class _Arm:
@@ -124,6 +126,7 @@ class _Arm:
             p99,
             largest,
             ticker.report()["scheduler"],
+            tuple(ticker.stalls),
         )
 
     def _sent(self, message: bytes) -> bool:

@@ -98,7 +98,12 @@ def _describe(b: SwapBench) -> list[str]:
             f"{b.workers_left} workers, {b.fds_left} descriptors, {b.memory_files_left} shared memories"
         ),
         *(
-            [f"a process that only ticks: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed"]
+            [
+                (
+                    f"a process that only ticks: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
+                    f"{b.missed_alone} ticks were missed while it ticked in time"
+                )
+            ]
             if b.reference_max_ms is not None
             else []
         ),

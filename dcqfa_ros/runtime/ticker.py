@@ -11,6 +11,7 @@ from dcqfa_ros.runtime.histogram import Histogram, percentiles
 from dcqfa_ros.runtime.realtime import processor_ticks, scheduling, steal_share
 
 JITTER_WINDOW = 1000
+STALLS = 500  # of the newest that are kept
 
 
 class Ticker:
@@ -22,6 +23,7 @@ class Ticker:
         missed_in_all: ticks missed since it was made: no miss is lost where an episode ends before it was reported.
         ticks: done since it was made.
         jitter: lateness of every tick since :meth:`count_anew`.
+        stalls: deadline and begin, monotonic ns, of the newest ticks since then that began half a period late or more.
     """
 
     def __init__(self, period_ns: int) -> None:
@@ -32,6 +34,7 @@ class Ticker:
         self.missed = self.missed_in_all = 0
         self.ticks = 0
         self.jitter = Histogram()
+        self.stalls: deque[tuple[int, int]] = deque(maxlen=STALLS)
         self._late: deque[int] = deque(maxlen=JITTER_WINDOW)
         self._busy: deque[int] = deque(maxlen=JITTER_WINDOW)
         self._begin = 0
@@ -50,6 +53,7 @@ class Ticker:
         with self._lock:
             self.missed = 0
             self.jitter.clear()
+            self.stalls.clear()
             self._processor = processor_ticks()
 
     def wait(self, halt: threading.Event) -> None:
@@ -73,6 +77,8 @@ class Ticker:
             self.missed_in_all += periods
             self._deadline = deadline + (periods + 1) * self.period_ns
             self.jitter.add(late)
+            if 2 * late >= self.period_ns:
+                self.stalls.append((deadline, now))
         self.ticks += 1
         self._late.append(late)
         self._begin = now

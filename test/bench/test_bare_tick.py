@@ -21,6 +21,8 @@ def test_a_process_that_stood_still_has_missed_ticks_and_ends_with_its_input() -
     finally:
         processes.end(tick)
     assert told["missed"] > 0 and told["max_ms"] > 10.0 and told["scheduler"].startswith("SCHED_")
+    deadline, begin = max(told["stalls"], key=lambda stall: stall[1] - stall[0])
+    assert (begin - deadline) / 1e6 == pytest.approx(told["max_ms"], abs=0.2) and begin > deadline + 2 * 10**8
 
 
 def test_a_process_that_does_not_begin_says_why_at_once_and_is_not_left() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dcqfa_ros.bench import bare_tick, swap_cell
 from dcqfa_ros.bench.processes import BenchError, children
-from dcqfa_ros.bench.swap import run_swap_bench
+from dcqfa_ros.bench.swap import missed_alone, run_swap_bench
 from dcqfa_ros.bench.swap_cell import running_cell
 from dcqfa_ros.bench.swap_tick import TickProcess
 from dcqfa_ros.bundle.load import load_bundle
@@ -41,10 +41,19 @@ def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle,
     assert bench.swap_ms_max >= bench.swap_ms_p50 > bench.gap_ms_max >= 0.0
     assert bench.variants == ("fp32", "w8a8") and bench.python == sys.executable and bench.runtime_version[0].isdigit()
     assert json.loads(json.dumps(dataclasses.asdict(bench)))["missed_ticks"] == bench.missed_ticks
-    assert bench.reference_missed is not None and bench.reference_missed < bench.missed_ticks
+    assert bench.reference_missed is not None and bench.reference_missed >= 0
     assert bench.reference_max_ms is not None and bench.reference_max_ms > 0.0
+    assert bench.missed_alone is not None and 0 <= bench.missed_alone <= bench.missed_ticks
     assert bench.missed_ticks >= 5 and bench.jitter_max_ms > 50.0 and not bench.goals_met
     assert bench.conditions.load_1min > 0.0 and bench.tick_scheduler.startswith("SCHED_")
+
+
+def test_ticks_missed_in_a_stall_that_others_share_are_not_missed_alone() -> None:
+    period = 10
+    ours = [(100, 125), (200, 212), (300, 318), (400, 406)]  # 2, 1, 1 and no ticks missed
+    assert missed_alone(ours, [], period) == 4
+    assert missed_alone(ours, [(95, 101), (212, 220), (305, 310)], period) == 1
+    assert missed_alone([], [(0, 1000)], period) == 0
 
 
 def test_a_lost_reference_process_loses_no_exchange(policy_bundle, monkeypatch, capfd) -> None:
@@ -58,7 +67,7 @@ def test_a_lost_reference_process_loses_no_exchange(policy_bundle, monkeypatch, 
     monkeypatch.setattr(bare_tick, "start", lost)
     bench = run_swap_bench(load_bundle(policy_bundle()), swaps=1)
     assert (bench.swaps, bench.failures, bench.fds_left, bench.workers_left) == (1, 0, 0, 0)
-    assert (bench.reference_missed, bench.reference_max_ms) == (None, None)
+    assert (bench.reference_missed, bench.reference_max_ms, bench.missed_alone) == (None, None, None)
     assert "the reference tick ended with code -9" in capfd.readouterr().err
 
 

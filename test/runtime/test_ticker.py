@@ -38,6 +38,12 @@ def test_a_tick_is_missed_only_when_it_is_over_a_full_period_late(clock):
     clock.now = 950  # next deadline is 400: five whole periods late
     ticker.wait(halt)
     assert ticker.missed == 1 + 5 and ticker.ticks == 3
+    assert list(ticker.stalls) == [(100, 199), (200, 300), (400, 950)]
+    clock.now = 1_049  # half a period is 50
+    ticker.wait(halt)
+    assert len(ticker.stalls) == 3
+    ticker.count_anew()
+    assert not ticker.stalls and ticker.missed == 0
 
 
 def test_a_pause_after_restart_is_no_miss(clock):
