@@ -49,17 +49,20 @@ SPREAD := $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loa
 test: venv-test
 	$(BIN)/python -m pytest -m "not slow and not soak" $(SPREAD) $(ARGS)
 
+# What is held to its first try: make test repeats some tests (test/repeats.py).
+ONCE := --max-suite-reruns=0
+
 test-slow: venv-test
-	$(BIN)/python -m pytest -m slow --timeout=900 $(ARGS)
+	$(BIN)/python -m pytest -m slow --timeout=900 $(ONCE) $(ARGS)
 
 test-faults: venv-test
-	DCQFA_FAULTS=full DCQFA_FAULTS_JSON=out/faults.json $(BIN)/python -m pytest test/faults -m faults --timeout=3600 $(ARGS)
+	DCQFA_FAULTS=full DCQFA_FAULTS_JSON=out/faults.json $(BIN)/python -m pytest test/faults -m faults --timeout=3600 $(ONCE) $(ARGS)
 
 SOAK_S ?= 3600
 SOAK_DISCONNECTS ?= 200
 test-soak: venv-test
 	DCQFA_SOAK_S=$(SOAK_S) DCQFA_SOAK_DISCONNECTS=$(SOAK_DISCONNECTS) DCQFA_FAULTS_JSON=out/soak.json \
-		$(BIN)/python -m pytest test/faults -m soak --timeout=14400 $(ARGS)
+		$(BIN)/python -m pytest test/faults -m soak --timeout=14400 $(ONCE) $(ARGS)
 
 lint: venv-test
 	$(BIN)/ruff check

@@ -17,8 +17,10 @@ WALL_CLOCK = ("bench", "commands", "drivers", "faults", "nodes", "ros", "runtime
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Mark what may be repeated."""
+    """Mark what may be repeated; under ``--pdb`` nothing is."""
     for item in items:
+        if item.config.option.usepdb:
+            return
         folders = item.nodeid.split("::")[0].split("/")[:-1]
         of_properties = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
         if folders[:1] == ["test"] and set(folders[1:2]) & set(WALL_CLOCK) and not of_properties:
@@ -66,8 +68,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             self.assigned_work[node][scope] = {**before, **self.assigned_work[node][scope]}
 
         def _reschedule(self, node: Any) -> None:
-            super()._reschedule(node)
-            if not self.workqueue and not node.shutting_down:
-                node.shutdown()  # a process holds its last test back until it knows that no other follows
+            if node not in self.registered_collections or node.shutting_down:
+                return  # one that still collects is served by schedule()
+            # A process holds its last test back until it has another one, or knows that none follows.
+            while self.workqueue and self._pending_of(self.assigned_work[node]) <= 2:
+                self._assign_work_unit(node)
+            if not self.workqueue:
+                node.shutdown()
 
     return Files(config, log)

@@ -27,14 +27,14 @@ from training.config import TrainConfig
 from training.importance import BlockOrder, apply_order, importance_order
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.trained import policy_meaning
-from training.warm_start import policy_beside, read_policy_weights, state_sha256
+from training.warm_start import read_policy_weights, state_sha256
 
 COMPACT = "compact"
 _XZ = b"\xfd7zXZ"
 _DAMAGED = (lzma.LZMAError, pickle.UnpicklingError, EOFError)
 _PRESET = 9 | lzma.PRESET_EXTREME
 SQUEEZED = "xz"  # key of a part that is stored as xz's bytes; checkpoints of earlier versions have it plain
-LEFT_OUT = ("format", "model", "ema", "optimizer", "sampler", "buffer", "teacher_calls")  # as far as one holds them
+LEFT_OUT = ("format", "model", "ema", "optimizer", "sampler", "buffer")  # as far as one holds them
 LEVELS = 31  # codes of 6 bits: 8 bits are 2.5 MB more and change nothing that shows
 LEVELS_AGAINST = 7  # from another supernet the difference is several times smaller
 CLOSE = 2e-3  # of a tensor's size: what rounding a policy to float16 changes, and no training leaves
@@ -67,13 +67,16 @@ def pack(source: Path, target: Path, *, policy: Path | None = None, against: Pat
     config = policy_meaning(source, payload).config
     state = averaged_state(source, payload, config)
     base = _base(source, config, payload)
-    orders = _orders(payload, base)
+    orders = _orders(source, payload, base)
     if policy is not None:
         base, payload["teacher_sha256"] = _rounded(policy, config, base)
+        payload["config"]["supernet"]["warm_start"] = str(policy)
     _reorder(base, orders)
     packed: dict[str, Any] = {"orders": orders}
     start, levels = base.state_dict(), LEVELS
     if against is not None:
+        if target.resolve() in _needed(against):
+            raise CompactError(f"{target}: would replace what it is packed against ({against}); give another --out")
         start, packed["against"] = _supernet_state(against, orders, str(payload["teacher_sha256"]))
         levels = LEVELS_AGAINST
     codes, scales, exact = {}, {}, {}
@@ -98,12 +101,44 @@ def _of_supernet(payload: dict[str, Any]) -> bool:
     return (COMPACT in payload or "ema" in payload) and payload.get("config", {}).get("supernet") is not None
 
 
-def _orders(payload: dict[str, Any], base: ElasticDiffusionPolicyT) -> list[dict[str, Tensor]]:
-    """How heads and channels of a run were ordered, block by block, from the policy it started from."""
+def _orders(path: Path, payload: dict[str, Any], base: ElasticDiffusionPolicyT) -> list[dict[str, Tensor]]:
+    """How heads and channels of a run were ordered, block by block: from its policy, or as the run it started from."""
     if COMPACT in payload:
         return list(payload[COMPACT]["orders"])
+    config = policy_meaning(path, payload).config
+    if config.distill is not None:
+        for place in _places(path, config.distill.start):
+            start = load_checkpoint(place) if place.is_file() else {}
+            if start.get("teacher_sha256") == payload.get("teacher_sha256"):
+                return _orders(place, start, base)
+        raise CompactError(
+            f"{path}: the supernet that this distillation started from ({config.distill.start}) is missing or of "
+            "another full-precision policy; restore it"
+        )
     found = (asdict(importance_order(block)) for block in base.elastic_blocks())
     return [{name: tensor.to(torch.int16) for name, tensor in order.items()} for order in found]
+
+
+def _file(path: Path) -> Path:
+    return path / CHECKPOINT if path.is_dir() else path
+
+
+def _places(path: Path, written: str) -> list[Path]:
+    """Where the file or folder that the checkpoint ``path`` names may be: as written, and beside its own folder."""
+    return [_file(Path(written)), _file(path.resolve().parent.parent / Path(written).name)]
+
+
+def _needed(path: Path) -> set[Path]:
+    """The files that reading the supernet at ``path`` takes, itself included."""
+    found: set[Path] = set()
+    waiting = [_file(path)]
+    while waiting:
+        file = waiting.pop()
+        if file.is_file() and file.resolve() not in found:
+            found.add(file.resolve())
+            against = load_checkpoint(file).get(COMPACT, {}).get("against")
+            waiting += [] if against is None else _places(file, against["path"])
+    return found
 
 
 def _reorder(base: ElasticDiffusionPolicyT, orders: list[dict[str, Tensor]]) -> None:
@@ -129,17 +164,33 @@ def _supernet_state(
     path: Path, orders: list[dict[str, Tensor]] | None, teacher: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Averaged weights of the supernet at ``path``, and how it is recognised."""
-    file = path / CHECKPOINT if path.is_dir() else path
+    file = _file(path)
     payload = load_checkpoint(file)
     if not _of_supernet(payload) or payload.get("teacher_sha256") != teacher:
-        raise CompactError(f"{file}: is no supernet of the same full-precision policy; give one")
+        raise CompactError(f"{file}: is no supernet of the same full-precision policy")
     config = policy_meaning(file, payload).config
     if orders is not None:
-        theirs = _orders(payload, _base(file, config, payload))
+        theirs = _orders(file, payload, _base(file, config, payload))
         if any(not torch.equal(x[name], y[name]) for x, y in zip(theirs, orders, strict=True) for name in x):
             raise CompactError(f"{file}: its heads or channels are in another order; give a supernet it started from")
     state = averaged_state(file, payload, config)
-    return state, {"path": str(path), "sha256": state_sha256(state)}
+    return state, {"path": str(file.parent if file.name == CHECKPOINT else file), "sha256": state_sha256(state)}
+
+
+def _state_against(path: Path, against: dict[str, str], teacher: str) -> dict[str, Tensor]:
+    """Averaged weights of the supernet that the checkpoint ``path`` was packed against."""
+    places = [place for place in _places(path, against["path"]) if place.is_file()]
+    if path.resolve() in {place.resolve() for place in places}:
+        raise CompactError(f"{path}: was packed against itself; restore {against['path']}")
+    for place in places:
+        if load_checkpoint(place).get("teacher_sha256") == teacher:
+            state, found = _supernet_state(place, None, teacher)
+            if found["sha256"] == against["sha256"]:
+                return state
+    raise CompactError(
+        f"{path}: was packed against {against['path']}, which "
+        f"{'holds other weights now' if places else 'is missing'}; restore it"
+    )
 
 
 def averaged_state(path: Path, payload: dict[str, Any], config: TrainConfig) -> dict[str, Tensor]:
@@ -157,11 +208,7 @@ def averaged_state(path: Path, payload: dict[str, Any], config: TrainConfig) -> 
     base = _base(path, config, payload)
     against = packed.get("against")
     if against is not None:
-        start, found = _supernet_state(policy_beside(path, against["path"]), None, str(payload["teacher_sha256"]))
-        if found["sha256"] != against["sha256"]:
-            raise CompactError(
-                f"{path}: was packed against other weights than {against['path']} holds now; restore those"
-            )
+        start = _state_against(path, against, str(payload["teacher_sha256"]))
     try:
         _reorder(base, packed["orders"])
         state = base.state_dict() if against is None else start
@@ -232,12 +279,15 @@ def _decompress(packed: dict[str, Any], shapes: dict[str, Tensor]) -> dict[str, 
 def _base(path: Path, config: TrainConfig, payload: dict[str, Any]) -> ElasticDiffusionPolicyT:
     """The supernet as the run started from it, before its heads and channels were ordered."""
     assert config.supernet is not None
-    weights = read_policy_weights(policy_beside(path, config.supernet.warm_start), config.policy)
-    if weights.sha256 != payload.get("teacher_sha256"):
-        raise CompactError(
-            f"{path}: was made from another full-precision policy than {weights.path}; restore that one "
-            "(supernet.warm_start of its configuration)"
-        )
-    network = ElasticDiffusionPolicyT(config.policy)
-    network.load_state_dict(weights.state, strict=False)
-    return network
+    written = config.supernet.warm_start
+    places = [Path(written), path.resolve().parent.parent / Path(written).name]
+    for place in [place for place in places if place.exists()] or places[:1]:
+        weights = read_policy_weights(place, config.policy)
+        if weights.sha256 == payload.get("teacher_sha256"):
+            network = ElasticDiffusionPolicyT(config.policy)
+            network.load_state_dict(weights.state, strict=False)
+            return network
+    raise CompactError(
+        f"{path}: was made from another full-precision policy than {weights.path}; restore that one "
+        "(supernet.warm_start of its configuration)"
+    )

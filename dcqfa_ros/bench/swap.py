@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -26,6 +26,7 @@ from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap_cell import Left, running_cell
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
+from dcqfa_ros.runtime.ticker import STALLS
 from dcqfa_ros.runtime.worker import worker_environment
 
 _SAMPLES = 5  # of the memory, at either end
@@ -61,8 +62,8 @@ class SwapBench:
         tick_scheduler: of the control tick's thread.
         reference_missed, reference_max_ms: of a process that only ticks, at the same rate and a priority above: what
             delays it, the kernel or the host of a virtual machine does. None where that process was lost.
-        missed_alone: of ``missed_ticks``, those in stalls during which that process ticked in time (less than half a
-            period late); None where it was lost.
+        missed_alone: of ``missed_ticks``, those whose deadline lies in no stall of that process (half a period late or
+            more); None where it was lost, or where there were more stalls than are kept.
         conditions: what else went on; the scheduler is this process'.
         goals_met: no tick missed, no failure, memory within 2 %, nothing left.
     """
@@ -238,14 +239,20 @@ def _told(bare: subprocess.Popen[str]) -> dict[str, Any] | None:
         return None
 
 
-def missed_alone(stalls: Iterable[Stall], others: Iterable[Stall], period_ns: int) -> int:
-    """Ticks missed in ``stalls`` (deadline, begin; ns) that overlap none of ``others``."""
-    elsewhere = list(others)
-    return sum(
-        (begin - deadline) // period_ns
+def missed_alone(stalls: Sequence[Stall], others: Sequence[Stall], period_ns: int) -> int | None:
+    """Ticks missed in ``stalls`` (deadline, begin; ns) whose deadline lies in none of ``others``.
+
+    A process sees a stall from its next deadline on, so a stall of ``others`` may have begun a period before. None
+    where either list is so long that it may lack the oldest.
+    """
+    if max(len(stalls), len(others)) >= STALLS:
+        return None
+    missed = (
+        deadline + number * period_ns
         for deadline, begin in stalls
-        if not any(deadline < end and start < begin for start, end in elsewhere)
+        for number in range(1, (begin - deadline) // period_ns + 1)
     )
+    return sum(not any(start - period_ns <= late <= end for start, end in others) for late in missed)
 
 
 def _percentile(values: Sequence[float], share: float, digits: int) -> float:

@@ -101,7 +101,7 @@ def _describe(b: SwapBench) -> list[str]:
             [
                 (
                     f"a process that only ticks: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
-                    f"{b.missed_alone} ticks were missed while it ticked in time"
+                    f"{'unknown' if b.missed_alone is None else b.missed_alone} ticks were missed while it was in time"
                 )
             ]
             if b.reference_max_ms is not None

@@ -81,6 +81,11 @@ def test_facts_about_the_worker_are_reported(worker: EngineWorker) -> None:
     assert worker.alive
 
 
+def test_the_heap_of_a_worker_is_asked_for_in_huge_pages(worker: EngineWorker) -> None:
+    environment = Path(f"/proc/{worker.info.pid}/environ").read_bytes().split(b"\0")
+    assert any(entry.startswith(b"GLIBC_TUNABLES=") and b"glibc.malloc.hugetlb=" in entry for entry in environment)
+
+
 def test_bad_input_is_refused_and_the_worker_stays_usable(worker: EngineWorker) -> None:
     bad = observation()
     bad["agent_position"][0, 1, 0] = np.nan
