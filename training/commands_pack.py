@@ -24,8 +24,8 @@ def pack(subparsers: Any) -> None:
         "--against",
         type=Path,
         metavar="SUPERNET",
-        help="store the difference from this supernet instead, as a distillation's from its start: about half the "
-        "size; SUPERNET stays needed",
+        help="store the difference from this supernet instead, as a distillation's from its start: several "
+        "times less rounded, without the sampler that it left as it was; SUPERNET stays needed",
     )
     parser.add_argument(
         "--policy",

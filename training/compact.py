@@ -34,9 +34,10 @@ _XZ = b"\xfd7zXZ"
 _DAMAGED = (lzma.LZMAError, pickle.UnpicklingError, EOFError)
 _PRESET = 9 | lzma.PRESET_EXTREME
 SQUEEZED = "xz"  # key of a part that is stored as xz's bytes; checkpoints of earlier versions have it plain
+OF_START = "sha256"  # key of a sampler that is still that of the supernet packed against: a distillation leaves it
 LEFT_OUT = ("format", "model", "ema", "optimizer", "sampler", "buffer")  # as far as one holds them
 LEVELS = 31  # codes of 6 bits: 8 bits are 2.5 MB more and change nothing that shows
-LEVELS_AGAINST = 7  # from another supernet the difference is several times smaller
+LEVELS_AGAINST = 15
 CLOSE = 2e-3  # of a tensor's size: what rounding a policy to float16 changes, and no training leaves
 CLOSE_SOLVED = 0.05  # the time token's position is solved for from the rounded table
 
@@ -73,25 +74,28 @@ def pack(source: Path, target: Path, *, policy: Path | None = None, against: Pat
         payload["config"]["supernet"]["warm_start"] = str(policy)
     _reorder(base, orders)
     packed: dict[str, Any] = {"orders": orders}
-    start, levels = base.state_dict(), LEVELS
+    start = base.state_dict()
     if against is not None:
         if target.resolve() in _needed(against):
             raise CompactError(f"{target}: would replace what it is packed against ({against}); give another --out")
         start, packed["against"] = _supernet_state(against, orders, str(payload["teacher_sha256"]))
-        levels = LEVELS_AGAINST
     codes, scales, exact = {}, {}, {}
     for name, tensor in state.items():
         if tensor.ndim == 2 and not name.endswith("log_step"):
             difference = tensor - start[name]
-            scale = (difference.abs().amax(1) / levels).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = (difference.abs().amax(1) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
             codes[name] = torch.round(difference / scale[:, None]).to(torch.int8)
             scales[name] = scale
         else:
             exact[name] = tensor.clone()
     kept = {k: v for k, v in payload.items() if k not in LEFT_OUT and k != COMPACT}
     if "sampler" in payload:
-        sampler = _sampler(payload)
-        kept["sampler"] = {SQUEEZED: _squeeze({k: v for k, v in sampler.items() if k not in ("optimizer", "network")})}
+        sampler = {k: v for k, v in _sampler(source, payload).items() if k not in ("optimizer", "network")}
+        kept["sampler"] = {SQUEEZED: _squeeze(sampler)}
+        if against is not None:
+            theirs, known = load_checkpoint(_file(against)), _sampler_sha256(sampler)
+            if "sampler" in theirs and _sampler_sha256(_sampler(_file(against), theirs)) == known:
+                kept["sampler"] = {OF_START: known}
     packed |= {"codes": _compress(codes), SQUEEZED: _squeeze({"scales": scales, "exact": exact})}
     save_checkpoint(target, kept | {COMPACT: packed})
     return target.stat().st_size
@@ -220,17 +224,19 @@ def averaged_state(path: Path, payload: dict[str, Any], config: TrainConfig) -> 
         raise CheckpointError(f"{path}: its compact weights cannot be unpacked ({error})") from error
 
 
-def sampler_state(payload: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+def sampler_state(path: Path, payload: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
     """The configuration sampler's state in a supernet's checkpoint; a compact one lacks what ``fresh`` then supplies.
 
     Args:
-        payload: the checkpoint.
+        path: the checkpoint's file.
+        payload: what it holds.
         fresh: state of a new sampler of the same space.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it cannot be read.
+        CompactError: it is that of the supernet packed against, which is missing or another one.
     """
-    learned = _sampler(payload) if "sampler" in payload else None
+    learned = _sampler(path, payload) if "sampler" in payload else None
     if learned is None:
         raise CheckpointError("the checkpoint holds no configuration sampler; it is of one network, not of a supernet")
     if COMPACT not in payload:
@@ -238,12 +244,35 @@ def sampler_state(payload: dict[str, Any], fresh: dict[str, Any]) -> dict[str, A
     return fresh | learned | {"network": learned["averaged"]}  # averaged weights only
 
 
-def _sampler(payload: dict[str, Any]) -> dict[str, Any]:
+def _sampler(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    given: dict[str, Any] = payload["sampler"]
+    if OF_START in given:
+        return _sampler_against(path, payload[COMPACT]["against"]["path"], given[OF_START])
     try:
-        given: dict[str, Any] = payload["sampler"]
         return _expand(given[SQUEEZED]) if SQUEEZED in given else given
     except (RuntimeError, *_DAMAGED) as error:
-        raise CheckpointError(f"the checkpoint's configuration sampler cannot be unpacked ({error})") from error
+        raise CheckpointError(f"{path}: the configuration sampler cannot be unpacked ({error})") from error
+
+
+def _sampler_against(path: Path, written: str, known: str) -> dict[str, Any]:
+    for place in _places(path, written):
+        other = load_checkpoint(place) if place.is_file() and place.resolve() != path.resolve() else {}
+        sampler = _sampler(place, other) if "sampler" in other else None
+        if sampler is not None and _sampler_sha256(sampler) == known:
+            return sampler
+    raise CompactError(
+        f"{path}: its configuration sampler is that of {written}, which is missing or holds another one now"
+    )
+
+
+def _sampler_sha256(sampler: dict[str, Any]) -> str:
+    """Tells samplers apart: averaged weights, and what the predictor has seen."""
+    parts = {
+        f"{part}.{name}": torch.as_tensor(value)
+        for part in ("averaged", "predictor")
+        for name, value in sampler.get(part, {}).items()
+    }
+    return state_sha256(parts | {f"{sampler['kind']}.updates": torch.as_tensor(sampler["updates"])})
 
 
 def _squeeze(document: dict[str, Any]) -> Tensor:

@@ -257,7 +257,7 @@ class SupernetTrainer(TrainingRun):
             state = averaged_state(self.checkpoint_path, payload, self.config)
             self.model.load_state_dict(state)
             self.ema.load_state_dict(state)
-            self.sampler.load_state_dict(sampler_state(payload, self.sampler.state_dict()))
+            self.sampler.load_state_dict(sampler_state(self.checkpoint_path, payload, self.sampler.state_dict()))
             return
         self.model.load_state_dict(payload["model"])
         self.ema.load_state_dict(payload["ema"])

@@ -84,5 +84,5 @@ def load_supernet(path: Path, batch_ranges: bool = False) -> TrainedSupernet:
         search_space(meaning.config),
         file,
         payload.get("teacher_sha256"),
-        partial(sampler_state, {key: payload[key] for key in ("sampler", COMPACT) if key in payload}),
+        partial(sampler_state, file, {key: payload[key] for key in ("sampler", COMPACT) if key in payload}),
     )

@@ -16,7 +16,7 @@ import torch
 from test.training.conftest import SupernetFiles
 from training import graph_weights
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
-from training.compact import COMPACT, SQUEEZED, CompactError, _expand, averaged_state, pack, sampler_state
+from training.compact import COMPACT, OF_START, SQUEEZED, CompactError, _expand, averaged_state, pack, sampler_state
 from training.config import override
 from training.run import CHANGEABLE
 from training.supernet import SupernetTrainer
@@ -99,19 +99,43 @@ def moved(supernet_run: Path, tmp_path: Path) -> Path:
     return written(tmp_path / "moved", payload)
 
 
-def test_against_its_start_a_distillation_is_smaller_at_no_larger_error(
-    moved: Path, packed: Path, tmp_path: Path
-) -> None:
+def test_against_its_start_a_distillation_is_rounded_less(moved: Path, packed: Path, tmp_path: Path) -> None:
     alone, against = tmp_path / "alone", tmp_path / "against"
     pack(moved / CHECKPOINT, alone / CHECKPOINT)
     pack(moved / CHECKPOINT, against / CHECKPOINT, against=packed)
-    sizes = [len(load_checkpoint(folder / CHECKPOINT)[COMPACT]["codes"]["data"]) for folder in (alone, against)]
-    assert sizes[1] < 0.8 * sizes[0]
-    whole, small = (load_supernet(path).network.state_dict() for path in (moved, against))
+    whole, plain, small = (load_supernet(path).network.state_dict() for path in (moved, alone, against))
     scales = scales_of(against)
     for name, tensor in whole.items():
         bound = 0.5001 * scales[name][:, None] + 1e-7 if name in scales else torch.zeros(())
         assert ((tensor - small[name]).abs() <= bound).all(), name
+    errors = [sum((whole[name] - other[name]).square().sum() for name in scales) for other in (plain, small)]
+    assert errors[1] < 0.9 * errors[0]  # the start itself is near the policy here
+
+
+def test_a_sampler_that_a_distillation_left_alone_is_read_from_its_start(
+    moved: Path, packed: Path, tmp_path: Path
+) -> None:
+    alone, against = tmp_path / "alone" / CHECKPOINT, tmp_path / "against" / CHECKPOINT
+    pack(moved / CHECKPOINT, alone)
+    pack(moved / CHECKPOINT, against, against=packed)
+    assert OF_START in load_checkpoint(against)["sampler"] and OF_START not in load_checkpoint(alone)["sampler"]
+    one, other = (sampler_state(file, load_checkpoint(file), {}) for file in (alone, against))
+    assert one.keys() == other.keys() and one["updates"] == other["updates"]
+    for part in ("averaged", "predictor"):
+        for name, value in one[part].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[part][name])), name
+    twice = tmp_path / "twice" / CHECKPOINT
+    pack(against, twice)
+    assert OF_START not in load_checkpoint(twice)["sampler"]
+
+    payload = load_checkpoint(moved / CHECKPOINT)
+    payload["sampler"]["updates"] += 1
+    written(moved, payload)
+    pack(moved / CHECKPOINT, alone, against=packed)
+    assert OF_START not in load_checkpoint(alone)["sampler"]
+    written(packed, load_checkpoint(packed / CHECKPOINT) | {"sampler": payload["sampler"]})
+    with pytest.raises(CompactError, match=r"sampler is that of .*small, which is missing or holds another"):
+        sampler_state(against, load_checkpoint(against), {})
 
 
 def test_what_a_supernet_was_packed_against_is_recognised_by_its_weights(
@@ -210,7 +234,9 @@ def test_packing_twice_keeps_the_weights_within_a_code_and_the_sampler(packed: P
         change = (again.network.state_dict()[name] - tensor).abs()
         bound = 1e-3 * scales[name][:, None] + 1e-6 * tensor.abs() if name in scales else torch.zeros(())
         assert (change <= bound).all(), name
-    learned = [sampler_state(load_checkpoint(folder / CHECKPOINT), {}) for folder in (packed, twice)]
+    learned = [
+        sampler_state(folder / CHECKPOINT, load_checkpoint(folder / CHECKPOINT), {}) for folder in (packed, twice)
+    ]
     assert learned[0].keys() == learned[1].keys()
     assert torch.equal(learned[0]["predictor"]["gram"], learned[1]["predictor"]["gram"])
 
@@ -226,7 +252,7 @@ def test_a_checkpoint_packed_before_parts_were_squeezed_is_read_alike(packed: Pa
     old = averaged_state(packed / CHECKPOINT, payload | {COMPACT: content}, config)
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in new)
     plain = payload | {"sampler": _expand(payload["sampler"][SQUEEZED])}
-    one, other = (sampler_state(given, {})["averaged"] for given in (plain, payload))
+    one, other = (sampler_state(packed / CHECKPOINT, given, {})["averaged"] for given in (plain, payload))
     assert one and all(torch.equal(one[name], other[name]) for name in one)
 
 

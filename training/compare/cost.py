@@ -51,7 +51,8 @@ def training_cost(
         config: of the run.
         step: its optimizer steps.
         payload: of the checkpoint; in that of a distillation ``teacher_calls`` counts the chunks of its rollouts.
-        stated: what the comparison's author adds where records are silent.
+        stated: what the comparison's author adds where records are silent; hours of a distillation are stated with
+            those of the supernet before it.
 
     Raises:
         CompareError: an event file is damaged.
@@ -63,7 +64,7 @@ def training_cost(
         calls += payload["teacher_calls"] * config.distill.denoising_steps
     if hours is not None:
         sources.append("hours by its event files")
-    elif stated is not None and stated.hours is not None:
+    elif config.distill is None and stated is not None and stated.hours is not None:
         hours = stated.hours
         sources.append(f"hours: {stated.source}")
     if stated is not None and stated.teacher_calls is not None:
@@ -72,7 +73,12 @@ def training_cost(
     own = Cost(steps=step, hours=hours, teacher_calls=calls, source="; ".join(sources))
     if config.distill is None:
         return own
-    return _after(own, policy_beside(path, config.distill.start), config.distill.start)
+    whole = _after(own, policy_beside(path, config.distill.start), config.distill.start)
+    if whole.hours is None and stated is not None and stated.hours is not None:
+        return whole.model_copy(
+            update={"hours": stated.hours, "source": f"{whole.source}; hours of all: {stated.source}"}
+        )
+    return whole
 
 
 def _after(own: Cost, start: Path, written: str) -> Cost:
@@ -84,12 +90,13 @@ def _after(own: Cost, start: Path, written: str) -> Cost:
     meaning = policy_meaning(file, payload)
     before = training_cost(file, meaning.config, meaning.step, payload, None)
     hours = None if own.hours is None or before.hours is None else own.hours + before.hours
-    told = "" if hours is not None else f"; hours of {own.hours} and {before.hours} do not add up"
+    told = [f"{cost.hours:.2f} h of {name} alone" for cost, name in ((own, "it"), (before, written)) if cost.hours]
     return Cost(
         steps=(own.steps or 0) + (before.steps or 0),
         hours=hours,
         teacher_calls=(own.teacher_calls or 0) + (before.teacher_calls or 0),
-        source=f"{own.source}, after {before.steps} steps of {written}{told}",
+        source=f"{own.source}, after {before.steps} steps of {written}"
+        + (f" ({told[0]})" if hours is None and told else ""),
     )
 
 

@@ -17,8 +17,9 @@ import yaml
 from training import commands_compare
 from training.compare import session as session_module
 from training.compare import workers
-from training.compare.config import CompareError, load_compare
+from training.compare.config import CompareError, StatedCost, load_compare
 from training.compare.session import Session
+from training.distill_config import DistillConfig
 from training.stress import STANDARD
 
 VOID = {"meta", "line", "circle", "polygon", "br"}
@@ -258,6 +259,25 @@ def test_hours_leave_pauses_out_and_the_teachers_batch_is_the_largest(
     assert cost.event_hours(tmp_path) == pytest.approx(180.0 / 3600.0)
     assert cost.teacher_batch(supernet_config()) == 8
     assert cost.teacher_batch(supernet_config(supernet={"only": "w4a4"})) == 6
+
+
+def test_hours_of_a_distillation_include_those_of_the_supernet_before_it(
+    supernet_config: Callable[..., Any], supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.compare import cost
+
+    config = supernet_config()
+    rounds = DistillConfig(start=str(supernet_run), denoising_steps=2)
+    config = config.model_copy(update={"distill": rounds})
+    monkeypatch.setattr(cost, "event_hours", lambda folder: 2.0 if folder == supernet_run else 1.0)
+    known = cost.training_cost(tmp_path / "checkpoint.pt", config, 4, {}, None)
+    assert known.hours == 3.0 and known.steps is not None and known.steps > 4
+    monkeypatch.setattr(cost, "event_hours", lambda folder: 2.0 if folder == supernet_run else None)
+    unknown = cost.training_cost(tmp_path / "checkpoint.pt", config, 4, {}, None)
+    assert unknown.hours is None and f"2.00 h of {supernet_run} alone" in unknown.source
+    stated = StatedCost(hours=7.0, source="a note")
+    told = cost.training_cost(tmp_path / "checkpoint.pt", config, 4, {}, stated)
+    assert told.hours == 7.0 and "a note" in told.source and told.steps == known.steps
 
 
 def test_saving_what_was_only_printed_is_refused(tiny_comparison: Callable[..., Path], command: Command) -> None:
