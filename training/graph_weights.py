@@ -197,7 +197,8 @@ def solve_time_position(state: Mapping[str, Tensor], table: Tensor, frequencies:
     kv = [f"blocks.{i}.cross_attn.{part}" for i in range(depth) for part in "kv"]
     weight, bias = (torch.cat([state[f"{name}.{kind}"] for name in kv]).double() for kind in ("weight", "bias"))
     steps = torch.linspace(0, len(table) - 1, min(len(table), _TIME_STEPS)).round().long()
-    tokens = torch.linalg.lstsq(weight, (table[steps].double().flatten(1) - bias).t()).solution.t()  # (s, dim)
+    rows = table[steps].double().flatten(1) - bias
+    tokens = torch.linalg.solve(weight.t() @ weight, weight.t() @ rows.t()).t()  # (s, dim)
     w1, b1, w2, b2 = (state[f"memory_{name}"].double() for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
     # As the network computes it, in float32: angles of up to thousands of radians round differently in float64.
     angles = steps.float()[:, None] * frequencies
