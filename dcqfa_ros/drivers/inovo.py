@@ -390,8 +390,7 @@ class InovoArm:
     def _end_moves(self, why: str) -> None:
         for action in (self._move, self._follow):
             if action.is_busy:
-                action.cancel()
-                action.end_all(MotionOutcome.CANCELLED, why)
+                action.cancel_all(why)
 
     def _switch(self, controller: str) -> None:
         values = self.client.call_service(m.SWITCH_CONTROLLER, {"name": controller})

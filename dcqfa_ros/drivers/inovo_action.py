@@ -38,6 +38,7 @@ class InovoMove:
         self._lock = threading.Lock()
         self._status_s = time.monotonic()
         self._final: tuple[int, str, float] | None = None
+        self._why = ""
         self.feedback: dict[str, Any] = {}
 
     def done(self) -> bool:
@@ -65,8 +66,14 @@ class InovoMove:
         if not self._ended.is_set():
             self._action.cancel(self.identity)
 
+    def will_be_cancelled(self, why: str) -> None:
+        """Say so whatever comes first, the controller's word or ours (for the action)."""
+        self._why = why
+
     def end(self, outcome: MotionOutcome, message: str) -> None:
         """Set the outcome, unless there is one (for the action)."""
+        if outcome is MotionOutcome.CANCELLED:
+            message = self._why or message
         with self._lock:
             if self._result is None:
                 self._result = MotionResult(outcome, message)
@@ -148,6 +155,13 @@ class InovoAction:
             self._client.publish(f"{self.name}/cancel", m.action_cancel(identity), urgent=True)
         except LinkError:
             return
+
+    def cancel_all(self, why: str) -> None:
+        """Cancel every move, on the controller first, then here."""
+        for move in self._running():
+            move.will_be_cancelled(why)
+        self.cancel()
+        self.end_all(MotionOutcome.CANCELLED, why)
 
     def end_all(self, outcome: MotionOutcome, message: str) -> None:
         """End every move here, whatever the controller does."""

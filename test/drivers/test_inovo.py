@@ -14,6 +14,7 @@ import pytest
 from dcqfa_ros.drivers import inovo_messages as m
 from dcqfa_ros.drivers.arm_protocol import ArmReadiness, CartesianArmDriver, MotionOutcome
 from dcqfa_ros.drivers.inovo import InovoArm
+from dcqfa_ros.drivers.inovo_action import InovoAction
 from dcqfa_ros.drivers.inovo_state import InovoState
 from dcqfa_ros.drivers.kinematics import inovo_kinematics
 from dcqfa_ros.drivers.protocols import DriverError
@@ -437,6 +438,25 @@ def test_before_the_first_connection_there_is_no_state() -> None:
     arm.close()
     with pytest.raises(DriverError, match="connection refused"):
         arm.connect()
+
+
+def test_why_a_move_was_cancelled_is_told_also_where_the_controller_is_first(
+    cell: InovoEmulator, arm: InovoArm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel = InovoAction.cancel
+
+    def and_wait(action: InovoAction, identity: str = "") -> None:
+        cancel(action, identity)
+        wait_until(lambda: not action.is_busy, "the controller's result")
+
+    monkeypatch.setattr(InovoAction, "cancel", and_wait)
+    state = arm.state()
+    handle = arm.move_to_pose(
+        state.position + np.array([0.0, 0.1, 0.0]), state.orientation, speed=0.02, angular_speed=1.0
+    )
+    wait_until(lambda: cell.is_moving, "it moves")
+    arm.stop()
+    assert handle.result(PATIENCE_S).message == "stopped"
 
 
 @pytest.mark.parametrize("topic", [m.JOINT_STATES, m.TCP_POSE])

@@ -232,7 +232,7 @@ def test_a_packed_distillation_is_evaluated_and_started_from_but_not_continued(m
     whole, packed = trainer.checkpoint_path, tmp_path / "packed/checkpoint.pt"
     pack(whole, packed)
     assert {"buffer", "teacher_calls"} <= load_checkpoint(whole).keys()
-    assert not {"buffer", "teacher_calls"} & load_checkpoint(packed).keys()
+    assert "buffer" not in load_checkpoint(packed) and "teacher_calls" in load_checkpoint(packed)
     scores = [evaluate(str(path), "w4a4", range(2), steps=1)["scores"] for path in (whole, packed)]
     assert len(scores[0]) == len(scores[1]) == 2
     assert make("further", start=str(packed)).step == 0
