@@ -39,6 +39,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):  # type: ignore[misc]  # pytest-xdist may be missing
+        def add_node_collection(self, node: Any, collection: Any) -> None:
+            super().add_node_collection(node, collection)
+            if node not in self.registered_collections:
+                node.shutdown()  # it found other tests than the others, as where a file was edited meanwhile
+
         def remove_node(self, node: Any) -> str | None:
             left: dict[str, dict[str, bool]] = {}
             for scope, tests in self.assigned_work.pop(node).items():

@@ -157,6 +157,15 @@ def test_processes_that_die_while_others_are_replaced_lose_only_the_tests_that_k
     assert sorted([*ran, killed[0]]) == list(range(len(names)))
 
 
+def test_a_process_that_finds_other_tests_than_the_others_is_ended() -> None:
+    made, one, _ = scheduler(["test_a.py::test_1", "test_b.py::test_1"])
+    made.remove_node(one)
+    late = Node()
+    made.add_node(late)
+    made.add_node_collection(late, ["test_a.py::test_1", "test_a.py::test_2", "test_b.py::test_1"])
+    assert late.shutting_down and not late.waiting
+
+
 def test_the_only_test_of_the_last_file_is_run_by_a_process_that_came_late() -> None:
     made, one, two = scheduler(["test_a.py::test_1", "test_b.py::test_1"])
     two.run(made)

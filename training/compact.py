@@ -10,10 +10,12 @@ What the difference is taken from is needed to read it, and is recognised by its
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import pickle
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,6 @@ SQUEEZED = "xz"  # key of a part that is stored as xz's bytes; checkpoints of ea
 OF_START = "sha256"  # key of a sampler that is still that of the supernet packed against: a distillation leaves it
 LEFT_OUT = ("format", "model", "ema", "optimizer", "sampler", "buffer")  # as far as one holds them
 LEVELS = 31  # codes of 6 bits: 8 bits are 2.5 MB more and change nothing that shows
-LEVELS_AGAINST = 15
 CLOSE = 2e-3  # of a tensor's size: what rounding a policy to float16 changes, and no training leaves
 CLOSE_SOLVED = 0.05  # the time token's position is solved for from the rounded table
 
@@ -66,6 +67,7 @@ def pack(source: Path, target: Path, *, policy: Path | None = None, against: Pat
     if not _of_supernet(payload):
         raise CompactError(f"{source}: holds no supernet; give the checkpoint of a supernet run")
     config = policy_meaning(source, payload).config
+    _refuse_to_replace(target, _policies(source, config) if policy is None else [policy], against)
     state = averaged_state(source, payload, config)
     base = _base(source, config, payload)
     orders = _orders(source, payload, base)
@@ -76,8 +78,6 @@ def pack(source: Path, target: Path, *, policy: Path | None = None, against: Pat
     packed: dict[str, Any] = {"orders": orders}
     start = base.state_dict()
     if against is not None:
-        if target.resolve() in _needed(against):
-            raise CompactError(f"{target}: would replace what it is packed against ({against}); give another --out")
         start, packed["against"] = _supernet_state(against, orders, str(payload["teacher_sha256"]))
     codes, scales, exact = {}, {}, {}
     for name, tensor in state.items():
@@ -111,13 +111,14 @@ def _orders(path: Path, payload: dict[str, Any], base: ElasticDiffusionPolicyT) 
         return list(payload[COMPACT]["orders"])
     config = policy_meaning(path, payload).config
     if config.distill is not None:
-        for place in _places(path, config.distill.start):
-            start = load_checkpoint(place) if place.is_file() else {}
-            if start.get("teacher_sha256") == payload.get("teacher_sha256"):
-                return _orders(place, start, base)
+        for place, start in _readable(_places(path, config.distill.start)):
+            if _of_supernet(start) and start.get("teacher_sha256") == payload.get("teacher_sha256"):
+                state = averaged_state(place, start, policy_meaning(place, start).config)
+                if state_sha256(state) == payload.get("start_sha256"):
+                    return _orders(place, start, base)
         raise CompactError(
-            f"{path}: the supernet that this distillation started from ({config.distill.start}) is missing or of "
-            "another full-precision policy; restore it"
+            f"{path}: the supernet that this distillation started from ({config.distill.start}) is missing or holds "
+            "other weights now; restore it"
         )
     found = (asdict(importance_order(block)) for block in base.elastic_blocks())
     return [{name: tensor.to(torch.int16) for name, tensor in order.items()} for order in found]
@@ -128,21 +129,38 @@ def _file(path: Path) -> Path:
 
 
 def _places(path: Path, written: str) -> list[Path]:
-    """Where the file or folder that the checkpoint ``path`` names may be: as written, and beside its own folder."""
-    return [_file(Path(written)), _file(path.resolve().parent.parent / Path(written).name)]
+    """Files that the checkpoint ``path`` may mean by a name: as written, and beside its own folder; never itself."""
+    found = (_file(Path(written)), _file(path.resolve().parent.parent / Path(written).name))
+    return [place for place in found if place.is_file() and place.resolve() != path.resolve()]
 
 
-def _needed(path: Path) -> set[Path]:
-    """The files that reading the supernet at ``path`` takes, itself included."""
-    found: set[Path] = set()
-    waiting = [_file(path)]
+def _readable(places: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What the files hold, but for damaged ones."""
+    for place in places:
+        with contextlib.suppress(CheckpointError):
+            yield place, load_checkpoint(place)
+
+
+def _policies(path: Path, config: TrainConfig) -> list[Path]:
+    """Where the full-precision policy of the checkpoint ``path`` may be: as written, and beside its own folder."""
+    assert config.supernet is not None
+    written = Path(config.supernet.warm_start)
+    found = (written, path.resolve().parent.parent / written.name)
+    return [place for place in found if place.exists()] or [written]
+
+
+def _refuse_to_replace(target: Path, policies: list[Path], against: Path | None) -> None:
+    """Refuse to write where something lies that reading the result takes."""
+    needed = {place.resolve() for place in policies}
+    waiting = [] if against is None else [_file(against)]
     while waiting:
         file = waiting.pop()
-        if file.is_file() and file.resolve() not in found:
-            found.add(file.resolve())
-            against = load_checkpoint(file).get(COMPACT, {}).get("against")
-            waiting += [] if against is None else _places(file, against["path"])
-    return found
+        if file.is_file() and file.resolve() not in needed:
+            needed.add(file.resolve())
+            then = load_checkpoint(file).get(COMPACT, {}).get("against")
+            waiting += [] if then is None else _places(file, then["path"])
+    if {target.resolve(), target.resolve().parent} & needed:
+        raise CompactError(f"{target}: would replace what it is packed against; give another --out")
 
 
 def _reorder(base: ElasticDiffusionPolicyT, orders: list[dict[str, Tensor]]) -> None:
@@ -183,11 +201,9 @@ def _supernet_state(
 
 def _state_against(path: Path, against: dict[str, str], teacher: str) -> dict[str, Tensor]:
     """Averaged weights of the supernet that the checkpoint ``path`` was packed against."""
-    places = [place for place in _places(path, against["path"]) if place.is_file()]
-    if path.resolve() in {place.resolve() for place in places}:
-        raise CompactError(f"{path}: was packed against itself; restore {against['path']}")
-    for place in places:
-        if load_checkpoint(place).get("teacher_sha256") == teacher:
+    places = _places(path, against["path"])
+    for place, payload in _readable(places):
+        if payload.get("teacher_sha256") == teacher:
             state, found = _supernet_state(place, None, teacher)
             if found["sha256"] == against["sha256"]:
                 return state
@@ -255,11 +271,10 @@ def _sampler(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sampler_against(path: Path, written: str, known: str) -> dict[str, Any]:
-    for place in _places(path, written):
-        other = load_checkpoint(place) if place.is_file() and place.resolve() != path.resolve() else {}
+    for place, other in _readable(_places(path, written)):
         sampler = _sampler(place, other) if "sampler" in other else None
         if sampler is not None and _sampler_sha256(sampler) == known:
-            return sampler
+            return {name: part for name, part in sampler.items() if name not in ("optimizer", "network")}
     raise CompactError(
         f"{path}: its configuration sampler is that of {written}, which is missing or holds another one now"
     )
@@ -307,16 +322,20 @@ def _decompress(packed: dict[str, Any], shapes: dict[str, Tensor]) -> dict[str, 
 
 def _base(path: Path, config: TrainConfig, payload: dict[str, Any]) -> ElasticDiffusionPolicyT:
     """The supernet as the run started from it, before its heads and channels were ordered."""
-    assert config.supernet is not None
-    written = config.supernet.warm_start
-    places = [Path(written), path.resolve().parent.parent / Path(written).name]
-    for place in [place for place in places if place.exists()] or places[:1]:
-        weights = read_policy_weights(place, config.policy)
+    first: UserError | None = None
+    for place in _policies(path, config):
+        try:
+            weights = read_policy_weights(place, config.policy)
+        except UserError as error:
+            first = first or error
+            continue
         if weights.sha256 == payload.get("teacher_sha256"):
             network = ElasticDiffusionPolicyT(config.policy)
             network.load_state_dict(weights.state, strict=False)
             return network
-    raise CompactError(
-        f"{path}: was made from another full-precision policy than {weights.path}; restore that one "
-        "(supernet.warm_start of its configuration)"
-    )
+        first = first or CompactError(
+            f"{path}: was made from another full-precision policy than {weights.path}; restore that one "
+            "(supernet.warm_start of its configuration)"
+        )
+    assert first is not None
+    raise first

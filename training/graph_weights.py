@@ -162,7 +162,13 @@ def with_time_position(
     """
     with torch.random.fork_rng(devices=[]):  # making a network draws its weights
         network = DiffusionPolicyT(config)
-    position = solve_time_position(state, table, network.frequencies)
+    try:
+        position = solve_time_position(state, table, network.frequencies)
+    except torch.linalg.LinAlgError as singular:
+        raise WarmStartError(
+            f"{path}: its keys and values do not tell what the time token is: the weights of cross attention are of "
+            "deficient rank; start from the policy's checkpoint"
+        ) from singular
     state = state | {"memory_position": torch.cat([position[None, None], state["memory_position"]], dim=1)}
     network.load_state_dict(state)
     with torch.inference_mode():
@@ -181,8 +187,9 @@ def with_time_position(
 def solve_time_position(state: Mapping[str, Tensor], table: Tensor, frequencies: Tensor) -> Tensor:
     """Position p of the time token, from W_kv (W_2 mish(W_1 (e_t + p) + b_1) + b_2) + b_kv = table_t for every t.
 
-    The last linear is inverted by least squares, which leaves ``dim`` equations for every time step in ``dim``
-    unknowns. They are solved in float64 by Levenberg and Marquardt's method from p = 0, over a part of the time steps,
+    The last linear is inverted by least squares, by its normal equations: the library's solver for the problem itself
+    gives other last bits from call to call. That leaves ``dim`` equations for every time step in ``dim`` unknowns. They
+    are solved in float64 by Levenberg and Marquardt's method from p = 0, over a part of the time steps,
     which is more than enough.
 
     Args:
@@ -192,6 +199,9 @@ def solve_time_position(state: Mapping[str, Tensor], table: Tensor, frequencies:
 
     Returns:
         (dim,) float32; the nearest found where no position fits.
+
+    Raises:
+        torch.linalg.LinAlgError: the weights of keys and values are not of full column rank.
     """
     depth = sum(name.endswith(".cross_attn.k.weight") for name in state)
     kv = [f"blocks.{i}.cross_attn.{part}" for i in range(depth) for part in "kv"]

@@ -181,13 +181,47 @@ def test_a_distillations_channels_are_in_the_order_of_its_start(
     written(packed, start)
     payload = load_checkpoint(moved / CHECKPOINT)
     payload["config"]["distill"] = {"start": str(packed)}
+    payload["start_sha256"] = state_sha256(load_supernet(packed).network.state_dict())
     written(moved, payload)
     small = tmp_path / "distilled"
     pack(moved / CHECKPOINT, small / CHECKPOINT)
     assert torch.equal(load_checkpoint(small / CHECKPOINT)[COMPACT]["orders"][0]["channels"], orders[0]["channels"])
-    shutil.rmtree(packed)
-    with pytest.raises(CompactError, match=r"started from \(.*small\) is missing or of another"):
-        pack(moved / CHECKPOINT, tmp_path / "x.pt")
+    orders[0]["channels"] = orders[0]["channels"].flip(0)
+    written(packed, start)
+    for _ in range(2):  # another one in its place, then none
+        with pytest.raises(CompactError, match=r"started from \(.*small\) is missing or holds other weights"):
+            pack(moved / CHECKPOINT, tmp_path / "x.pt")
+        shutil.rmtree(packed, ignore_errors=True)
+    moved.rename(packed)  # nor is it its own start
+    with pytest.raises(CompactError, match=r"started from \(.*small\) is missing or holds other weights"):
+        pack(packed / CHECKPOINT, tmp_path / "x.pt")
+
+
+def test_a_folder_of_the_name_of_what_it_is_packed_against_is_read(moved: Path, packed: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / packed.name
+    pack(moved / CHECKPOINT, elsewhere / CHECKPOINT, against=packed)
+    assert OF_START in load_checkpoint(elsewhere / CHECKPOINT)["sampler"]
+    assert load_supernet(elsewhere).sampler({})["averaged"]
+
+
+def test_the_policy_that_the_result_needs_is_not_replaced(supernet_run: Path, tmp_path: Path) -> None:
+    payload = load_checkpoint(supernet_run / CHECKPOINT)
+    policy = tmp_path / "policy"
+    shutil.copytree(payload["config"]["supernet"]["warm_start"], policy)
+    payload["config"]["supernet"]["warm_start"] = str(policy)
+    run = written(tmp_path / "run", payload)
+    before = sorted(file.name for file in policy.iterdir())
+    with pytest.raises(CompactError, match="would replace what it is packed against"):
+        pack(run / CHECKPOINT, policy / CHECKPOINT)
+    assert sorted(file.name for file in policy.iterdir()) == before
+
+
+def test_a_sampler_of_a_whole_start_comes_without_its_moments(moved: Path, supernet_run: Path, tmp_path: Path) -> None:
+    against = tmp_path / "against" / CHECKPOINT
+    payload = load_checkpoint(moved / CHECKPOINT)
+    pack(moved / CHECKPOINT, against, against=supernet_run)
+    assert OF_START in load_checkpoint(against)["sampler"] and "optimizer" in payload["sampler"]
+    assert "optimizer" not in sampler_state(against, load_checkpoint(against), {})
 
 
 def test_a_supernet_of_another_policy_is_refused_to_pack_against(moved: Path, packed: Path, tmp_path: Path) -> None:

@@ -325,3 +325,14 @@ def test_the_policy_of_a_bundle_is_the_same_bit_for_bit_whenever_it_is_read() ->
         elsewhere.append(torch.zeros(1000 + 37 * size))
         found.append(read_policy_weights(folder, config).state["memory_position"])
     assert all(torch.equal(position, found[0]) for position in found)
+
+
+def test_weights_from_which_no_time_token_follows_are_refused(trained_run: Path) -> None:
+    network = load_trained(trained_run).network
+    state = dict(network.state_dict())
+    table = network.timestep_keys_values(torch.arange(4))
+    for name in [name for name in state if ".cross_attn.k.w" in name or ".cross_attn.v.w" in name]:
+        state[name] = torch.cat([torch.zeros_like(state[name][:, :1]), state[name][:, 1:]], dim=1)
+    state["memory_position"] = state["memory_position"][:, 1:]
+    with pytest.raises(WarmStartError, match=r"timestep\.onnx: .* deficient rank"):
+        graph_weights.with_time_position(state, table, network.config, Path("timestep.onnx"))

@@ -85,7 +85,10 @@ def _after(own: Cost, start: Path, written: str) -> Cost:
     """The cost of a distillation and of the supernet before it."""
     file = start / CHECKPOINT if start.is_dir() else start
     if not file.is_file():
-        return own.model_copy(update={"source": f"{own.source}; without {written}, which it started from"})
+        alone = "" if own.hours is None else f", {own.hours:.2f} h of it alone"
+        return own.model_copy(
+            update={"hours": None, "source": f"{own.source}; without {written}, which it started from{alone}"}
+        )
     payload = load_checkpoint(file)
     meaning = policy_meaning(file, payload)
     before = training_cost(file, meaning.config, meaning.step, payload, None)

@@ -278,6 +278,10 @@ def test_hours_of_a_distillation_include_those_of_the_supernet_before_it(
     stated = StatedCost(hours=7.0, source="a note")
     told = cost.training_cost(tmp_path / "checkpoint.pt", config, 4, {}, stated)
     assert told.hours == 7.0 and "a note" in told.source and told.steps == known.steps
+    monkeypatch.setattr(cost, "event_hours", lambda folder: 1.0)
+    lost = config.model_copy(update={"distill": DistillConfig(start=str(tmp_path / "gone"), denoising_steps=2)})
+    told = cost.training_cost(tmp_path / "checkpoint.pt", lost, 4, {}, stated)
+    assert told.hours == 7.0 and "1.00 h of it alone" in told.source
 
 
 def test_saving_what_was_only_printed_is_refused(tiny_comparison: Callable[..., Path], command: Command) -> None:
