@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from lifecycle_msgs.msg import Transition
@@ -145,7 +145,7 @@ class LifecycleManagerNode(ManagedNode):
                     if peer.state == wanted_from:
                         yield from self._change_or_report(peer, transition)
         except BringUpError as error:
-            yield from self._give_up(error, first)
+            yield from self._give_up((yield from self._or_rivals(error)), first)
             return
         for peer in self.peers:  # also those that were active before a restart of this node
             peer.wanted = peer.state == ACTIVE
@@ -177,6 +177,16 @@ class LifecycleManagerNode(ManagedNode):
         texts = [f"{path} (processes {' and '.join(r.pid for r in rs)})" for path, rs in found.items() if rs]
         if texts:
             raise DuplicateError(f"another stack runs under the same names: {', '.join(texts)}; {RIVAL_ADVICE}")
+
+    def _or_rivals(self, error: BringUpError) -> Generator[None, None, BringUpError]:
+        """What a bring-up failed for: another stack, where one that was not discovered before shows itself now."""
+        if not isinstance(error, DuplicateError):
+            try:
+                yield from self._look_for_rivals()
+            except DuplicateError as duplicate:
+                self._in_charge = False
+                return duplicate
+        return error
 
     def _change_or_report(self, peer: Peer, transition: int) -> Steps:
         try:

@@ -110,6 +110,35 @@ def test_a_refused_configure_takes_the_others_down_again(graph: Graph) -> None:
     assert graph.state("a") == "inactive"
 
 
+LATE = """
+import sys
+from dcqfa_ros.nodes import lifecycle_manager_node as module
+
+look, looked = module.LifecycleManagerNode._look_for_rivals, []
+
+def late(self):
+    looked.append(1)
+    if len(looked) > 1:
+        yield from look(self)
+
+module.LifecycleManagerNode._look_for_rivals = late
+sys.exit(module.main())
+"""
+
+
+def test_another_stack_that_is_discovered_late_is_named_and_left_alone(graph: Graph, tmp_path: Path) -> None:
+    toys(graph, "a")
+    manage(graph, "a")
+    graph.wait_graph("active")
+    toys(graph, "a", fail_in="start")
+    program = tmp_path / "late.py"
+    program.write_text(LATE)
+    second = graph.spawn_node(str(program), MANAGER, node_names="[a]")
+    assert second.wait() == 1
+    assert "another stack runs under the same names: " in second.output
+    assert "Traceback" not in second.output
+
+
 def test_an_optional_node_that_refuses_does_not_keep_the_graph_down(graph: Graph) -> None:
     toys(graph, "a")
     toys(graph, "extra", fail_in="setup")
