@@ -22,7 +22,7 @@ from dcqfa_ros.runtime.parity import fixed_observation
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
 from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S
 from dcqfa_ros.runtime.swaps import HostOptions, SwapResult
-from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
+from dcqfa_ros.runtime.synchronizer import Frame, ObservationSynchronizer
 from dcqfa_ros.runtime.variant_host import VariantHost
 from dcqfa_ros.runtime.worker_main import resident_bytes
 
@@ -156,8 +156,8 @@ class Cell:
             self._problem = self._problem or reason
             self._changed.notify_all()
 
-    def _take(self, stamp_ns: int, actions: NDArray[np.float32], _: float) -> None:
-        first = self._consumed.get(stamp_ns)
+    def _take(self, frame: Frame, actions: NDArray[np.float32], _: float) -> None:
+        first = self._consumed.get(frame.stamp_ns)
         if first is not None:  # else it is too late by far
             self.tick.push(first, actions)
         with self._changed:

@@ -31,6 +31,7 @@ from dcqfa_ros.ros.realtime_parameters import RealtimeParameters
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
 from dcqfa_ros.runtime.recent_latencies import RecentLatencies
+from dcqfa_ros.runtime.synchronizer import Frame
 
 STOP_S = 0.5
 
@@ -197,9 +198,9 @@ class PolicyNode(ManagedNode):
 
     # what the session asks for, on the inference thread
 
-    def _publish_chunk(self, stamp_ns: int, actions: NDArray[np.float32], inference_ms: float) -> None:
+    def _publish_chunk(self, frame: Frame, actions: NDArray[np.float32], inference_ms: float) -> None:
         self._recent.add(inference_ms)
-        self._outputs.publish(stamp_ns, actions, inference_ms)
+        self._outputs.publish(frame, actions, inference_ms)
 
     def _tell_problem(self, reason: str) -> None:
         self.event(2, f"no further commands in this episode: {reason}", reason=reason)

@@ -16,6 +16,7 @@ from dcqfa_ros.ros.conversions import planar_chunk_message
 from dcqfa_ros.ros.node import ManagedNode
 from dcqfa_ros.runtime.errors import PolicyError
 from dcqfa_ros.runtime.histogram import Histogram
+from dcqfa_ros.runtime.synchronizer import Frame
 
 _TWIST = 6
 _OPEN_FROM = 0.5  # of a binary gripper's output
@@ -31,7 +32,7 @@ class PolicyOutputs:
         self._chunks: Any = None
         self._grippers: Any = None
         self._lock = threading.Lock()
-        self._overhead = Histogram()
+        self._overhead, self._since_stamp = Histogram(), Histogram()
         self._published = 0
 
     def check(self, bundle: Bundle) -> None:
@@ -90,19 +91,20 @@ class PolicyOutputs:
         """Measure overhead anew: an episode begins."""
         with self._lock:
             self._overhead.clear()
+            self._since_stamp.clear()
 
-    def publish(self, stamp_ns: int, actions: NDArray[np.float32], inference_ms: float | None = None) -> None:
+    def publish(self, frame: Frame, actions: NDArray[np.float32], inference_ms: float) -> None:
         """Publish actions (n, Da) in the bundle's units.
 
         Args:
-            stamp_ns: of the observation they were computed from.
+            frame: the observation they were computed from, the newest of its history.
             actions: row 0 belongs to the observation's time.
-            inference_ms: how long the engine took; what else passed since the stamp is the overhead.
+            inference_ms: how long the engine took; what else passed since the frame's newest picture is the overhead.
 
         Raises:
             PolicyError: no bundle is open.
         """
-        action = self._action
+        action, stamp_ns = self._action, frame.stamp_ns
         if action is None:
             raise PolicyError("policy outputs are not open")
         if action.space is ActionSpace.PLANAR_POSITION:
@@ -116,12 +118,17 @@ class PolicyOutputs:
                 self._grippers.publish(self._openings.serialized(stamp_ns, np.clip(openings, 0.0, 1.0)))
             self._chunks.publish(self._twists.serialized(stamp_ns, actions[:, :_TWIST]))
         self._published += 1
-        if inference_ms is not None:
-            passed_ns = self._node.get_clock().now().nanoseconds - stamp_ns
-            with self._lock:
-                self._overhead.add(passed_ns - round(inference_ms * 1e6))
+        besides_ns = self._node.get_clock().now().nanoseconds - round(inference_ms * 1e6)
+        with self._lock:
+            self._overhead.add(besides_ns - frame.newest_ns)
+            self._since_stamp.add(besides_ns - stamp_ns)
 
     def figures(self) -> dict[str, str]:
-        """Chunks published; from an observation's stamp to its chunk's publication less inference, this episode, ms."""
+        """Chunks published, and what passed until a chunk's publication less inference, this episode, ms.
+
+        ``overhead`` counts from the newest picture of the observation, ``since_stamp`` from the observation's stamp: of
+        cameras that run freely, one may take its picture a little after the one that gives the stamp.
+        """
         with self._lock:
-            return {"published": str(self._published), **self._overhead.figures("overhead")}
+            overhead, since_stamp = self._overhead.figures("overhead"), self._since_stamp.figures("since_stamp")
+        return {"published": str(self._published), **overhead, **since_stamp}

@@ -41,8 +41,8 @@ class SessionHooks:
     """What a session asks of its owner.
 
     Attributes:
-        publish: sends a chunk: stamp of its observation (ns), actions (n, Da) in the bundle's units, and what the
-            engine's worker took (ms).
+        publish: sends a chunk: its observation's frame, actions (n, Da) in the bundle's units, and what the engine's
+            worker took (ms).
         problem: told once per episode why no further command is sent.
         lost: told when the engine's worker has died.
         steps: denoising steps to use now; None for the bundle's.
@@ -51,7 +51,7 @@ class SessionHooks:
         advice: told what was changed, where delay or execution horizon do not fit the bundle's chunks.
     """
 
-    publish: Callable[[int, NDArray[np.float32], float], None]
+    publish: Callable[[Frame, NDArray[np.float32], float], None]
     problem: Callable[[str], None]
     lost: Callable[[str], None]
     steps: Callable[[], int | None]
@@ -201,7 +201,7 @@ class PolicySession:
             if self._episode is not episode or halt.is_set():
                 return False  # the arm was disarmed meanwhile: no command after a stop
             published = self._schedule.take(inference, stamp_ns, actions)
-            self._hooks.publish(stamp_ns, published.actions, (answered - asked) * 1e3)
+            self._hooks.publish(frames[-1], published.actions, (answered - asked) * 1e3)
             now = time.monotonic()
             latency_s = self._age_s(stamp_ns, now - begin)
             computed_by = self.host.engine, variant, steps

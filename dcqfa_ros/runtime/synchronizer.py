@@ -44,10 +44,18 @@ PICTURES = ("image", "depth")
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One complete time step: stamp (ns) and an array per key."""
+    """One complete time step.
+
+    Attributes:
+        stamp_ns: of the reference.
+        values: an array per key.
+        newest_ns: stamp of the newest picture among them, ``stamp_ns`` where none is newer: the frame could not have
+            been complete before it was taken.
+    """
 
     stamp_ns: int
     values: Mapping[str, NDArray[Any]]
+    newest_ns: int
 
 
 @dataclass(slots=True)
@@ -109,8 +117,8 @@ class _Key:
         self.samples.append(sample)
         self.samples.extend(reversed(later))
 
-    def at(self, stamp_ns: int) -> tuple[NDArray[Any] | None, str]:
-        """Value for a frame at ``stamp_ns``; or None, and what is missing."""
+    def at(self, stamp_ns: int) -> tuple[_Sample | None, str]:
+        """Sample for a frame at ``stamp_ns``; or None, and what is missing."""
         limit = self.tolerance_ns
         if self.is_window:
             return self._window(stamp_ns)
@@ -119,10 +127,10 @@ class _Key:
             return None, "has not come yet"
         apart = abs(found.stamp_ns - stamp_ns)
         if apart <= limit:
-            return found.value, ""
+            return found, ""
         return None, f"is {apart / 1e6:.1f} ms from it at the nearest, its tolerance is {limit / 1e6:g} ms"
 
-    def _window(self, stamp_ns: int) -> tuple[NDArray[Any] | None, str]:
+    def _window(self, stamp_ns: int) -> tuple[_Sample | None, str]:
         count, limit = self.spec.shape[0], self.tolerance_ns
         chosen = [s for s in self.samples if s.stamp_ns <= stamp_ns][-count:]
         if len(chosen) < count:
@@ -133,7 +141,7 @@ class _Key:
         gap = max((b.stamp_ns - a.stamp_ns for a, b in pairwise(chosen)), default=0)
         if gap > 1e9 / self.spec.rate_hz + limit:
             return None, f"has a gap of {gap / 1e6:.1f} ms, expected a sample every {1e3 / self.spec.rate_hz:g} ms"
-        return np.stack([s.value for s in chosen]), ""
+        return _Sample(chosen[-1].stamp_ns, np.stack([s.value for s in chosen])), ""
 
 
 class ObservationSynchronizer:
@@ -252,13 +260,12 @@ class ObservationSynchronizer:
         waiting: list[_Sample] = []
         news = False
         for reference in self._pending:
-            values = self._others(reference.stamp_ns) if self._touches(entry, stamp_ns, reference.stamp_ns) else None
-            if values is None:
+            samples = self._others(reference.stamp_ns) if self._touches(entry, stamp_ns, reference.stamp_ns) else None
+            if samples is None:
                 waiting.append(reference)
                 continue
-            values[self.reference] = reference.value
-            whole = {name: values[name] for name in self.specs}
-            insort(self._frames, Frame(reference.stamp_ns, whole), key=lambda frame: frame.stamp_ns)  # type: ignore[arg-type]
+            samples[self.reference] = reference
+            insort(self._frames, self._frame(reference.stamp_ns, samples), key=lambda frame: frame.stamp_ns)  # type: ignore[arg-type]
             self._waiting_ns, news = None, True
         self._pending = waiting
         if news:
@@ -271,16 +278,20 @@ class ObservationSynchronizer:
             return stamp_ns == reference_ns
         return stamp_ns <= reference_ns if entry.is_window else abs(stamp_ns - reference_ns) <= entry.tolerance_ns
 
-    def _others(self, stamp_ns: int) -> dict[str, NDArray[Any]] | None:
-        """Values of all keys but the reference for a frame, None where one has not come; asked at every sample."""
-        values: dict[str, NDArray[Any]] = {}
+    def _frame(self, stamp_ns: int, samples: Mapping[str, _Sample]) -> Frame:
+        newest_ns = max([stamp_ns, *(s.stamp_ns for name, s in samples.items() if self.specs[name].type in PICTURES)])
+        return Frame(stamp_ns, {name: samples[name].value for name in self.specs}, newest_ns)
+
+    def _others(self, stamp_ns: int) -> dict[str, _Sample] | None:
+        """Samples of all keys but the reference for a frame, None where one has not come; asked at every sample."""
+        samples: dict[str, _Sample] = {}
         for name, key in self._cheapest_first:
             if name != self.reference:
-                value, _ = key.at(stamp_ns)
-                if value is None:
+                sample, _ = key.at(stamp_ns)
+                if sample is None:
                     return None
-                values[name] = value
-        return values
+                samples[name] = sample
+        return samples
 
     def _expired(self) -> int:
         """Return how many frames no history reaches back to any more."""

@@ -49,7 +49,7 @@ class Bench:
         self.problems: list[str] = []
         self.lost: list[str] = []
         hooks = SessionHooks(
-            publish=lambda stamp, *_: self.sent.append(stamp),
+            publish=lambda frame, *_: self.sent.append(frame.stamp_ns),
             problem=self.problems.append,
             lost=self.lost.append,
             steps=lambda: None,

@@ -209,6 +209,16 @@ def test_a_sample_of_the_same_tick_is_waited_for_and_one_between_two_ticks_is_no
     assert newest(sync).stamp_ns == 1133 * MS
 
 
+@pytest.mark.parametrize(("wrist", "newest_ms"), [(1102, 1102), (1098, 1100)])
+def test_a_frame_knows_its_newest_picture_and_no_state_counts_as_one(wrist, newest_ms):
+    sync = cell()
+    feed(sync, "wrench", *range(1000, 1120, 10))
+    feed(sync, "front", 1100)
+    feed(sync, "joints", 1110)
+    feed(sync, "wrist", wrist)
+    assert (newest(sync).stamp_ns, newest(sync).newest_ns) == (1100 * MS, newest_ms * MS)
+
+
 def test_the_newest_complete_frame_wins_and_nothing_queues():
     sync = cell()
     for stamp in range(1000, 3000, 33):
