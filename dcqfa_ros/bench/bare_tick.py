@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from dcqfa_ros.bench.processes import BenchError, end, result, run_module
 from dcqfa_ros.runtime.realtime import RealtimeSettings, apply
-from dcqfa_ros.runtime.ticker import Ticker
+from dcqfa_ros.runtime.ticker import STALLS, Stall, Ticker
 
 NAME = "reference tick"
 
@@ -44,6 +44,22 @@ def start(rate_hz: float, priority: int) -> subprocess.Popen[str]:
         end(process)
         raise
     return process
+
+
+def missed_alone(stalls: Sequence[Stall], others: Sequence[Stall], period_ns: int) -> int | None:
+    """Ticks missed in ``stalls`` (deadline, begin; ns) whose deadline lies in none of ``others``.
+
+    A process sees a stall from its next deadline on, so a stall of ``others`` may have begun a period before. None
+    where either list is so long that it may lack the oldest.
+    """
+    if max(len(stalls), len(others)) >= STALLS:
+        return None
+    missed = (
+        deadline + number * period_ns
+        for deadline, begin in stalls
+        for number in range(1, (begin - deadline) // period_ns + 1)
+    )
+    return sum(not any(start - period_ns <= late <= end for start, end in others) for late in missed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

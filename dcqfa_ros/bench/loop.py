@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.memory import process_tree
 from dcqfa_ros.ros.qos import qos
 from dcqfa_ros.ros.testing import Graph, Spawned, wait_until
+from dcqfa_ros.runtime.ticker import Stall, stalls_of
 from dcqfa_ros.sim.inovo import InovoEmulator
 
 CAMERA_NODE, POLICY_NODE = "dcqfa_ros.nodes.camera_node", "dcqfa_ros.nodes.policy_node"
 JITTER_LIMIT_MS, OVERHEAD_LIMIT_MS = 2.0, 5.0
 _SETTLE_S = 3.0  # from the first chunk: imports, discovery and the first allocations are over
 _POLL_S = 0.25
+Figures = tuple[Mapping[str, str], Mapping[str, str], float]  # of arm and policy, and when the latter came
 BELOW_ARM = 10  # priority of cameras and policy below that of the arm
 
 
@@ -42,6 +44,7 @@ class LoopBench:
     Attributes:
         jitter_p50_ms, jitter_p99_ms, jitter_max_ms: how late control ticks began, all of them since the last arming.
         missed: ticks that began over a full period late.
+        missed_alone: of these, those that the process that only ticks has not seen late; None where not all are known.
         ticks: in the measured span.
         reference_missed, reference_max_ms: of a process that only ticks, at the same rate and a priority above: what
             delays it, the kernel or the host of a virtual machine did.
@@ -70,6 +73,7 @@ class LoopBench:
     jitter_p99_ms: float
     jitter_max_ms: float
     missed: int
+    missed_alone: int | None
     ticks: int
     reference_missed: int
     reference_max_ms: float
@@ -167,6 +171,7 @@ class _Run:
             "policy_node": graph.spawn_node(POLICY_NODE, "policy_node", **policy),
         }
         self._stops: list[str] = []
+        self._stalls: set[Stall] = set()  # that the arm has told
         self._reports: dict[str, tuple[Mapping[str, str], float]] = {}  # newest values, and when they came
         entry = interface("diagnostics")
         graph.node.create_subscription(entry.message_class(), entry.name, self._hear, qos(entry.qos))
@@ -174,6 +179,7 @@ class _Run:
     def _hear(self, message: Any) -> None:
         for report in from_message(message):
             self._reports[f"{report.node}/{report.status.name}"] = report.status.values, time.monotonic()
+            self._stalls.update(stalls_of(report.status.values.get("stalls", "")))
 
     def _values(self, name: str) -> Mapping[str, str]:
         return self._reports.get(name, ({}, 0.0))[0]
@@ -207,18 +213,21 @@ class _Run:
             processes.end(tick)
         seen = conditions()
         self._reports.clear()
+        after = self._figures()  # with it come the last stalls
+        alone = self._missed_alone(before, after, round(begun * 1e9), reference["stalls"])
         cpu = {name: round((used - cpu_before.get(name, 0.0)) / span, 4) for name, used in cpu_after.items()}
-        return self._result(seconds, span, before, self._figures(), cpu, seen, reference)
+        return self._result(seconds, span, before, after, cpu, seen, reference, alone)
 
     def _result(
         self,
         seconds: float,
         span: float,
-        before: tuple[Mapping[str, str], Mapping[str, str], float],
-        after: tuple[Mapping[str, str], Mapping[str, str], float],
+        before: Figures,
+        after: Figures,
         cpu: dict[str, float],
         seen: Conditions,
         reference: Mapping[str, Any],
+        alone: int | None,
     ) -> LoopBench:
         (arm, policy, at), (arm_before, policy_before, at_before) = after, before
         pictures = _pictures(policy) - _pictures(policy_before)
@@ -226,13 +235,14 @@ class _Run:
         inference = float(policy["inference_p50_ms"])
         jitter, overhead = float(arm["jitter_p99_ms"]), float(policy["overhead_p99_ms"])
         size = self._size
-        missed = int(arm["missed_ticks_in_all"]) - int(arm_before["missed_ticks_in_all"])  # also of before a stop
+        missed = _missed(before, after)
         problem = self._problem(seen)
         return LoopBench(
             jitter_p50_ms=float(arm["jitter_p50_ms"]),
             jitter_p99_ms=jitter,
             jitter_max_ms=float(arm["jitter_max_ms"]),
             missed=missed,
+            missed_alone=alone,
             ticks=int(arm["ticks"]) - int(arm_before["ticks"]),
             reference_missed=int(reference["missed"]),
             reference_max_ms=float(reference["max_ms"]),
@@ -260,6 +270,12 @@ class _Run:
             goals_met=jitter < JITTER_LIMIT_MS and overhead < OVERHEAD_LIMIT_MS and not missed and not self._stops,
             problem=problem,
         )
+
+    def _missed_alone(self, before: Figures, after: Figures, begun_ns: int, others: Sequence[Stall]) -> int | None:
+        period_ns = round(1e9 / self._rate_hz)
+        stalls = sorted(stall for stall in self._stalls if stall[0] >= begun_ns)
+        told = sum((begin - deadline) // period_ns for deadline, begin in stalls)
+        return bare_tick.missed_alone(stalls, others, period_ns) if told == _missed(before, after) else None
 
     def _problem(self, seen: Conditions) -> str | None:
         cores = available_cores()
@@ -297,7 +313,7 @@ class _Run:
             if node.process.poll() is not None:
                 raise BenchError(f"{name} ended: {node.output[-500:]}")
 
-    def _figures(self) -> tuple[Mapping[str, str], Mapping[str, str], float]:
+    def _figures(self) -> Figures:
         """Newest reports of arm and policy, and when the latter came."""
         wait_until(lambda: {"arm_node/arm", "policy_node/policy"} <= self._reports.keys(), "reports")
         policy, at = self._reports["policy_node/policy"]
@@ -311,6 +327,11 @@ class _Run:
         used["policy_worker"] = sum(cpu_seconds(pid) for pid in workers)
         used["bench"] = time.process_time()
         return used
+
+
+def _missed(before: Figures, after: Figures) -> int:
+    """Ticks missed in between, also those of before a stop."""
+    return int(after[0]["missed_ticks_in_all"]) - int(before[0]["missed_ticks_in_all"])
 
 
 def _list(values: tuple[str, ...]) -> str:

@@ -26,12 +26,10 @@ from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap_cell import Left, running_cell
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
-from dcqfa_ros.runtime.ticker import STALLS
 from dcqfa_ros.runtime.worker import worker_environment
 
 _SAMPLES = 5  # of the memory, at either end
 GROWTH_LIMIT = 2.0  # percent
-Stall = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +222,7 @@ def run_swap_bench(
         reference_max_ms=None if reference is None else float(reference["max_ms"]),
         missed_alone=None
         if reference is None
-        else missed_alone(tick.stalls, reference["stalls"], round(1e9 / rate_hz)),
+        else bare_tick.missed_alone(tick.stalls, reference["stalls"], round(1e9 / rate_hz)),
         conditions=seen,
         goals_met=not (tick.missed or failed or workers or files) and descriptors <= 0 and growth <= GROWTH_LIMIT,
     )
@@ -237,22 +235,6 @@ def _told(bare: subprocess.Popen[str]) -> dict[str, Any] | None:
     except BenchError as error:
         print(error, file=sys.stderr)
         return None
-
-
-def missed_alone(stalls: Sequence[Stall], others: Sequence[Stall], period_ns: int) -> int | None:
-    """Ticks missed in ``stalls`` (deadline, begin; ns) whose deadline lies in none of ``others``.
-
-    A process sees a stall from its next deadline on, so a stall of ``others`` may have begun a period before. None
-    where either list is so long that it may lack the oldest.
-    """
-    if max(len(stalls), len(others)) >= STALLS:
-        return None
-    missed = (
-        deadline + number * period_ns
-        for deadline, begin in stalls
-        for number in range(1, (begin - deadline) // period_ns + 1)
-    )
-    return sum(not any(start - period_ns <= late <= end for start, end in others) for late in missed)
 
 
 def _percentile(values: Sequence[float], share: float, digits: int) -> float:

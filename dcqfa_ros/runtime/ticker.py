@@ -12,6 +12,8 @@ from dcqfa_ros.runtime.realtime import processor_ticks, scheduling, steal_share
 
 JITTER_WINDOW = 1000
 STALLS = 500  # of the newest that are kept
+_TOLD = 10  # of the newest that a report names
+Stall = tuple[int, int]  # deadline and begin of a late tick, monotonic ns
 
 
 class Ticker:
@@ -34,7 +36,7 @@ class Ticker:
         self.missed = self.missed_in_all = 0
         self.ticks = 0
         self.jitter = Histogram()
-        self.stalls: deque[tuple[int, int]] = deque(maxlen=STALLS)
+        self.stalls: deque[Stall] = deque(maxlen=STALLS)
         self._late: deque[int] = deque(maxlen=JITTER_WINDOW)
         self._busy: deque[int] = deque(maxlen=JITTER_WINDOW)
         self._begin = 0
@@ -92,7 +94,8 @@ class Ticker:
 
         Counts; lateness and work of the last 1,000 ticks (``late_...``, ``work_...``) and of all since
         :meth:`count_anew` (``jitter_...``), ms; load; the share of processor time that the hypervisor took since then
-        (``steal_share``, 0 to 1); scheduler, priority and processors of the thread that ticks, as the system says.
+        (``steal_share``, 0 to 1); scheduler, priority and processors of the thread that ticks, as the system says; the
+        newest stalls (:func:`stalls_of` reads them).
         """
         processor = processor_ticks()
         stolen = steal_share(self._processor, processor)
@@ -105,12 +108,24 @@ class Ticker:
             **_percentiles("late", self._late),
             **_percentiles("work", self._busy),
             **self.jitter.figures("jitter"),
+            "stalls": " ".join(
+                f"{deadline / 1e9:.6f}+{(begin - deadline) / 1e6:.3f}" for deadline, begin in list(self.stalls)[-_TOLD:]
+            ),
             "load_1min": f"{os.getloadavg()[0]:.2f}",
             "steal_ticks": str(processor[7]) if processor else "",
             "steal_share": "" if stolen is None else f"{stolen:.4f}",
             "scheduler": thread.text if thread else "",
             "cpus": ",".join(map(str, thread.cpus)) if thread else "",
         }
+
+
+def stalls_of(text: str) -> list[Stall]:
+    """Read a report's stalls, each told as deadline (monotonic s) and lateness (ms): ``81234.567891+12.345``."""
+    found = []
+    for deadline, late in (stall.split("+") for stall in text.split()):
+        begun = round(float(deadline) * 1e9)
+        found.append((begun, begun + round(float(late) * 1e6)))
+    return found
 
 
 def _percentiles(name: str, values: deque[int]) -> dict[str, str]:

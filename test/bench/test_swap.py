@@ -13,11 +13,10 @@ import pytest
 
 from dcqfa_ros.bench import bare_tick, swap_cell
 from dcqfa_ros.bench.processes import BenchError, children
-from dcqfa_ros.bench.swap import missed_alone, run_swap_bench
+from dcqfa_ros.bench.swap import run_swap_bench
 from dcqfa_ros.bench.swap_cell import running_cell
 from dcqfa_ros.bench.swap_tick import TickProcess
 from dcqfa_ros.bundle.load import load_bundle
-from dcqfa_ros.runtime.ticker import STALLS
 from test.runtime.conftest import policy_bundle
 
 __all__ = ["policy_bundle"]
@@ -47,17 +46,6 @@ def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle,
     assert bench.missed_alone is not None and 0 < bench.missed_alone <= bench.missed_ticks
     assert bench.missed_ticks >= 5 and bench.jitter_max_ms > 50.0 and not bench.goals_met
     assert bench.conditions.load_1min > 0.0 and bench.tick_scheduler.startswith("SCHED_")
-
-
-def test_ticks_missed_in_a_stall_that_others_share_are_not_missed_alone() -> None:
-    period = 10
-    ours = [(100, 125), (200, 212), (300, 318), (400, 406)]  # missed: 110 and 120, 210, 310, none
-    assert missed_alone(ours, [], period) == 4
-    assert missed_alone(ours, [(95, 111)], period) == 3, "the tick of 120 was missed alone"
-    assert missed_alone(ours, [(95, 121), (217, 230), (305, 320)], period) == 0
-    assert missed_alone(ours, [(221, 230), (340, 350)], period) == 4
-    assert missed_alone([], [(0, 1000)], period) == 0
-    assert missed_alone(ours, [(0, 6)] * STALLS, period) is None
 
 
 def test_a_lost_reference_process_loses_no_exchange(policy_bundle, monkeypatch, capfd) -> None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from dcqfa_ros.runtime import ticker as module
-from dcqfa_ros.runtime.ticker import Ticker
+from dcqfa_ros.runtime.ticker import Ticker, stalls_of
 
 
 class Clock:
@@ -43,7 +43,19 @@ def test_a_tick_is_missed_only_when_it_is_over_a_full_period_late(clock):
     ticker.wait(halt)
     assert len(ticker.stalls) == 3
     ticker.count_anew()
-    assert not ticker.stalls and ticker.missed == 0
+    assert not ticker.stalls and ticker.missed == 0 and stalls_of(ticker.report()["stalls"]) == []
+
+
+def test_the_newest_stalls_are_told_and_read_back(clock):
+    ms = 1_000_000
+    ticker, halt = Ticker(10 * ms), threading.Event()
+    for number in range(1, 13):
+        clock.now = number * 1_000 * ms + 6 * ms
+        ticker.restart(1)
+        clock.now += 12 * ms
+        ticker.wait(halt)
+    told = stalls_of(ticker.report()["stalls"])
+    assert len(told) == 10 and told[-1] == (12_006 * ms, 12_018 * ms) and told[0][0] == 3_006 * ms
 
 
 def test_a_pause_after_restart_is_no_miss(clock):
