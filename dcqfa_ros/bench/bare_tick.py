@@ -1,8 +1,8 @@
-"""A process that ticks and does nothing else: what delays it delays every process of this computer.
+"""Processes that tick and do nothing else, one per processor: what delays one delays every process on its processor.
 
-Runs until its standard input ends, then prints one line of JSON: ``missed``, ``max_ms`` (lateness), ``scheduler``, and
-``stalls``, deadline and begin of the newest ticks that began half a period late or more (monotonic ns).
-Beside a measured control tick it tells what the kernel, or the host of a virtual machine, did.
+Each runs until its standard input ends, then prints one line of JSON: ``missed``, ``max_ms`` (lateness), ``scheduler``,
+and ``stalls``, deadline and begin of the newest ticks that began half a period late or more (monotonic ns).
+Beside a measured control tick they tell what the kernel, or the host of a virtual machine, did.
 """
 
 from __future__ import annotations
@@ -10,56 +10,115 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dcqfa_ros.bench.processes import BenchError, end, result, run_module
 from dcqfa_ros.runtime.realtime import RealtimeSettings, apply
 from dcqfa_ros.runtime.ticker import STALLS, Stall, Ticker
 
 NAME = "reference tick"
+_MOST = 8  # processors; beyond, one process that may run on any
 
 
-def start(rate_hz: float, priority: int) -> subprocess.Popen[str]:
-    """Start the process and wait for its first tick.
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the processes have measured: ticks missed in all, the greatest lateness (ms), and the stalls of each."""
 
-    :func:`dcqfa_ros.bench.processes.result` ends it and returns what it measured.
+    missed: int
+    max_ms: float
+    stalls: tuple[tuple[Stall, ...], ...]
 
-    Args:
-        rate_hz: of the tick.
-        priority: of SCHED_FIFO, of the measured tick: this one gets the next above; 0: neither has one.
 
-    Raises:
-        BenchError: it did not begin; says why.
+class BareTicks:
+    """The running processes."""
+
+    def __init__(self, rate_hz: float, priority: int) -> None:
+        """Start them and wait for the first tick of each.
+
+        Args:
+            rate_hz: of the tick.
+            priority: of SCHED_FIFO, of the measured tick: these get the next above; 0: none has one.
+
+        Raises:
+            BenchError: one did not begin; says why. None is left.
+        """
+        processors: list[int | None] = sorted(os.sched_getaffinity(0))  # type: ignore[assignment]
+        if len(processors) > _MOST:
+            processors = [None]
+        self._processes: list[subprocess.Popen[str]] = []
+        try:
+            for processor in processors:
+                process = _spawn(rate_hz, priority, processor)
+                self._processes.append(process)
+                assert process.stdout is not None
+                if not process.stdout.readline():
+                    result(process, NAME, 10.0)
+                    raise BenchError(f"the {NAME} did not begin")
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids."""
+        return tuple(process.pid for process in self._processes)
+
+    def result(self) -> Told:
+        """End them and return what they measured.
+
+        Raises:
+            BenchError: one was lost.
+        """
+        told = [result(process, NAME, 10.0) for process in self._processes]
+        return Told(
+            sum(int(one["missed"]) for one in told),
+            max(float(one["max_ms"]) for one in told),
+            tuple(tuple((begin, late) for begin, late in one["stalls"]) for one in told),
+        )
+
+    def end(self) -> None:
+        """Kill those that still run."""
+        for process in self._processes:
+            end(process)
+
+
+def _spawn(rate_hz: float, priority: int, processor: int | None) -> subprocess.Popen[str]:
+    above = min(99, priority + 1) if priority else 0
+    pinned = () if processor is None else ("--processor", str(processor))
+    return run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(above), *pinned)
+
+
+def missed_alone(stalls: Sequence[Stall], others: Sequence[Sequence[Stall]], period_ns: int) -> int | None:
+    """Ticks that would have been missed in ``stalls`` (deadline, begin; ns) had those of ``others`` taken no time.
+
+    A process sees a stall from its next deadline on, so a stall of ``others`` may have begun a period before. A host
+    that pauses a virtual machine does so in bursts: a process of a higher priority may run in between, and the measured
+    one not. None where a list is so long that it may lack the oldest.
     """
-    process = run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(min(99, priority + 1) if priority else 0))
-    assert process.stdout is not None
-    try:
-        if not process.stdout.readline():
-            result(process, NAME, 10.0)
-            raise BenchError(f"the {NAME} did not begin")
-    except BaseException:
-        end(process)
-        raise
-    return process
-
-
-def missed_alone(stalls: Sequence[Stall], others: Sequence[Stall], period_ns: int) -> int | None:
-    """Ticks missed in ``stalls`` (deadline, begin; ns) whose deadline lies in none of ``others``.
-
-    A process sees a stall from its next deadline on, so a stall of ``others`` may have begun a period before. None
-    where either list is so long that it may lack the oldest.
-    """
-    if max(len(stalls), len(others)) >= STALLS:
+    if max(map(len, (stalls, *others))) >= STALLS:
         return None
-    missed = (
-        deadline + number * period_ns
-        for deadline, begin in stalls
-        for number in range(1, (begin - deadline) // period_ns + 1)
-    )
-    return sum(not any(start - period_ns <= late <= end for start, end in others) for late in missed)
+    shared = _union([(deadline - period_ns, begin) for one in others for deadline, begin in one])
+    alone = 0
+    for deadline, begin in stalls:
+        excused = sum(max(0, min(begin, stop) - max(deadline, start)) for start, stop in shared)
+        alone += (begin - deadline - excused) // period_ns
+    return alone
+
+
+def _union(spans: Sequence[Stall]) -> list[Stall]:
+    """Spans that do not overlap, of the same points."""
+    found: list[Stall] = []
+    for span in sorted(spans):
+        if found and span[0] <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], span[1])
+        else:
+            found.append(span)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rate", type=float, help="Hz")
     parser.add_argument("priority", type=int, help="of SCHED_FIFO; 0: none")
+    parser.add_argument("--processor", type=int, help="that it runs on (default: any)")
     args = parser.parse_args(arguments)
     halt = threading.Event()
 
@@ -76,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     threading.Thread(target=listen, daemon=True).start()
     gc.disable()
-    apply(RealtimeSettings(args.priority))  # what was refused shows in the scheduler told
+    cpus = () if args.processor is None else (args.processor,)
+    apply(RealtimeSettings(args.priority, cpus))  # what was refused shows in the scheduler told
     ticker = Ticker(round(1e9 / args.rate))
     ticker.wait(threading.Event())
     ticker.done()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcqfa_ros.bench import bare_tick, processes
+from dcqfa_ros.bench import bare_tick
 from dcqfa_ros.bench.arm import ARM_NODE, PARAMETERS, available_cores, wrenches
 from dcqfa_ros.bench.arm_policy import CAMERAS, SOURCES, VARIANT, ArmPolicy, write_arm_policy
 from dcqfa_ros.bench.conditions import Conditions, watch_conditions
@@ -44,10 +44,12 @@ class LoopBench:
     Attributes:
         jitter_p50_ms, jitter_p99_ms, jitter_max_ms: how late control ticks began, all of them since the last arming.
         missed: ticks that began over a full period late.
-        missed_alone: of these, those that the process that only ticks has not seen late; None where not all are known.
+        missed_alone: what would have been missed had the stalls of the processes that only tick taken no time; None
+            where not all stalls are known.
         ticks: in the measured span.
-        reference_missed, reference_max_ms: of a process that only ticks, at the same rate and a priority above: what
-            delays it, the kernel or the host of a virtual machine did.
+        reference_missed, reference_max_ms: of processes that only tick, one per processor, at the same rate and a
+            priority above: what delays them, the kernel or the host of a virtual machine did. Ticks missed in all, and
+            the greatest lateness.
         overhead_p50_ms, overhead_p99_ms, overhead_max_ms: from the stamp of an observation's newest picture (the tick
             of its camera's frame clock) to the publication of its chunk, less inference.
         since_stamp_p50_ms, since_stamp_p99_ms: the same from the observation's own stamp, which is the first camera's:
@@ -201,20 +203,20 @@ class _Run:
         self._reports.clear()
         before, cpu_before, begun = self._figures(), self._cpu(), time.monotonic()
         conditions = watch_conditions()
-        tick = bare_tick.start(self._rate_hz, self._priority)
+        bare = bare_tick.BareTicks(self._rate_hz, self._priority)
         try:
             while (left := begun + seconds - time.monotonic()) > 0:
                 time.sleep(min(_POLL_S, left))
                 self._armed()
                 self._check_alive()
             span, cpu_after = time.monotonic() - begun, self._cpu()
-            reference = processes.result(tick, bare_tick.NAME, 10.0)
+            reference = bare.result()
         finally:
-            processes.end(tick)
+            bare.end()
         seen = conditions()
         self._reports.clear()
         after = self._figures()  # with it come the last stalls
-        alone = self._missed_alone(before, after, round(begun * 1e9), reference["stalls"])
+        alone = self._missed_alone(_missed(before, after), round(begun * 1e9), reference.stalls)
         cpu = {name: round((used - cpu_before.get(name, 0.0)) / span, 4) for name, used in cpu_after.items()}
         return self._result(seconds, span, before, after, cpu, seen, reference, alone)
 
@@ -226,7 +228,7 @@ class _Run:
         after: Figures,
         cpu: dict[str, float],
         seen: Conditions,
-        reference: Mapping[str, Any],
+        reference: bare_tick.Told,
         alone: int | None,
     ) -> LoopBench:
         (arm, policy, at), (arm_before, policy_before, at_before) = after, before
@@ -244,8 +246,8 @@ class _Run:
             missed=missed,
             missed_alone=alone,
             ticks=int(arm["ticks"]) - int(arm_before["ticks"]),
-            reference_missed=int(reference["missed"]),
-            reference_max_ms=float(reference["max_ms"]),
+            reference_missed=reference.missed,
+            reference_max_ms=reference.max_ms,
             overhead_p50_ms=float(policy["overhead_p50_ms"]),
             overhead_p99_ms=overhead,
             overhead_max_ms=float(policy["overhead_max_ms"]),
@@ -271,11 +273,11 @@ class _Run:
             problem=problem,
         )
 
-    def _missed_alone(self, before: Figures, after: Figures, begun_ns: int, others: Sequence[Stall]) -> int | None:
+    def _missed_alone(self, missed: int, begun_ns: int, others: Sequence[Sequence[Stall]]) -> int | None:
         period_ns = round(1e9 / self._rate_hz)
         stalls = sorted(stall for stall in self._stalls if stall[0] >= begun_ns)
         told = sum((begin - deadline) // period_ns for deadline, begin in stalls)
-        return bare_tick.missed_alone(stalls, others, period_ns) if told == _missed(before, after) else None
+        return bare_tick.missed_alone(stalls, others, period_ns) if told == missed else None
 
     def _problem(self, seen: Conditions) -> str | None:
         cores = available_cores()

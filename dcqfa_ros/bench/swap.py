@@ -16,11 +16,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import numpy as np
 
-from dcqfa_ros.bench import bare_tick, processes
+from dcqfa_ros.bench import bare_tick
 from dcqfa_ros.bench.conditions import Conditions, watch_conditions
 from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap_cell import Left, running_cell
@@ -58,10 +57,11 @@ class SwapBench:
         threads: of an engine.
         rate_hz, seconds, seed: what was measured.
         tick_scheduler: of the control tick's thread.
-        reference_missed, reference_max_ms: of a process that only ticks, at the same rate and a priority above: what
-            delays it, the kernel or the host of a virtual machine does. None where that process was lost.
-        missed_alone: of ``missed_ticks``, those whose deadline lies in no stall of that process (half a period late or
-            more); None where it was lost, or where there were more stalls than are kept.
+        reference_missed, reference_max_ms: of processes that only tick, one per processor, at the same rate and a
+            priority above: what delays them, the kernel or the host of a virtual machine does. Ticks missed in all, and
+            the greatest lateness. None where one was lost.
+        missed_alone: what would have been missed had the stalls of these (half a period late or more) taken no time;
+            None where one was lost, or where there were more stalls than are kept.
         conditions: what else went on; the scheduler is this process'.
         goals_met: no tick missed, no failure, memory within 2 %, nothing left.
     """
@@ -155,7 +155,7 @@ def run_swap_bench(
         gc.collect()
         gc.freeze()  # as nodes do when they are activated
         memory, results = [cell.memory()], []
-        bare = bare_tick.start(rate_hz, realtime_priority)
+        bare = bare_tick.BareTicks(rate_hz, realtime_priority)
         try:
             cell.tick.count_anew()
             chunks = cell.chunks
@@ -166,7 +166,7 @@ def run_swap_bench(
                 name = order.choice([other for other in names if other != name])
                 results.append(cell.exchange(name, runtime))
                 if name == names[0]:
-                    memory.append(cell.memory(bare.pid))
+                    memory.append(cell.memory(*bare.pids))
                 if progress and (number + 1) % 10 == 0:
                     told = f"\r{number + 1} of {swaps} exchanges, {cell.tick.missed} ticks missed"
                     print(told, end="", file=sys.stderr)
@@ -174,7 +174,7 @@ def run_swap_bench(
             seconds, seen = time.monotonic() - begin, conditions()
             reference = _told(bare)
         finally:
-            processes.end(bare)
+            bare.end()
         chunks = cell.chunks - chunks
         if name != names[0]:
             cell.exchange(names[0], runtime)
@@ -218,20 +218,20 @@ def run_swap_bench(
         seconds=round(seconds, 1),
         seed=seed,
         tick_scheduler=tick.scheduler,
-        reference_missed=None if reference is None else int(reference["missed"]),
-        reference_max_ms=None if reference is None else float(reference["max_ms"]),
+        reference_missed=None if reference is None else reference.missed,
+        reference_max_ms=None if reference is None else reference.max_ms,
         missed_alone=None
         if reference is None
-        else bare_tick.missed_alone(tick.stalls, reference["stalls"], round(1e9 / rate_hz)),
+        else bare_tick.missed_alone(tick.stalls, reference.stalls, round(1e9 / rate_hz)),
         conditions=seen,
         goals_met=not (tick.missed or failed or workers or files) and descriptors <= 0 and growth <= GROWTH_LIMIT,
     )
 
 
-def _told(bare: subprocess.Popen[str]) -> dict[str, Any] | None:
-    """What the reference process tells; its loss loses no exchange."""
+def _told(bare: bare_tick.BareTicks) -> bare_tick.Told | None:
+    """What the reference processes tell; their loss loses no exchange."""
     try:
-        return processes.result(bare, bare_tick.NAME, 10.0)
+        return bare.result()
     except BenchError as error:
         print(error, file=sys.stderr)
         return None

@@ -65,8 +65,8 @@ def _describe(b: LoopBench) -> list[str]:
             f"{b.jitter_p99_ms:.2f} ms, max {b.jitter_max_ms:.2f} ms, {b.missed} missed; {b.scheduler}"
         ),
         (
-            f"a process that only ticks: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
-            f"{'unknown' if b.missed_alone is None else b.missed_alone} ticks were missed while it was in time"
+            f"processes that only tick: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
+            f"{'unknown' if b.missed_alone is None else b.missed_alone} missed without what delayed them"
         ),
         (
             f"overhead of {b.chunks} chunks: p50 {b.overhead_p50_ms:.2f} ms, p99 {b.overhead_p99_ms:.2f} ms, max "

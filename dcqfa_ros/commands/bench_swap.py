@@ -100,8 +100,8 @@ def _describe(b: SwapBench) -> list[str]:
         *(
             [
                 (
-                    f"a process that only ticks: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
-                    f"{'unknown' if b.missed_alone is None else b.missed_alone} ticks were missed while it was in time"
+                    f"processes that only tick: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
+                    f"{'unknown' if b.missed_alone is None else b.missed_alone} missed without what delayed them"
                 )
             ]
             if b.reference_max_ms is not None

@@ -49,14 +49,14 @@ def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle,
 
 
 def test_a_lost_reference_process_loses_no_exchange(policy_bundle, monkeypatch, capfd) -> None:
-    start = bare_tick.start
+    make = bare_tick.BareTicks
 
     def lost(*given):
-        process = start(*given)
-        process.kill()
-        return process
+        ticks = make(*given)
+        os.kill(ticks.pids[-1], signal.SIGKILL)
+        return ticks
 
-    monkeypatch.setattr(bare_tick, "start", lost)
+    monkeypatch.setattr(bare_tick, "BareTicks", lost)
     bench = run_swap_bench(load_bundle(policy_bundle()), swaps=1)
     assert (bench.swaps, bench.failures, bench.fds_left, bench.workers_left) == (1, 0, 0, 0)
     assert (bench.reference_missed, bench.reference_max_ms, bench.missed_alone) == (None, None, None)
