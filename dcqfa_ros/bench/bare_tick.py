@@ -1,47 +1,60 @@
-"""Processes that tick and do nothing else, one per processor: what delays one delays every process on its processor.
+"""Processes that tick and do nothing else, one per processor: while none of them runs, the computer stands still.
 
-Each runs until its standard input ends, then prints one line of JSON: ``missed``, ``max_ms`` (lateness), ``scheduler``,
-and ``stalls``, deadline and begin of the newest ticks that began half a period late or more (monotonic ns).
-Beside a measured control tick they tell what the kernel, or the host of a virtual machine, did.
+Each waits for a line, ticks until its standard input ends, and prints one line of JSON (:func:`main`). Beside a
+measured control tick they tell what the kernel, or the host of a virtual machine, did.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcqfa_ros.bench.processes import BenchError, end, result, run_module
 from dcqfa_ros.runtime.realtime import RealtimeSettings, apply
-from dcqfa_ros.runtime.ticker import STALLS, Stall, Ticker
+from dcqfa_ros.runtime.ticker import STALLS, Stall
 
 NAME = "reference tick"
 _MOST = 8  # processors; beyond, one process that may run on any
+_FINER = 5  # ticks per period of the measured one: a stall's begin is known to a fifth of a period
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the processes have measured: ticks missed in all, the greatest lateness (ms), and the stalls of each."""
+    """What the processes have measured.
+
+    Attributes:
+        missed: periods by which they came too late, in all.
+        max_ms: the greatest lateness.
+        stood: per process, when it last ran before a tick that came half a period late or more, and when it ran again
+            (monotonic ns); the newest.
+        realtime: whether each had its priority above the measured tick's and its processor: what delays such a process
+            is none of the measured programs' work, but where they hold the kernel itself.
+    """
 
     missed: int
     max_ms: float
-    stalls: tuple[tuple[Stall, ...], ...]
+    stood: tuple[tuple[Stall, ...], ...]
+    realtime: bool
 
 
 class BareTicks:
     """The running processes."""
 
     def __init__(self, rate_hz: float, priority: int) -> None:
-        """Start them and wait for the first tick of each.
+        """Start them and let all of them begin at once.
 
         Args:
-            rate_hz: of the tick.
+            rate_hz: of the measured tick.
             priority: of SCHED_FIFO, of the measured tick: these get the next above; 0: none has one.
 
         Raises:
@@ -50,18 +63,26 @@ class BareTicks:
         processors: list[int | None] = sorted(os.sched_getaffinity(0))  # type: ignore[assignment]
         if len(processors) > _MOST:
             processors = [None]
+        self._stack = contextlib.ExitStack()
         self._processes: list[subprocess.Popen[str]] = []
-        try:
+        with contextlib.ExitStack() as started:
             for processor in processors:
-                process = _spawn(rate_hz, priority, processor)
-                self._processes.append(process)
-                assert process.stdout is not None
-                if not process.stdout.readline():
-                    result(process, NAME, 10.0)
-                    raise BenchError(f"the {NAME} did not begin")
-        except BaseException:
-            self.end()
-            raise
+                self._processes.append(_spawn(rate_hz, priority, processor))
+                started.callback(end, self._processes[-1])
+            self._await_line()
+            for process in self._processes:
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            self._await_line()
+            self._stack = started.pop_all()
+
+    def _await_line(self) -> None:
+        for process in self._processes:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                result(process, NAME, 10.0)
+                raise BenchError(f"the {NAME} did not begin")
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -78,13 +99,13 @@ class BareTicks:
         return Told(
             sum(int(one["missed"]) for one in told),
             max(float(one["max_ms"]) for one in told),
-            tuple(tuple((begin, late) for begin, late in one["stalls"]) for one in told),
+            tuple(tuple((last, again) for last, again in one["stood"]) for one in told),
+            all(one["realtime"] for one in told),
         )
 
     def end(self) -> None:
         """Kill those that still run."""
-        for process in self._processes:
-            end(process)
+        self._stack.close()
 
 
 def _spawn(rate_hz: float, priority: int, processor: int | None) -> subprocess.Popen[str]:
@@ -93,61 +114,82 @@ def _spawn(rate_hz: float, priority: int, processor: int | None) -> subprocess.P
     return run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(above), *pinned)
 
 
-def missed_alone(stalls: Sequence[Stall], others: Sequence[Sequence[Stall]], period_ns: int) -> int | None:
-    """Ticks that would have been missed in ``stalls`` (deadline, begin; ns) had those of ``others`` taken no time.
+def missed_alone(stalls: Sequence[Stall], told: Told, period_ns: int) -> int | None:
+    """Ticks that would have been missed had the time in which no reference process ran not passed.
 
-    A process sees a stall from its next deadline on, so a stall of ``others`` may have begun a period before. A host
-    that pauses a virtual machine does so in bursts: a process of a higher priority may run in between, and the measured
-    one not. None where a list is so long that it may lack the oldest.
+    Args:
+        stalls: of the measured tick: deadline and begin, monotonic ns.
+        told: of the reference processes.
+        period_ns: of the measured tick.
+
+    Returns:
+        The number; None where the references had no priority, and so were delayed by what they were to judge, or where
+        a list is so long that it may lack the oldest.
     """
-    if max(map(len, (stalls, *others))) >= STALLS:
+    if not told.realtime or max(map(len, (stalls, *told.stood))) >= STALLS:
         return None
-    shared = _union([(deadline - period_ns, begin) for one in others for deadline, begin in one])
+    still = list(told.stood[0])
+    for other in told.stood[1:]:
+        still = _common(still, other)
     alone = 0
     for deadline, begin in stalls:
-        excused = sum(max(0, min(begin, stop) - max(deadline, start)) for start, stop in shared)
+        excused = sum(max(0, min(begin, stop) - max(deadline, start)) for start, stop in still)
         alone += (begin - deadline - excused) // period_ns
     return alone
 
 
-def _union(spans: Sequence[Stall]) -> list[Stall]:
-    """Spans that do not overlap, of the same points."""
-    found: list[Stall] = []
-    for span in sorted(spans):
-        if found and span[0] <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], span[1])
-        else:
-            found.append(span)
-    return found
+def describe(missed: int | None, max_ms: float | None, alone: int | None) -> str:
+    """One line on what these processes tell."""
+    if missed is None or max_ms is None:
+        return "the processes that only tick were lost"
+    without = "unknown how many" if alone is None else str(alone)
+    return f"processes that only tick: max {max_ms:.2f} ms, {missed} missed; without what halted all, {without} missed"
+
+
+def _common(spans: Sequence[Stall], others: Sequence[Stall]) -> list[Stall]:
+    """Return the spans that lie in both; within either, none overlaps another."""
+    pairs = ((max(a[0], b[0]), min(a[1], b[1])) for a in spans for b in others)
+    return [(start, stop) for start, stop in pairs if start < stop]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Tick until standard input ends."""
+    """Tick from the first line on standard input until its end, then print what :class:`Told` describes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rate", type=float, help="Hz")
+    parser.add_argument("rate", type=float, help="of the measured tick, Hz")
     parser.add_argument("priority", type=int, help="of SCHED_FIFO; 0: none")
     parser.add_argument("--processor", type=int, help="that it runs on (default: any)")
     args = parser.parse_args(arguments)
-    halt = threading.Event()
+    halt, period_ns = threading.Event(), round(1e9 / args.rate)
+    refused = apply(RealtimeSettings(args.priority, () if args.processor is None else (args.processor,)))
+    gc.disable()
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        return 0
+    print("begins", flush=True)
 
     def listen() -> None:
         sys.stdin.read()
         halt.set()
 
     threading.Thread(target=listen, daemon=True).start()
-    gc.disable()
-    cpus = () if args.processor is None else (args.processor,)
-    apply(RealtimeSettings(args.priority, cpus))  # what was refused shows in the scheduler told
-    ticker = Ticker(round(1e9 / args.rate))
-    ticker.wait(threading.Event())
-    ticker.done()
-    print("begun", flush=True)
-    while not halt.is_set():
-        ticker.wait(halt)
-        ticker.done()
-    report = ticker.report()
-    told = {"missed": ticker.missed_in_all, "max_ms": float(report["jitter_max_ms"] or 0.0)}
-    print(json.dumps({**told, "scheduler": report["scheduler"], "stalls": list(ticker.stalls)}))
+    missed = greatest = 0
+    stood: deque[Stall] = deque(maxlen=STALLS)
+    step = period_ns // _FINER
+    last = time.monotonic_ns()
+    deadline = last + step
+    while not halt.wait(max(0, deadline - time.monotonic_ns()) / 1e9):
+        now = time.monotonic_ns()
+        late = now - deadline
+        if late < 0:
+            continue
+        missed, greatest = missed + late // period_ns, max(greatest, late)
+        if 2 * late >= period_ns:
+            stood.append((last, now))
+        deadline += (late // step + 1) * step
+        last = time.monotonic_ns()
+    realtime = bool(args.priority) and not refused
+    told = {"missed": missed, "max_ms": round(greatest / 1e6, 3), "stood": list(stood), "realtime": realtime}
+    print(json.dumps(told))
     return 0
 
 

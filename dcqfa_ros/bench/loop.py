@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,13 @@ class LoopBench:
     Attributes:
         jitter_p50_ms, jitter_p99_ms, jitter_max_ms: how late control ticks began, all of them since the last arming.
         missed: ticks that began over a full period late.
-        missed_alone: what would have been missed had the stalls of the processes that only tick taken no time; None
-            where not all stalls are known.
+        missed_alone: what would have been missed had the time not passed in which none of the processes that only tick
+            ran; None where these have no real-time priority, or where the arm stalled more often than it can tell.
         ticks: in the measured span.
-        reference_missed, reference_max_ms: of processes that only tick, one per processor, at the same rate and a
-            priority above: what delays them, the kernel or the host of a virtual machine did. Ticks missed in all, and
-            the greatest lateness.
-        overhead_p50_ms, overhead_p99_ms, overhead_max_ms: from the stamp of an observation's newest picture (the tick
-            of its camera's frame clock) to the publication of its chunk, less inference.
+        reference_missed, reference_max_ms: of processes that only tick, one per processor (one in all beyond eight),
+            at a priority above: periods by which they were late, in all, and the greatest lateness.
+        overhead_p50_ms, overhead_p99_ms, overhead_max_ms: from when an observation could be complete (the tick of the
+            last camera that had to be waited for) to the publication of its chunk, less inference.
         since_stamp_p50_ms, since_stamp_p99_ms: the same from the observation's own stamp, which is the first camera's:
             cameras run freely, and the second one's picture may be taken a few ms after it.
         chunks: in the measured span.
@@ -180,8 +179,10 @@ class _Run:
 
     def _hear(self, message: Any) -> None:
         for report in from_message(message):
-            self._reports[f"{report.node}/{report.status.name}"] = report.status.values, time.monotonic()
-            self._stalls.update(stalls_of(report.status.values.get("stalls", "")))
+            name, values = f"{report.node}/{report.status.name}", report.status.values
+            if name == "arm_node/arm":  # before the report is to be seen: whoever sees it has its stalls, too
+                self._stalls.update(stalls_of(values.get("stalls", "")))
+            self._reports[name] = values, time.monotonic()
 
     def _values(self, name: str) -> Mapping[str, str]:
         return self._reports.get(name, ({}, 0.0))[0]
@@ -199,24 +200,23 @@ class _Run:
         time.sleep(_SETTLE_S)
         self._graph.trigger("arm_node/disarm")
         wait_until(self._armed, "an armed arm")  # jitter and misses are counted from here
-        self._stops.clear()
-        self._reports.clear()
-        before, cpu_before, begun = self._figures(), self._cpu(), time.monotonic()
-        conditions = watch_conditions()
         bare = bare_tick.BareTicks(self._rate_hz, self._priority)
         try:
+            self._stops.clear()
+            self._reports.clear()
+            before, cpu_before, begun = self._figures(), self._cpu(), time.monotonic()
+            conditions = watch_conditions()
             while (left := begun + seconds - time.monotonic()) > 0:
                 time.sleep(min(_POLL_S, left))
                 self._armed()
                 self._check_alive()
-            span, cpu_after = time.monotonic() - begun, self._cpu()
+            span, cpu_after, seen = time.monotonic() - begun, self._cpu(), conditions()
+            self._reports.clear()
+            after, stalls = self._figures(), tuple(self._stalls)
             reference = bare.result()
         finally:
             bare.end()
-        seen = conditions()
-        self._reports.clear()
-        after = self._figures()  # with it come the last stalls
-        alone = self._missed_alone(_missed(before, after), round(begun * 1e9), reference.stalls)
+        alone = missed_alone(stalls, _missed(before, after), round(begun * 1e9), reference, round(1e9 / self._rate_hz))
         cpu = {name: round((used - cpu_before.get(name, 0.0)) / span, 4) for name, used in cpu_after.items()}
         return self._result(seconds, span, before, after, cpu, seen, reference, alone)
 
@@ -273,12 +273,6 @@ class _Run:
             problem=problem,
         )
 
-    def _missed_alone(self, missed: int, begun_ns: int, others: Sequence[Sequence[Stall]]) -> int | None:
-        period_ns = round(1e9 / self._rate_hz)
-        stalls = sorted(stall for stall in self._stalls if stall[0] >= begun_ns)
-        told = sum((begin - deadline) // period_ns for deadline, begin in stalls)
-        return bare_tick.missed_alone(stalls, others, period_ns) if told == missed else None
-
     def _problem(self, seen: Conditions) -> str | None:
         cores = available_cores()
         told = []
@@ -329,6 +323,24 @@ class _Run:
         used["policy_worker"] = sum(cpu_seconds(pid) for pid in workers)
         used["bench"] = time.process_time()
         return used
+
+
+def missed_alone(
+    stalls: Iterable[Stall], missed: int, begun_ns: int, reference: bare_tick.Told, period_ns: int
+) -> int | None:
+    """Ticks that the control tick would have missed had the computer not stood still; None where that is not known.
+
+    Args:
+        stalls: that the arm has told, some from before the measured span.
+        missed: in the measured span.
+        begun_ns: when it began, monotonic.
+        reference: what the processes that only tick have measured.
+        period_ns: of the control tick.
+    """
+    seen = sorted(stall for stall in stalls if stall[0] >= begun_ns)
+    if sum((begin - deadline) // period_ns for deadline, begin in seen) != missed:
+        return None  # more stalls in a second than a report names
+    return bare_tick.missed_alone(seen, reference, period_ns)
 
 
 def _missed(before: Figures, after: Figures) -> int:

@@ -57,11 +57,11 @@ class SwapBench:
         threads: of an engine.
         rate_hz, seconds, seed: what was measured.
         tick_scheduler: of the control tick's thread.
-        reference_missed, reference_max_ms: of processes that only tick, one per processor, at the same rate and a
-            priority above: what delays them, the kernel or the host of a virtual machine does. Ticks missed in all, and
-            the greatest lateness. None where one was lost.
-        missed_alone: what would have been missed had the stalls of these (half a period late or more) taken no time;
-            None where one was lost, or where there were more stalls than are kept.
+        reference_missed, reference_max_ms: of processes that only tick, one per processor (one in all beyond eight),
+            at a priority above: periods by which they were late, in all, and the greatest lateness. None where one was
+            lost.
+        missed_alone: what would have been missed had the time not passed in which none of these ran; None where they
+            have no real-time priority, where one was lost, or where there were more stalls than are kept.
         conditions: what else went on; the scheduler is this process'.
         goals_met: no tick missed, no failure, memory within 2 %, nothing left.
     """
@@ -222,7 +222,7 @@ def run_swap_bench(
         reference_max_ms=None if reference is None else reference.max_ms,
         missed_alone=None
         if reference is None
-        else bare_tick.missed_alone(tick.stalls, reference.stalls, round(1e9 / rate_hz)),
+        else bare_tick.missed_alone(tick.stalls, reference, round(1e9 / rate_hz)),
         conditions=seen,
         goals_met=not (tick.missed or failed or workers or files) and descriptors <= 0 and growth <= GROWTH_LIMIT,
     )

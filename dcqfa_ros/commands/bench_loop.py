@@ -59,15 +59,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _describe(b: LoopBench) -> list[str]:
+    from dcqfa_ros.bench import bare_tick
+
     lines = [
         (
             f"control tick at {b.rate_hz:g} Hz, {b.ticks} ticks: jitter p50 {b.jitter_p50_ms:.2f} ms, p99 "
             f"{b.jitter_p99_ms:.2f} ms, max {b.jitter_max_ms:.2f} ms, {b.missed} missed; {b.scheduler}"
         ),
-        (
-            f"processes that only tick: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
-            f"{'unknown' if b.missed_alone is None else b.missed_alone} missed without what delayed them"
-        ),
+        bare_tick.describe(b.reference_missed, b.reference_max_ms, b.missed_alone),
         (
             f"overhead of {b.chunks} chunks: p50 {b.overhead_p50_ms:.2f} ms, p99 {b.overhead_p99_ms:.2f} ms, max "
             f"{b.overhead_max_ms:.2f} ms; from the first camera's stamp p50 {b.since_stamp_p50_ms:.2f} ms, p99 "

@@ -79,6 +79,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _describe(b: SwapBench) -> list[str]:
+    from dcqfa_ros.bench import bare_tick
+
     return [
         (
             f"{b.swaps} exchanges among {', '.join(b.variants)} on {b.runtime} {b.runtime_version} in "
@@ -97,15 +99,6 @@ def _describe(b: SwapBench) -> list[str]:
             f"memory {b.rss_before_mb:.1f} MiB before, {b.rss_after_mb:.1f} MiB after ({b.rss_growth:+.2f} %); left: "
             f"{b.workers_left} workers, {b.fds_left} descriptors, {b.memory_files_left} shared memories"
         ),
-        *(
-            [
-                (
-                    f"processes that only tick: max {b.reference_max_ms:.2f} ms, {b.reference_missed} missed; "
-                    f"{'unknown' if b.missed_alone is None else b.missed_alone} missed without what delayed them"
-                )
-            ]
-            if b.reference_max_ms is not None
-            else []
-        ),
+        bare_tick.describe(b.reference_missed, b.reference_max_ms, b.missed_alone),
         f"load {b.conditions.load_1min:.1f}, {100 * b.conditions.steal_share:.1f} % stolen, {b.conditions.scheduler}",
     ]

@@ -99,7 +99,7 @@ class PolicyOutputs:
         Args:
             frame: the observation they were computed from, the newest of its history.
             actions: row 0 belongs to the observation's time.
-            inference_ms: how long the engine took; what else passed since the frame's newest picture is the overhead.
+            inference_ms: how long the engine took; what else passed since the frame could be complete is the overhead.
 
         Raises:
             PolicyError: no bundle is open.
@@ -120,14 +120,14 @@ class PolicyOutputs:
         self._published += 1
         besides_ns = self._node.get_clock().now().nanoseconds - round(inference_ms * 1e6)
         with self._lock:
-            self._overhead.add(besides_ns - frame.newest_ns)
+            self._overhead.add(besides_ns - frame.awaited_ns)
             self._since_stamp.add(besides_ns - stamp_ns)
 
     def figures(self) -> dict[str, str]:
         """Chunks published, and what passed until a chunk's publication less inference, this episode, ms.
 
-        ``overhead`` counts from the newest picture of the observation, ``since_stamp`` from the observation's stamp: of
-        cameras that run freely, one may take its picture a little after the one that gives the stamp.
+        ``overhead`` counts from when the observation could be complete (:class:`Frame`), ``since_stamp`` from its
+        stamp: of cameras that run freely, one may take its picture a little after the one that gives the stamp.
         """
         with self._lock:
             overhead, since_stamp = self._overhead.figures("overhead"), self._since_stamp.figures("since_stamp")

@@ -121,17 +121,17 @@ class ArmStream(ArmMoves):
             early = self._attention.is_set()
             if early:
                 self._attention.clear()
-                soonest = max(last + _EARLIEST * period_ns, last_early + _EARLY_APART * period_ns)
-                halt.wait(max(0.0, (soonest - time.monotonic_ns()) / 1e9))
-                self.ticker.restart(round(_AFTER_EARLY * period_ns))
+                asked = time.monotonic_ns()
+                soonest = max(last + _EARLIEST * period_ns, last_early + _EARLY_APART * period_ns, asked)
+                halt.wait((soonest - asked) / 1e9)
+                self.ticker.bring_forward(round(soonest), round(_AFTER_EARLY * period_ns))
             now = time.monotonic_ns()
             if halt.is_set():
                 self._beat(self.armed, self.driver.state(), now)  # the silence that follows is no accident
                 return
             last, last_early = now, now if early else last_early
             after(self.tick(now), now)
-            if not early:
-                self.ticker.done()
+            self.ticker.done()
 
     # Control thread
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import sys
@@ -179,14 +180,19 @@ def _set_cpus(cpus: Collection[int]) -> str:
         return ""
     if not hasattr(os, "sched_setaffinity"):
         return "cpu_affinity: this system has no affinity of threads"
-    missing = sorted(set(cpus) - set(range(os.cpu_count() or 1)))
-    if missing:
-        return f"cpu_affinity: there is no processor {missing[0]}, they are 0 to {(os.cpu_count() or 1) - 1}"
+    before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, cpus)
     except OSError as error:
-        return f"cpu_affinity {sorted(cpus)} refused: {error.strerror}; is the processor in this container's set?"
-    return ""
+        if error.errno != errno.EINVAL:
+            return f"cpu_affinity {sorted(cpus)} refused: {error.strerror}"
+        missing = sorted(cpus)
+    else:  # the system leaves out those that there are not
+        missing = sorted(set(cpus) - os.sched_getaffinity(0))
+    if not missing:
+        return ""
+    os.sched_setaffinity(0, before)
+    return f"cpu_affinity: there is no processor {missing[0]}, or it is not in this container's set"
 
 
 def _set_priority(priority: int, thread: int = 0) -> str:

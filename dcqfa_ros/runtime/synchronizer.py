@@ -49,13 +49,13 @@ class Frame:
     Attributes:
         stamp_ns: of the reference.
         values: an array per key.
-        newest_ns: stamp of the newest picture among them, ``stamp_ns`` where none is newer: the frame could not have
-            been complete before it was taken.
+        awaited_ns: stamp of the newest picture among them that the frame had to wait for, because its key had none
+            before within the tolerance; ``stamp_ns`` where there is none. Earlier it could not have been complete.
     """
 
     stamp_ns: int
     values: Mapping[str, NDArray[Any]]
-    newest_ns: int
+    awaited_ns: int
 
 
 @dataclass(slots=True)
@@ -129,6 +129,10 @@ class _Key:
         if apart <= limit:
             return found, ""
         return None, f"is {apart / 1e6:.1f} ms from it at the nearest, its tolerance is {limit / 1e6:g} ms"
+
+    def has_before(self, stamp_ns: int) -> bool:
+        """Whether a frame at ``stamp_ns`` could have been made of a sample that is not newer."""
+        return any(0 <= stamp_ns - sample.stamp_ns <= self.tolerance_ns for sample in self.samples)
 
     def _window(self, stamp_ns: int) -> tuple[_Sample | None, str]:
         count, limit = self.spec.shape[0], self.tolerance_ns
@@ -279,8 +283,12 @@ class ObservationSynchronizer:
         return stamp_ns <= reference_ns if entry.is_window else abs(stamp_ns - reference_ns) <= entry.tolerance_ns
 
     def _frame(self, stamp_ns: int, samples: Mapping[str, _Sample]) -> Frame:
-        newest_ns = max([stamp_ns, *(s.stamp_ns for name, s in samples.items() if self.specs[name].type in PICTURES)])
-        return Frame(stamp_ns, {name: samples[name].value for name in self.specs}, newest_ns)
+        awaited = [
+            sample.stamp_ns
+            for name, sample in samples.items()
+            if self.specs[name].type in PICTURES and not self._keys[name].has_before(stamp_ns)
+        ]
+        return Frame(stamp_ns, {name: samples[name].value for name in self.specs}, max([stamp_ns, *awaited]))
 
     def _others(self, stamp_ns: int) -> dict[str, _Sample] | None:
         """Samples of all keys but the reference for a frame, None where one has not come; asked at every sample."""

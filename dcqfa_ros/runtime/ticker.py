@@ -70,20 +70,36 @@ class Ticker:
             if halt.wait(remaining / 1e9):
                 return
         now = time.monotonic_ns()
-        late = max(0, now - deadline)
         with self._lock:
             if self._deadline != deadline:
                 return  # restarted meanwhile
-            periods = late // self.period_ns
-            self.missed += periods
-            self.missed_in_all += periods
-            self._deadline = deadline + (periods + 1) * self.period_ns
-            self.jitter.add(late)
-            if 2 * late >= self.period_ns:
-                self.stalls.append((deadline, now))
+            self._deadline += (self._count(deadline, now) + 1) * self.period_ns
+
+    def bring_forward(self, due_ns: int, after_ns: int) -> None:
+        """Account for a tick that begins now, was due at ``due_ns``, and takes the place of the next.
+
+        Args:
+            due_ns: when it could begin; where its process stood still, the deadline may have come before.
+            after_ns: from now to the next deadline.
+        """
+        now = time.monotonic_ns()
+        with self._lock:
+            self._count(min(due_ns, self._deadline, now), now)
+            self._deadline = now + after_ns
+
+    def _count(self, deadline: int, now: int) -> int:
+        """Count a tick that begins at ``now``; returns the periods it is late."""
+        late = max(0, now - deadline)
+        periods = late // self.period_ns
+        self.missed += periods
+        self.missed_in_all += periods
+        self.jitter.add(late)
+        if 2 * late >= self.period_ns:
+            self.stalls.append((deadline, now))
         self.ticks += 1
         self._late.append(late)
         self._begin = now
+        return periods
 
     def done(self) -> None:
         """Note that the work of this tick has ended."""
@@ -95,22 +111,22 @@ class Ticker:
         Counts; lateness and work of the last 1,000 ticks (``late_...``, ``work_...``) and of all since
         :meth:`count_anew` (``jitter_...``), ms; load; the share of processor time that the hypervisor took since then
         (``steal_share``, 0 to 1); scheduler, priority and processors of the thread that ticks, as the system says; the
-        newest stalls (:func:`stalls_of` reads them).
+        newest ten stalls since then (:func:`stalls_of` reads them).
         """
+        with self._lock:
+            ticks, missed, in_all, stalls = self.ticks, self.missed, self.missed_in_all, list(self.stalls)[-_TOLD:]
         processor = processor_ticks()
         stolen = steal_share(self._processor, processor)
         # Before the first tick nothing is known about its thread.
         thread = scheduling(self._thread) if self._thread is not None else None
         return {
-            "ticks": str(self.ticks),
-            "missed_ticks": str(self.missed),
-            "missed_ticks_in_all": str(self.missed_in_all),
+            "ticks": str(ticks),
+            "missed_ticks": str(missed),
+            "missed_ticks_in_all": str(in_all),
             **_percentiles("late", self._late),
             **_percentiles("work", self._busy),
             **self.jitter.figures("jitter"),
-            "stalls": " ".join(
-                f"{deadline / 1e9:.6f}+{(begin - deadline) / 1e6:.3f}" for deadline, begin in list(self.stalls)[-_TOLD:]
-            ),
+            "stalls": " ".join(f"{deadline / 1e9:.6f}+{(begin - deadline) / 1e6:.3f}" for deadline, begin in stalls),
             "load_1min": f"{os.getloadavg()[0]:.2f}",
             "steal_ticks": str(processor[7]) if processor else "",
             "steal_share": "" if stolen is None else f"{stolen:.4f}",
@@ -122,9 +138,10 @@ class Ticker:
 def stalls_of(text: str) -> list[Stall]:
     """Read a report's stalls, each told as deadline (monotonic s) and lateness (ms): ``81234.567891+12.345``."""
     found = []
-    for deadline, late in (stall.split("+") for stall in text.split()):
-        begun = round(float(deadline) * 1e9)
-        found.append((begun, begun + round(float(late) * 1e6)))
+    for stall in text.split():
+        due, late = stall.split("+")
+        deadline = round(float(due) * 1e9)
+        found.append((deadline, deadline + round(float(late) * 1e6)))
     return found
 
 

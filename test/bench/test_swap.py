@@ -43,7 +43,7 @@ def test_exchanges_and_late_ticks_are_counted_and_nothing_is_left(policy_bundle,
     assert json.loads(json.dumps(dataclasses.asdict(bench)))["missed_ticks"] == bench.missed_ticks
     assert bench.reference_missed is not None and bench.reference_missed >= 0
     assert bench.reference_max_ms is not None and bench.reference_max_ms > 0.0
-    assert bench.missed_alone is not None and 0 < bench.missed_alone <= bench.missed_ticks
+    assert bench.missed_alone is None, "the references had no priority"
     assert bench.missed_ticks >= 5 and bench.jitter_max_ms > 50.0 and not bench.goals_met
     assert bench.conditions.load_1min > 0.0 and bench.tick_scheduler.startswith("SCHED_")
 

@@ -52,11 +52,11 @@ def opened(**changed: Any) -> tuple[PolicyOutputs, Node]:
     return outputs, node
 
 
-def frame(stamp_ms: int, newest_ms: int) -> Frame:
-    return Frame(stamp_ms * MS, {}, newest_ms * MS)
+def frame(stamp_ms: int, awaited_ms: int) -> Frame:
+    return Frame(stamp_ms * MS, {}, awaited_ms * MS)
 
 
-def test_overhead_counts_from_the_newest_picture_and_leaves_inference_out():
+def test_overhead_counts_from_when_the_observation_could_be_complete_and_leaves_inference_out():
     outputs, _ = opened()
     outputs.publish(frame(950, 953), np.zeros((8, 7), np.float32), 40.0)
     figures = outputs.figures()

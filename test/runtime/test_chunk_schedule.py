@@ -19,7 +19,7 @@ from dcqfa_ros.runtime.chunk_schedule import Chunking, ChunkSchedule
 from dcqfa_ros.runtime.chunking import Continuation, Method
 from dcqfa_ros.runtime.consumption import Consumed, ConsumptionLog, Report
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
-from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
+from dcqfa_ros.runtime.synchronizer import Frame, ObservationSynchronizer
 from test.runtime.conftest import tiny_spec
 
 PERIOD = 100_000_000
@@ -277,9 +277,9 @@ class Cell:
         for thread in self.threads:
             thread.start()
 
-    def take(self, stamp_ns: int, actions: np.ndarray, _: float) -> None:
+    def take(self, frame: Frame, actions: np.ndarray, _: float) -> None:
         with self.lock:
-            self.buffer.push(self.known[stamp_ns], actions)
+            self.buffer.push(self.known[frame.stamp_ns], actions)
 
     def run(self) -> None:
         step = 0

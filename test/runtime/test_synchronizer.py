@@ -209,14 +209,18 @@ def test_a_sample_of_the_same_tick_is_waited_for_and_one_between_two_ticks_is_no
     assert newest(sync).stamp_ns == 1133 * MS
 
 
-@pytest.mark.parametrize(("wrist", "newest_ms"), [(1102, 1102), (1098, 1100)])
-def test_a_frame_knows_its_newest_picture_and_no_state_counts_as_one(wrist, newest_ms):
+@pytest.mark.parametrize(
+    ("wrist", "awaited_ms"),
+    [([1102], 1102), ([1069, 1102], 1102), ([1098], 1100), ([1077, 1110], 1100)],
+    ids=["the first", "the one before is too old", "of before", "not needed"],
+)
+def test_a_frame_knows_which_picture_it_had_to_wait_for_and_no_state_counts_as_one(wrist, awaited_ms):
     sync = cell()
-    feed(sync, "wrench", *range(1000, 1120, 10))
-    feed(sync, "front", 1100)
     feed(sync, "joints", 1110)
-    feed(sync, "wrist", wrist)
-    assert (newest(sync).stamp_ns, newest(sync).newest_ns) == (1100 * MS, newest_ms * MS)
+    feed(sync, "wrist", *wrist)
+    feed(sync, "front", 1100)
+    feed(sync, "wrench", *range(1000, 1120, 10))  # late
+    assert (newest(sync).stamp_ns, newest(sync).awaited_ns) == (1100 * MS, awaited_ms * MS)
 
 
 def test_the_newest_complete_frame_wins_and_nothing_queues():
