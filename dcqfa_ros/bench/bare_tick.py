@@ -165,7 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("ready", flush=True)
     if not sys.stdin.readline():
         return 0
-    print("begins", flush=True)
 
     def listen() -> None:
         sys.stdin.read()
@@ -177,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step = period_ns // _FINER
     last = time.monotonic_ns()
     deadline = last + step
+    print("begins", flush=True)
     while not halt.wait(max(0, deadline - time.monotonic_ns()) / 1e9):
         now = time.monotonic_ns()
         late = now - deadline
