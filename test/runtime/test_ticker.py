@@ -58,6 +58,29 @@ def test_the_newest_stalls_are_told_and_read_back(clock):
     assert len(told) == 10 and told[-1] == (12_006 * ms, 12_018 * ms) and told[0][0] == 3_006 * ms
 
 
+@pytest.mark.parametrize(
+    ("due", "now", "missed", "stall"),
+    [
+        (150, 152, 0, None),
+        (150, 160, 0, None),
+        (150, 205, 0, (150, 205)),
+        (150, 255, 1, (150, 255)),
+        (260, 320, 1, (200, 320)),
+    ],
+    ids=["in time", "a little late", "half a period", "over a period", "the deadline came before"],
+)
+def test_a_tick_brought_forward_counts_from_when_it_was_due_and_moves_the_next(clock, due, now, missed, stall):
+    ticker, halt = Ticker(100), threading.Event()
+    clock.now = 100
+    ticker.wait(halt)  # the next deadline is 200
+    clock.now = now
+    ticker.bring_forward(due, 125)
+    assert (ticker.missed, ticker.ticks, list(ticker.stalls)) == (missed, 2, [stall] if stall else [])
+    clock.now = now + 125
+    ticker.wait(halt)
+    assert ticker.ticks == 3 and ticker.missed == missed and ticker.jitter.count == 3, "not late for its own deadline"
+
+
 def test_a_pause_after_restart_is_no_miss(clock):
     ticker, halt = Ticker(100), threading.Event()
     clock.now = 10_000
