@@ -26,6 +26,7 @@ from dcqfa_ros.runtime.ticker import STALLS, Stall
 NAME = "reference tick"
 _MOST = 8  # processors; beyond, one process that may run on any
 _FINER = 5  # ticks per period of the measured one: a stall's begin is known to a fifth of a period
+_KEPT = 20_000  # stalls of a process: a host that halts a computer does so in bursts of short ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class Told:
     Attributes:
         missed: periods by which they came too late, in all.
         max_ms: the greatest lateness.
-        stood: per process, when it last ran before a tick that came half a period late or more, and when it ran again
-            (monotonic ns); the newest.
+        stood: per process, when it last ran before a tick that came a tenth of a period late or more, and when it ran
+            again (monotonic ns); the newest.
         realtime: whether each had its priority above the measured tick's and its processor: what delays such a process
             is none of the measured programs' work, but where they hold the kernel itself.
     """
@@ -126,7 +127,7 @@ def missed_alone(stalls: Sequence[Stall], told: Told, period_ns: int) -> int | N
         The number; None where the references had no priority, and so were delayed by what they were to judge, or where
         a list is so long that it may lack the oldest.
     """
-    if not told.realtime or max(map(len, (stalls, *told.stood))) >= STALLS:
+    if not told.realtime or len(stalls) >= STALLS or max(map(len, told.stood)) >= _KEPT:
         return None
     still = list(told.stood[0])
     for other in told.stood[1:]:
@@ -147,9 +148,18 @@ def describe(missed: int | None, max_ms: float | None, alone: int | None) -> str
 
 
 def _common(spans: Sequence[Stall], others: Sequence[Stall]) -> list[Stall]:
-    """Return the spans that lie in both; within either, none overlaps another."""
-    pairs = ((max(a[0], b[0]), min(a[1], b[1])) for a in spans for b in others)
-    return [(start, stop) for start, stop in pairs if start < stop]
+    """Return the spans that lie in both; either list rises, and none in it overlaps another."""
+    found, first, second = [], 0, 0
+    while first < len(spans) and second < len(others):
+        a, b = spans[first], others[second]
+        start, stop = max(a[0], b[0]), min(a[1], b[1])
+        if start < stop:
+            found.append((start, stop))
+        if a[1] < b[1]:
+            first += 1
+        else:
+            second += 1
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     threading.Thread(target=listen, daemon=True).start()
     missed = greatest = 0
-    stood: deque[Stall] = deque(maxlen=STALLS)
+    stood: deque[Stall] = deque(maxlen=_KEPT)
     step = period_ns // _FINER
     last = time.monotonic_ns()
     deadline = last + step
@@ -183,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if late < 0:
             continue
         missed, greatest = missed + late // period_ns, max(greatest, late)
-        if 2 * late >= period_ns:
+        if 2 * late >= step:
             stood.append((last, now))
         deadline += (late // step + 1) * step
         last = time.monotonic_ns()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from itertools import accumulate
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dcqfa_ros.bench import bare_tick, processes
 from dcqfa_ros.bench.bare_tick import BareTicks, missed_alone
@@ -74,4 +77,15 @@ def test_a_stall_of_one_processor_excuses_nothing() -> None:
 
 def test_what_would_be_missed_alone_is_unknown_without_priority_or_with_too_many_stalls() -> None:
     assert missed_alone([(100, 125)], told([], realtime=False), 10) is None
-    assert missed_alone([(100, 125)], told([], [(0, 6)] * STALLS), 10) is None
+    assert missed_alone([(100, 125)], told([], [(0, 6)] * bare_tick._KEPT), 10) is None
+    assert missed_alone([(100, 125)] * STALLS, told([]), 10) is None
+
+
+@given(st.lists(st.integers(1, 9), max_size=30), st.lists(st.integers(1, 9), max_size=30))
+def test_what_two_lists_have_in_common_is_what_every_moment_says(first: list[int], second: list[int]) -> None:
+    lists = []
+    for steps in (first, second):
+        points = list(accumulate(steps))
+        lists.append(list(zip(points[::2], points[1::2], strict=False)))
+    shared = {t for t in range(300) if all(any(a <= t < b for a, b in one) for one in lists)}
+    assert {t for a, b in bare_tick._common(*lists) for t in range(a, b)} == shared
