@@ -64,7 +64,6 @@ class BareTicks:
         processors: list[int | None] = sorted(os.sched_getaffinity(0))  # type: ignore[assignment]
         if len(processors) > _MOST:
             processors = [None]
-        self._stack = contextlib.ExitStack()
         self._processes: list[subprocess.Popen[str]] = []
         with contextlib.ExitStack() as started:
             for processor in processors:
