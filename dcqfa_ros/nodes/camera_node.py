@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from rclpy.clock import ROSClock
 from rclpy.serialization import serialize_message
 
 from dcqfa_ros.drivers.capture import CaptureRecord
@@ -26,6 +25,7 @@ from dcqfa_ros.drivers.realsense import RecordingEndedError
 from dcqfa_ros.nodes.camera_jpeg import JpegStream
 from dcqfa_ros.nodes.camera_sources import camera_pose, declare_camera, open_camera
 from dcqfa_ros.ros.camera_messages import camera_info, camera_transforms, transform_message
+from dcqfa_ros.ros.conversions import NS, at_monotonic
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.fastdds import use_image_profile
 from dcqfa_ros.ros.image_memory import keep_picture_memory
@@ -172,8 +172,7 @@ class CameraNode(ManagedNode):
             seen = True
 
     def _publish_frame(self, frame: CameraFrame, jpeg: JpegStream) -> None:
-        stamp_ns = self._ros_stamp_ns(frame)
-        stamp = (stamp_ns // 1_000_000_000, stamp_ns % 1_000_000_000)
+        stamp = divmod(at_monotonic(self.get_clock(), frame.stamp_ns), NS)
         # Pictures first: a policy waits for both, nobody for what belongs to them.
         self._color_publisher.publish(encode_image(stamp, self._frame_id, frame.color, COLOR_ENCODING))
         depth = frame.depth if self._depth_publisher is not None else None
@@ -184,13 +183,6 @@ class CameraNode(ManagedNode):
         if depth is not None:
             self._depth_info_publisher.publish(info)
         jpeg.submit(stamp, frame.color)
-
-    def _ros_stamp_ns(self, frame: CameraFrame) -> int:
-        """Return the time the frame was taken on the node's clock (simulated time stands still in between)."""
-        clock = self.get_clock()
-        now = int(clock.now().nanoseconds)
-        simulated = isinstance(clock, ROSClock) and clock.ros_time_is_active
-        return now if simulated else now - (time.monotonic_ns() - frame.stamp_ns)
 
     # diagnostics
 

@@ -199,8 +199,8 @@ class PolicyNode(ManagedNode):
     # what the session asks for, on the inference thread
 
     def _publish_chunk(self, frame: Frame, actions: NDArray[np.float32], inference_ms: float) -> None:
-        self._recent.add(inference_ms)
         self._outputs.publish(frame, actions, inference_ms)
+        self._recent.add(inference_ms)
 
     def _tell_problem(self, reason: str) -> None:
         self.event(2, f"no further commands in this episode: {reason}", reason=reason)

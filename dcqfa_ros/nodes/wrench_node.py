@@ -19,14 +19,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 from geometry_msgs.msg import PoseStamped, WrenchStamped
-from rclpy.clock import ROSClock
 
 from dcqfa_ros.drivers.ft300s import FT300S, MODES
 from dcqfa_ros.drivers.ft300s_line import SensorUnpluggedError
 from dcqfa_ros.drivers.ft300s_reader import WrenchReader
 from dcqfa_ros.drivers.patience import connect_patiently
 from dcqfa_ros.drivers.protocols import WrenchSample
-from dcqfa_ros.ros.conversions import to_time
+from dcqfa_ros.ros.conversions import at_monotonic, to_time
 from dcqfa_ros.ros.diagnostics import Level, Status
 from dcqfa_ros.ros.node import ManagedNode, Refused, run_node
 from dcqfa_ros.runtime.histogram import percentiles
@@ -148,7 +147,7 @@ class WrenchNode(ManagedNode):
             wrench = self._compensation.update(sample.stamp_ns, raw, orientation)
             if overrange:
                 self._compensation.forget()
-        stamp = self._stamp(sample)
+        stamp = to_time(at_monotonic(self.get_clock(), sample.stamp_ns))
         self._wrench_publisher.publish(self._message(stamp, wrench))
         self._times.append((sample.stamp_ns, time.monotonic_ns() - sample.stamp_ns))
         self._raw_publisher.publish(self._message(stamp, raw))
@@ -158,13 +157,6 @@ class WrenchNode(ManagedNode):
         if pose is None or stamp_ns - pose[0] > self.parameter("orientation_max_age_ms") * 1_000_000:
             return None
         return pose[1]
-
-    def _stamp(self, sample: WrenchSample) -> Any:
-        """Return the time of the reading on the node's clock (simulated time stands still in between)."""
-        clock = self.get_clock()
-        now = int(clock.now().nanoseconds)
-        simulated = isinstance(clock, ROSClock) and clock.ros_time_is_active
-        return to_time(now if simulated else now - (time.monotonic_ns() - sample.stamp_ns))
 
     def _message(self, stamp: Any, wrench: Floats) -> WrenchStamped:
         message = WrenchStamped()

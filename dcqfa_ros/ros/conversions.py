@@ -6,6 +6,7 @@ simulated table) converts between them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from builtin_interfaces.msg import Duration, Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import Pose, PoseArray, PoseStamped, Transform, TwistStamped, WrenchStamped
 from numpy.typing import ArrayLike, NDArray
+from rclpy.clock import Clock, ROSClock
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
 
@@ -36,6 +38,17 @@ def to_time(stamp_ns: int) -> Time:
 def from_time(stamp: Time) -> int:
     """``builtin_interfaces/Time`` to nanoseconds."""
     return int(stamp.sec) * NS + int(stamp.nanosec)
+
+
+def at_monotonic(clock: Clock, monotonic_ns: int) -> int:
+    """Return what a node's clock showed at an instant of the monotonic clock (simulated time stands still since then).
+
+    Both in nanoseconds. Nodes have no clock but ROS' and the system's. Cheaper than ``Clock.now``, which takes 0.1 ms
+    after a pause.
+    """
+    simulated = isinstance(clock, ROSClock) and clock.ros_time_is_active
+    # Else it is the system's clock.
+    return int(clock.now().nanoseconds) if simulated else time.time_ns() - (time.monotonic_ns() - monotonic_ns)
 
 
 def to_duration(duration_ns: int) -> Duration:

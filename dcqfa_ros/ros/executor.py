@@ -139,10 +139,16 @@ class _Entities:
         self._wait_set = self._make([len(handles) for _, handles in self._add], self._waitables, context)
         self._event_set = self._make([0] * len(self._add), self._events, context)
         self._events_due_s = 0.0
-        self._subscriptions = _by_pointer(held["subscriptions"])
-        self._timers = _by_pointer(held["timers"])
         # The guard conditions of the executor itself only wake it.
-        self._guards = _by_pointer(guard for guard in held["guards"] if guard.callback is not None)
+        self._guards = _by_pointer((guard for guard in held["guards"] if guard.callback is not None), _guard)
+        self._kinds = (
+            ("guard_condition", self._guards),
+            ("timer", _by_pointer(held["timers"], _timer)),
+            ("subscription", _by_pointer(held["subscriptions"], _subscription)),
+        )
+        # Of raw messages, which are streams of large ones.
+        self._streams = [runner for runner in self._kinds[2][1].values() if runner.entity.raw]
+        self._streaming = False  # whether one of them is in line
         self._ready: list[Callable[[], None]] = []
 
     @staticmethod
@@ -175,8 +181,8 @@ class _Entities:
     def take_triggered(self) -> bool:
         """Put guard conditions in line that rclpy has seen triggered; returns whether there were any."""
         for guard in self._guards.values():
-            if guard._executor_triggered:
-                self._ready.append(_guard(guard))
+            if guard.entity._executor_triggered:
+                self._ready.append(guard.run)
         return bool(self._ready)
 
     def wait(self, timeout_ns: int) -> bool:
@@ -191,21 +197,18 @@ class _Entities:
             waitable.add_to_wait_set(wait_set)
         wait_set.wait(timeout_ns if not self._ready else 0)
         others = False
-        for kind, entities, run in (
-            ("guard_condition", self._guards, _guard),
-            ("timer", self._timers, _timer),
-            ("subscription", self._subscriptions, _subscription),
-        ):
+        for kind, runners in self._kinds:
             for pointer in wait_set.get_ready_entities(kind):
-                entity = entities.get(pointer)
-                if entity is None:
+                runner = runners.get(pointer)
+                if runner is None:
                     continue
-                if inspect.iscoroutinefunction(entity.callback):
+                if runner.is_coroutine():
                     others = True
-                    if run is _guard:
-                        entity._executor_triggered = True
+                    if runners is self._guards:
+                        runner.entity._executor_triggered = True
                 else:
-                    self._ready.append(run(entity))
+                    self._ready.append(runner.run)
+                    self._streaming |= runner in self._streams
         if others or wait_set.get_ready_entities("service") or wait_set.get_ready_entities("client"):
             return True
         return any(waitable.is_ready(wait_set) for waitable in self._waitables) or self._event()
@@ -226,9 +229,18 @@ class _Entities:
         return False
 
     def run(self) -> None:
-        """Run what is ready; where a callback raises, the rest stays in line."""
+        """Run what is ready; where a callback raises, the rest stays in line.
+
+        Large messages come together (color and depth of a camera, cameras of one tick): what has come while one was
+        taken is taken without another wait, of each stream one message at most.
+        """
         while self._ready:
             self._ready.pop(0)()
+        if self._streaming:
+            self._streaming = False
+            for runner in self._streams:
+                if not runner.is_coroutine():
+                    runner.run()
 
 
 def _is_event(waitable: Any) -> bool:
@@ -236,8 +248,26 @@ def _is_event(waitable: Any) -> bool:
     return [name for name in _COUNTED if getattr(numbers, f"num_{name}")] == ["events"]
 
 
-def _by_pointer(entities: Iterable[Any]) -> dict[int, Any]:
-    return {entity.handle.pointer: entity for entity in entities}
+class _Runner:
+    """How an entity is run."""
+
+    __slots__ = ("_callback", "_is_coroutine", "entity", "run")
+
+    def __init__(self, entity: Any, make: Callable[[Any], Callable[[], None]]) -> None:
+        self.entity, self.run = entity, make(entity)
+        self._callback: Any = None
+        self._is_coroutine = False
+
+    def is_coroutine(self) -> bool:
+        """Whether rclpy has to run it; looked up once per callback, which may be replaced."""
+        callback = self.entity.callback
+        if callback is not self._callback:
+            self._callback, self._is_coroutine = callback, inspect.iscoroutinefunction(callback)
+        return self._is_coroutine
+
+
+def _by_pointer(entities: Iterable[Any], make: Callable[[Any], Callable[[], None]]) -> dict[int, _Runner]:
+    return {entity.handle.pointer: _Runner(entity, make) for entity in entities}
 
 
 def _guard(guard: Any) -> Callable[[], None]:

@@ -22,8 +22,9 @@ from dcqfa_ros.ros.images import ImageError, decode_image
 from dcqfa_ros.ros.interfaces import interface
 from dcqfa_ros.ros.node import ManagedNode
 from dcqfa_ros.runtime.errors import PolicyError
+from dcqfa_ros.runtime.key_samples import PICTURES
 from dcqfa_ros.runtime.observations import ObservationLayout
-from dcqfa_ros.runtime.synchronizer import PICTURES, ObservationSynchronizer
+from dcqfa_ros.runtime.synchronizer import ObservationSynchronizer
 
 _DEPTH_UNIT_M = 0.001  # of the interface ``depth``: 16UC1, mm
 _TYPES = {  # what an interface may feed

@@ -321,10 +321,11 @@ class ChunkPlan:
         before = self._kept.get(taken - 1)
         jump = None
         if before is not None and taken - first < count:
-            jump = float(np.linalg.norm(np.asarray(actions[taken - first] - before, np.float64)))
+            apart = np.asarray(actions[taken - first] - before, np.float64)
+            jump = math.sqrt(float(apart @ apart))
         oldest = first - self._action.first_executed  # what later continuations and jumps can still need
         self._kept = {n: row for n, row in self._kept.items() if oldest <= n < taken}
-        self._kept |= {first + row: actions[row].copy() for row in range(taken - first, count)}
+        self._kept |= dict(zip(range(taken, first + count), actions[taken - first :].copy(), strict=True))
         self._first, self.end = first, max(taken, first + count)
         self.due = first + inference.timing.horizon if self.method.overlaps else self.end
         return Published(first, actions, taken, jump)

@@ -20,17 +20,15 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right, insort
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from dcqfa_ros.bundle.schema import ObservationSpec
 from dcqfa_ros.runtime.errors import PolicyError
+from dcqfa_ros.runtime.key_samples import PICTURES, KeySamples, Sample, stack_rows
 from dcqfa_ros.runtime.pictures import PictureHistory
 
 KEPT = 64  # frames, and samples per key, kept at most
@@ -39,7 +37,6 @@ TOLERANCE_PERIODS, WINDOW_TOLERANCE_PERIODS = 0.9, 1.5
 STATE_TOLERANCE_PERIODS = 2.0
 """Of states beside pictures, whose ticks no camera shares: the arm's node reads the controller's newest state, so that
 stamps lie up to twice a period apart, and waiting for the next one would cost more time than it lies nearer."""
-PICTURES = ("image", "depth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,96 +53,6 @@ class Frame:
     stamp_ns: int
     values: Mapping[str, NDArray[Any]]
     awaited_ns: int
-
-
-@dataclass(slots=True)
-class _Sample:
-    stamp_ns: int
-    value: NDArray[Any]
-
-
-@dataclass
-class _Key:
-    """What has come of one key."""
-
-    name: str
-    spec: ObservationSpec
-    tolerance_ns: int
-    samples: deque[_Sample] = field(default_factory=deque)
-    arrival_ns: int | None = None
-    stamp_ns: int = 0
-
-    @property
-    def is_window(self) -> bool:
-        return self.spec.type == "wrench"
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        return self.spec.shape[1:] if self.is_window else self.spec.shape
-
-    def prepared(self, value: NDArray[Any]) -> NDArray[Any]:
-        """Check one sample and give it the key's dtype; pictures stay views of their messages."""
-        name, spec = self.name, self.spec
-        if tuple(value.shape) != self.sample_shape:
-            raise PolicyError(f"observation {name!r} has shape {tuple(value.shape)}, expected {self.sample_shape}")
-        if spec.type in PICTURES:
-            if value.dtype != spec.dtype:
-                raise PolicyError(f"observation {name!r} is of {value.dtype}, expected {spec.dtype}")
-            return value
-        if not np.isfinite(value).all():
-            index = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-            raise PolicyError(f"observation {name!r} holds {value[index]} at index {index}")
-        if spec.type == "wrench":
-            value = np.clip(value, np.negative(spec.clip), spec.clip)
-        return value.astype(spec.dtype, copy=False)
-
-    def nearest(self, stamp_ns: int) -> _Sample | None:
-        found = None
-        for sample in reversed(self.samples):  # by stamp; what is asked for is among the newest
-            if found is not None and abs(sample.stamp_ns - stamp_ns) > abs(found.stamp_ns - stamp_ns):
-                break
-            found = sample
-        return found
-
-    def keep(self, sample: _Sample) -> None:
-        """Put a sample where its stamp belongs; one of the same stamp is replaced."""
-        later: list[_Sample] = []
-        while self.samples and self.samples[-1].stamp_ns > sample.stamp_ns:
-            later.append(self.samples.pop())
-        if self.samples and self.samples[-1].stamp_ns == sample.stamp_ns:
-            self.samples.pop()
-        self.samples.append(sample)
-        self.samples.extend(reversed(later))
-
-    def at(self, stamp_ns: int) -> tuple[_Sample | None, str]:
-        """Sample for a frame at ``stamp_ns``; or None, and what is missing."""
-        limit = self.tolerance_ns
-        if self.is_window:
-            return self._window(stamp_ns)
-        found = self.nearest(stamp_ns)
-        if found is None:
-            return None, "has not come yet"
-        apart = abs(found.stamp_ns - stamp_ns)
-        if apart <= limit:
-            return found, ""
-        return None, f"is {apart / 1e6:.1f} ms from it at the nearest, its tolerance is {limit / 1e6:g} ms"
-
-    def has_before(self, stamp_ns: int) -> bool:
-        """Whether a frame at ``stamp_ns`` could have been made of a sample that is not newer."""
-        return any(0 <= stamp_ns - sample.stamp_ns <= self.tolerance_ns for sample in self.samples)
-
-    def _window(self, stamp_ns: int) -> tuple[_Sample | None, str]:
-        count, limit = self.spec.shape[0], self.tolerance_ns
-        chosen = [s for s in self.samples if s.stamp_ns <= stamp_ns][-count:]
-        if len(chosen) < count:
-            return None, f"has {len(chosen)} of {count} samples before it"
-        behind = stamp_ns - chosen[-1].stamp_ns
-        if behind > limit:
-            return None, f"ends {behind / 1e6:.1f} ms before it, its tolerance is {limit / 1e6:g} ms"
-        gap = max((b.stamp_ns - a.stamp_ns for a, b in pairwise(chosen)), default=0)
-        if gap > 1e9 / self.spec.rate_hz + limit:
-            return None, f"has a gap of {gap / 1e6:.1f} ms, expected a sample every {1e3 / self.spec.rate_hz:g} ms"
-        return _Sample(chosen[-1].stamp_ns, np.stack([s.value for s in chosen])), ""
 
 
 class ObservationSynchronizer:
@@ -184,12 +91,12 @@ class ObservationSynchronizer:
         self.step_ns = step_ns
         self.dropped = 0
         self._keys = {
-            name: _Key(name, spec, given.get(name, default_tolerance_ns(spec, self.specs[self.reference])))
+            name: KeySamples(name, spec, given.get(name, default_tolerance_ns(spec, self.specs[self.reference])))
             for name, spec in self.specs.items()
         }
         self._cheapest_first = sorted(self._keys.items(), key=lambda item: item[1].is_window)
         self._condition = threading.Condition()
-        self._pending: list[_Sample] = []  # of the reference, rising stamps
+        self._pending: list[Sample] = []  # of the reference, rising stamps
         self._frames: list[Frame] = []  # rising stamps
         self._start_ns: int | None = None
         self._waiting_ns: int | None = None  # since when (arrival) the reference has come without a frame
@@ -220,7 +127,7 @@ class ObservationSynchronizer:
         entry = self._keys.get(key)
         if entry is None:
             raise PolicyError(f"observation {key!r} is not one of {', '.join(self.specs)}")
-        sample = _Sample(stamp_ns, entry.prepared(value))
+        sample = Sample(stamp_ns, entry.prepared(value))
         with self._condition:
             entry.arrival_ns = arrival_ns
             began_anew = bool(entry.stamp_ns) and stamp_ns < entry.stamp_ns
@@ -231,7 +138,7 @@ class ObservationSynchronizer:
                 self._add_sample(entry, sample, began_anew)
             self._complete(entry, stamp_ns)
 
-    def _add_reference(self, sample: _Sample, arrival_ns: int, began_anew: bool) -> None:
+    def _add_reference(self, sample: Sample, arrival_ns: int, began_anew: bool) -> None:
         if began_anew:  # the source's clock began anew: nothing of before belongs to what follows
             self._pending.clear()
             self._frames.clear()
@@ -247,7 +154,7 @@ class ObservationSynchronizer:
             self._pending.pop(0)
             self.dropped += 1
 
-    def _add_sample(self, entry: _Key, sample: _Sample, began_anew: bool) -> None:
+    def _add_sample(self, entry: KeySamples, sample: Sample, began_anew: bool) -> None:
         samples = entry.samples
         if began_anew:
             samples.clear()
@@ -256,12 +163,12 @@ class ObservationSynchronizer:
         while len(samples) > most:
             samples.popleft()
 
-    def _complete(self, entry: _Key, stamp_ns: int) -> None:
+    def _complete(self, entry: KeySamples, stamp_ns: int) -> None:
         """Make frames of the stamps for which every key has come; older stamps than the newest frame's may follow.
 
         Looks at those alone that the new sample of ``entry`` can complete: stamps that never will are kept for a while.
         """
-        waiting: list[_Sample] = []
+        waiting: list[Sample] = []
         news = False
         for reference in self._pending:
             samples = self._others(reference.stamp_ns) if self._touches(entry, stamp_ns, reference.stamp_ns) else None
@@ -276,13 +183,13 @@ class ObservationSynchronizer:
             del self._frames[: self._expired()]
             self._condition.notify_all()
 
-    def _touches(self, entry: _Key, stamp_ns: int, reference_ns: int) -> bool:
+    def _touches(self, entry: KeySamples, stamp_ns: int, reference_ns: int) -> bool:
         """Whether a sample of ``entry`` may be part of the frame of a stamp of the reference."""
         if entry.name == self.reference:
             return stamp_ns == reference_ns
         return stamp_ns <= reference_ns if entry.is_window else abs(stamp_ns - reference_ns) <= entry.tolerance_ns
 
-    def _frame(self, stamp_ns: int, samples: Mapping[str, _Sample]) -> Frame:
+    def _frame(self, stamp_ns: int, samples: Mapping[str, Sample]) -> Frame:
         awaited = [
             sample.stamp_ns
             for name, sample in samples.items()
@@ -290,9 +197,9 @@ class ObservationSynchronizer:
         ]
         return Frame(stamp_ns, {name: samples[name].value for name in self.specs}, max([stamp_ns, *awaited]))
 
-    def _others(self, stamp_ns: int) -> dict[str, _Sample] | None:
+    def _others(self, stamp_ns: int) -> dict[str, Sample] | None:
         """Samples of all keys but the reference for a frame, None where one has not come; asked at every sample."""
-        samples: dict[str, _Sample] = {}
+        samples: dict[str, Sample] = {}
         for name, key in self._cheapest_first:
             if name != self.reference:
                 sample, _ = key.at(stamp_ns)
@@ -407,5 +314,5 @@ def stack_history(frames: list[Frame], specs: Mapping[str, ObservationSpec]) -> 
     stacked: dict[str, Any] = {}
     for key, spec in specs.items():
         values = [frame.values[key] for frame in frames[-spec.history :]]
-        stacked[key] = PictureHistory(values) if spec.type in PICTURES else np.stack(values)[None]
+        stacked[key] = PictureHistory(values) if spec.type in PICTURES else stack_rows(values)[None]
     return stacked

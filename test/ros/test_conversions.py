@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from geometry_msgs.msg import PoseStamped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from rclpy.clock import Clock, ClockType, ROSClock
 from rclpy.serialization import deserialize_message, serialize_message
+from rclpy.time import Time
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
 from dcqfa_ros.ros import conversions as c
@@ -25,6 +29,21 @@ def through_the_wire(message):
 @given(st.integers(0, 2**31 * c.NS - 1))
 def test_stamps_keep_every_nanosecond(stamp):
     assert c.from_time(c.to_time(stamp)) == stamp
+
+
+@pytest.mark.parametrize("clock", [ROSClock(), Clock(clock_type=ClockType.SYSTEM_TIME)])
+def test_an_instant_on_the_clock_is_its_time_less_what_has_passed(clock):
+    begin = clock.now().nanoseconds
+    second_ago = time.monotonic_ns() - c.NS
+    told = c.at_monotonic(clock, second_ago)
+    assert begin <= told + c.NS <= clock.now().nanoseconds
+
+
+def test_simulated_time_stands_still():
+    clock = ROSClock()
+    clock._set_ros_time_is_active(True)
+    clock.set_ros_time_override(Time(nanoseconds=5 * c.NS, clock_type=ClockType.ROS_TIME))
+    assert c.at_monotonic(clock, time.monotonic_ns() - c.NS) == 5 * c.NS
 
 
 @given(arrays(np.float32, (9, 2), elements=PIXELS))

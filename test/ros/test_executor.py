@@ -77,6 +77,42 @@ def test_messages_bytes_and_infos_reach_their_callbacks_in_order(pair: Pair) -> 
     assert all(isinstance(o, bytes) for o in octets) and all("source_timestamp" in info for _, info in infos)
 
 
+def test_bytes_that_come_while_others_are_taken_are_taken_in_the_same_turn(pair: Pair) -> None:
+    first, second = pair.talk("first"), pair.talk("second")
+    order: list[str] = []
+
+    def take(_: bytes) -> None:
+        order.append("first")
+        second()
+        time.sleep(0.2)  # for it to arrive
+
+    pair.node.create_subscription(String, "first", take, 10, raw=True)
+    pair.node.create_subscription(String, "second", lambda _: order.append("bytes"), 10, raw=True)
+    pair.node.create_subscription(String, "second", lambda _: order.append("message"), 10)
+    pair.until(lambda: "bytes" in order and "message" in order, first)
+    pair.turn(30, 0.02)  # what was sent until then
+    order.clear()
+    first()
+    while "first" not in order:
+        pair.turn(1, TIMEOUT_S)
+    assert order == ["first", "bytes"], "of streams of bytes alone, without another wait"
+    pair.until(lambda: "message" in order)
+    assert order == ["first", "bytes", "message"]
+
+
+def test_a_callback_that_is_replaced_by_a_coroutine_runs(pair: Pair) -> None:
+    heard: list[str] = []
+
+    async def later(message: bytes) -> None:
+        heard.append("coroutine")
+
+    subscription = pair.node.create_subscription(String, "word", lambda _: heard.append("function"), 10, raw=True)
+    talk = pair.talk("word")
+    pair.until(lambda: heard, talk)
+    subscription.callback = later
+    pair.until(lambda: "coroutine" in heard, talk)
+
+
 def test_timers_services_parameters_and_posted_work_run(pair: Pair) -> None:
     ticks, answers = [], []
     pair.node.create_timer(0.01, lambda: ticks.append(time.monotonic()))

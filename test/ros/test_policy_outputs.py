@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rclpy.clock import ClockType, ROSClock
 from rclpy.serialization import deserialize_message
+from rclpy.time import Time
 from trajectory_msgs.msg import JointTrajectory, MultiDOFJointTrajectory
 
 from dcqfa_ros.bundle.schema import ActionSpace, ActionSpec, NormalizerKind, NormalizerSpec
@@ -29,8 +31,11 @@ class Node:
     def create_interface_publisher(self, key: str) -> Any:
         return SimpleNamespace(publish=lambda data: self.sent.append((key, data)))
 
-    def get_clock(self) -> Any:
-        return SimpleNamespace(now=lambda: SimpleNamespace(nanoseconds=NOW_MS * MS))
+    def get_clock(self) -> ROSClock:
+        clock = ROSClock()
+        clock._set_ros_time_is_active(True)
+        clock.set_ros_time_override(Time(nanoseconds=NOW_MS * MS, clock_type=ClockType.ROS_TIME))
+        return clock
 
 
 def bundle(**changed: Any) -> Any:
