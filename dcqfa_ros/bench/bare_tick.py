@@ -1,5 +1,6 @@
-"""Processes that tick and do nothing else, one per processor: while none of them runs, the computer stands still.
+"""Processes that tick and do nothing else, one per processor that a measured tick may run on.
 
+While none of them runs, the computer stands still, or the one processor that the tick is kept on.
 Each waits for a line, ticks until its standard input ends, and prints one line of JSON (:func:`main`). Beside a
 measured control tick they tell what the kernel, or the host of a virtual machine, did.
 """
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dcqfa_ros.bench.processes import BenchError, end, result, run_module
@@ -51,17 +52,18 @@ class Told:
 class BareTicks:
     """The running processes."""
 
-    def __init__(self, rate_hz: float, priority: int) -> None:
+    def __init__(self, rate_hz: float, priority: int, allowed: Collection[int] = ()) -> None:
         """Start them and let all of them begin at once.
 
         Args:
             rate_hz: of the measured tick.
             priority: of SCHED_FIFO, of the measured tick: these get the next above; 0: none has one.
+            allowed: processors that the measured tick may run on; none: all of this process.
 
         Raises:
             BenchError: one did not begin; says why. None is left.
         """
-        processors: list[int | None] = sorted(os.sched_getaffinity(0))  # type: ignore[assignment]
+        processors: list[int | None] = sorted(allowed or os.sched_getaffinity(0))  # type: ignore[assignment]
         if len(processors) > _MOST:
             processors = [None]
         self._processes: list[subprocess.Popen[str]] = []

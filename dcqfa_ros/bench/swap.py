@@ -25,6 +25,7 @@ from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap_cell import Left, running_cell
 from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.runtime.engines import ONNXRUNTIME, runtime_facts
+from dcqfa_ros.runtime.realtime import RealtimeSettings
 from dcqfa_ros.runtime.worker import worker_environment
 
 _SAMPLES = 5  # of the memory, at either end
@@ -57,9 +58,10 @@ class SwapBench:
         threads: of an engine.
         rate_hz, seconds, seed: what was measured.
         tick_scheduler: of the control tick's thread.
-        reference_missed, reference_max_ms: of processes that only tick, one per processor (one in all beyond eight),
-            at a priority above: periods by which they were late, in all, and the greatest lateness. None where one was
-            lost.
+        processor: that it was kept on; None: any.
+        reference_missed, reference_max_ms: of processes that only tick, one per processor that the control tick may run
+            on (one in all beyond eight), at a priority above: periods by which they were late, in all, and the greatest
+            lateness. None where one was lost.
         missed_alone: what would have been missed had the time not passed in which none of these ran; None where they
             have no real-time priority, where one was lost, or where there were more stalls than are kept.
         conditions: what else went on; the scheduler is this process'.
@@ -97,6 +99,7 @@ class SwapBench:
     seconds: float
     seed: int
     tick_scheduler: str
+    processor: int | None
     reference_missed: int | None
     reference_max_ms: float | None
     missed_alone: int | None
@@ -114,6 +117,7 @@ def run_swap_bench(
     python: str = "",
     seed: int = 0,
     realtime_priority: int = 0,
+    processor: int | None = None,
     progress: bool = False,
 ) -> SwapBench:
     """Exchange variants ``swaps`` times, in an order drawn with ``seed``, while the control tick goes on.
@@ -128,6 +132,7 @@ def run_swap_bench(
         python: interpreter of the workers; this one's where empty.
         seed: of the order and of the policy's noise.
         realtime_priority: SCHED_FIFO priority of the control tick's process, 0: none; this one has none.
+        processor: that the control tick is kept on; what else runs may run on any.
         progress: tell how far it is, on stderr.
 
     Raises:
@@ -140,6 +145,7 @@ def run_swap_bench(
         ("rate", rate_hz, 1.0, 1000.0),
         ("seed", seed, 0, 2**31),
         ("realtime priority", realtime_priority, 0, 99),
+        ("processor", processor or 0, 0, 2**20),
     ):
         if not low <= value <= high:
             raise BenchError(f"{name}: expected {low:g} to {high:g}, got {value:g}")
@@ -147,7 +153,9 @@ def run_swap_bench(
         raise BenchError(f"variants: expected at least two different ones, got {', '.join(names)}")
     version = _version(python or sys.executable, runtime)
     before = Left.now()
-    with running_cell(bundle, rate_hz, threads, python, seed, realtime_priority) as cell:
+    processors = () if processor is None else (processor,)
+    realtime = RealtimeSettings(realtime_priority, processors)
+    with running_cell(bundle, rate_hz, threads, python, seed, realtime) as cell:
         for name in (*names, names[0]):  # once round before anything is measured
             result = cell.exchange(name, runtime)
             if not result.ok:
@@ -155,7 +163,7 @@ def run_swap_bench(
         gc.collect()
         gc.freeze()  # as nodes do when they are activated
         memory, results = [cell.memory()], []
-        bare = bare_tick.BareTicks(rate_hz, realtime_priority)
+        bare = bare_tick.BareTicks(rate_hz, realtime_priority, processors)
         try:
             cell.tick.count_anew()
             chunks = cell.chunks
@@ -218,6 +226,7 @@ def run_swap_bench(
         seconds=round(seconds, 1),
         seed=seed,
         tick_scheduler=tick.scheduler,
+        processor=processor,
         reference_missed=None if reference is None else reference.missed,
         reference_max_ms=None if reference is None else reference.max_ms,
         missed_alone=None

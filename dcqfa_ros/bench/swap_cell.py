@@ -20,7 +20,7 @@ from dcqfa_ros.bundle.load import Bundle
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.parity import fixed_observation
 from dcqfa_ros.runtime.policy_session import Episode, PolicySession, SessionHooks
-from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S
+from dcqfa_ros.runtime.realtime import SWITCH_INTERVAL_S, RealtimeSettings
 from dcqfa_ros.runtime.swaps import HostOptions, SwapResult
 from dcqfa_ros.runtime.synchronizer import Frame, ObservationSynchronizer
 from dcqfa_ros.runtime.variant_host import VariantHost
@@ -29,16 +29,20 @@ from dcqfa_ros.runtime.worker_main import resident_bytes
 _TIMEOUT_S = 120.0  # of one exchange, and of the first chunk after it
 _OBSERVATIONS = 64
 _STAMPS_KEPT = 1000
+_ANY = RealtimeSettings()
 
 
 @contextlib.contextmanager
 def running_cell(
-    bundle: Bundle, rate_hz: float, threads: int, python: str = "", seed: int = 0, realtime_priority: int = 0
+    bundle: Bundle, rate_hz: float, threads: int, python: str = "", seed: int = 0, realtime: RealtimeSettings = _ANY
 ) -> Iterator[Cell]:
-    """Start a cell and close it again, whatever happens meanwhile; arguments as ``run_swap_bench``."""
+    """Start a cell and close it again, whatever happens meanwhile.
+
+    Arguments as ``run_swap_bench``; ``realtime`` is what the control tick asks for.
+    """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)  # as nodes do
-    cell = Cell(bundle, rate_hz, threads, python, seed, realtime_priority)
+    cell = Cell(bundle, rate_hz, threads, python, seed, realtime)
     try:
         cell.start()
         yield cell
@@ -67,9 +71,9 @@ class Cell:
     """
 
     def __init__(
-        self, bundle: Bundle, rate_hz: float, threads: int, python: str, seed: int, realtime_priority: int
+        self, bundle: Bundle, rate_hz: float, threads: int, python: str, seed: int, realtime: RealtimeSettings
     ) -> None:
-        """Start nothing yet; arguments as ``run_swap_bench``."""
+        """Start nothing yet; arguments as ``running_cell``."""
         self.chunks = 0
         self._seed = seed
         self._samples = [
@@ -88,7 +92,7 @@ class Cell:
         self._period_ns = round(1e9 / rate_hz)
         self._session = PolicySession(bundle.spec, self.host, self._observations, self._period_ns, hooks)
         dim = bundle.spec.action.dim
-        self.tick = TickProcess(dim, self._period_ns, realtime_priority, self._observe, self._fail)
+        self.tick = TickProcess(dim, self._period_ns, realtime, self._observe, self._fail)
         self._consumed: dict[int, int] = {}  # by stamp of the observation
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._session.run, args=(self._halt,), name="inference", daemon=True)

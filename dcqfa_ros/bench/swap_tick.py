@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap_tick_main import ANEW, CHUNK, ERROR, MAX_MESSAGE, REPORT, TICK, TickReport
+from dcqfa_ros.runtime.realtime import RealtimeSettings
 from dcqfa_ros.runtime.worker import describe_exit, worker_environment
 
 _MODULE = "dcqfa_ros.bench.swap_tick_main"
@@ -40,7 +41,7 @@ class TickProcess:
         self,
         action_dim: int,
         period_ns: int,
-        realtime_priority: int,
+        realtime: RealtimeSettings,
         on_tick: Callable[[int, int], None],
         on_lost: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -49,15 +50,16 @@ class TickProcess:
         Args:
             action_dim: Da of the chunks.
             period_ns: of the tick.
-            realtime_priority: SCHED_FIFO priority of the tick's thread, 0: none.
+            realtime: what the tick's thread asks for.
             on_tick: told the stamp of each tick's observation (ns, from 0, one period apart) and the actions consumed
                 by then, which is the number of the first action of a chunk computed on it; from a background thread.
             on_lost: told once why there is no tick any more, from that thread; not after :meth:`close`.
         """
-        self._request = {
+        self._request: dict[str, Any] = {
             "action_dim": action_dim,
             "period_ns": period_ns,
-            "realtime_priority": realtime_priority,
+            "realtime_priority": realtime.priority,
+            "processors": realtime.cpus,
         }
         self._on_tick, self._on_lost = on_tick, on_lost
         self._changed = threading.Condition()

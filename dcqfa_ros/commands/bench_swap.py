@@ -48,6 +48,9 @@ def register(subparsers: Any) -> None:
         metavar="N",
         help="SCHED_FIFO priority of the control tick's process, 1 to 99 (default: none)",
     )
+    parser.add_argument(
+        "--processor", type=int, metavar="N", help="keep the control tick on this processor (default: any)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_run)
 
@@ -69,6 +72,7 @@ def _run(args: argparse.Namespace) -> int:
         args.python,
         args.seed,
         args.realtime_priority,
+        args.processor,
         progress=sys.stderr.isatty(),
     )
     if args.json:

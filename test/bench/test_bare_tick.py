@@ -45,6 +45,15 @@ def test_where_there_are_many_processors_one_process_runs_on_any(monkeypatch) ->
         ticks.end()
 
 
+def test_a_tick_that_is_kept_on_one_processor_is_compared_with_that_one() -> None:
+    processor = max(os.sched_getaffinity(0))
+    ticks = BareTicks(100.0, 0, (processor,))
+    try:
+        assert [os.sched_getaffinity(pid) for pid in ticks.pids] == [{processor}]
+    finally:
+        ticks.end()
+
+
 def test_a_process_that_does_not_begin_says_why_at_once_and_is_not_left() -> None:
     others = processes.children()
     with pytest.raises(processes.BenchError, match=r"the reference tick ended with code 1: .*ZeroDivisionError"):

@@ -63,6 +63,19 @@ def test_a_lost_reference_process_loses_no_exchange(policy_bundle, monkeypatch, 
     assert "the reference tick ended with code -9" in capfd.readouterr().err
 
 
+def test_a_control_tick_can_be_kept_on_a_processor(policy_bundle, monkeypatch) -> None:
+    seen, processor = [], max(os.sched_getaffinity(0))
+
+    class Watched(swap_cell.TickProcess):
+        def report(self):
+            seen.append(os.sched_getaffinity(self.pid))
+            return super().report()
+
+    monkeypatch.setattr(swap_cell, "TickProcess", Watched)
+    bench = run_swap_bench(load_bundle(policy_bundle()), swaps=1, processor=processor)
+    assert bench.processor == processor and seen == [{processor}]
+
+
 def test_without_its_control_tick_nothing_is_measured_and_nothing_is_left(policy_bundle) -> None:
     before, others = swap_cell.Left.now(), children()  # of other tests
     with running_cell(load_bundle(policy_bundle()), 100.0, 1) as cell:
@@ -83,6 +96,8 @@ def test_without_its_control_tick_nothing_is_measured_and_nothing_is_left(policy
         ({"rate_hz": float("nan")}, "rate: expected 1"),
         ({"variants": ["fp32", "fp32"]}, "at least two different"),
         ({"variants": ["fp32", "w2a2"]}, "w2a2"),
+        ({"processor": -1}, "processor: expected 0"),
+        ({"processor": 4321}, "there is no processor 4321"),
         ({"runtime": "tensorflow"}, "tensorflow"),
         ({"python": "/nowhere/python"}, "--python /nowhere/python"),
         ({"python": "/bin/true"}, "onnxruntime is not installed there"),

@@ -18,13 +18,15 @@ import pytest
 from dcqfa_ros.bench import swap_tick
 from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bench.swap_tick import TickProcess
+from dcqfa_ros.runtime.realtime import RealtimeSettings
 
 _PERIOD_NS = 5_000_000
 _PATIENCE_S = 20.0
 _OWNER = """
 import time
 from dcqfa_ros.bench.swap_tick import TickProcess
-tick = TickProcess(2, 10_000_000, 0, lambda *_: None)
+from dcqfa_ros.runtime.realtime import RealtimeSettings
+tick = TickProcess(2, 10_000_000, RealtimeSettings(), lambda *_: None)
 try:
     tick.start()
     tick.count_anew()
@@ -41,7 +43,9 @@ class _Told:
     def __init__(self, priority: int = 0) -> None:
         self.ticks: list[tuple[int, int]] = []
         self.lost: list[str] = []
-        self.tick = TickProcess(2, _PERIOD_NS, priority, lambda *told: self.ticks.append(told), self.lost.append)
+        self.tick = TickProcess(
+            2, _PERIOD_NS, RealtimeSettings(priority), lambda *told: self.ticks.append(told), self.lost.append
+        )
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def test_what_was_not_read_is_lost_and_counted_and_the_tick_goes_on(monkeypatch)
         began.set()
         room.wait(_PATIENCE_S)
 
-    tick = TickProcess(2, _PERIOD_NS, 0, block)
+    tick = TickProcess(2, _PERIOD_NS, RealtimeSettings(), block)
     try:
         tick.start()
         assert began.wait(_PATIENCE_S)
