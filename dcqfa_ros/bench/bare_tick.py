@@ -1,6 +1,5 @@
-"""Processes that tick and do nothing else, one per processor that a measured tick may run on.
+"""Processes that tick and do nothing else, one per processor: while none of them runs, the computer stands still.
 
-While none of them runs, the computer stands still, or the one processor that the tick is kept on.
 Each waits for a line, ticks until its standard input ends, and prints one line of JSON (:func:`main`). Beside a
 measured control tick they tell what the kernel, or the host of a virtual machine, did.
 """
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcqfa_ros.bench.processes import BenchError, end, result, run_module
@@ -37,6 +36,7 @@ class Told:
     Attributes:
         missed: periods by which they came too late, in all.
         max_ms: the greatest lateness.
+        processors: that each ran on; None: any.
         stood: per process, when it last ran before a tick that came a tenth of a period late or more, and when it ran
             again (monotonic ns); the newest.
         realtime: whether each had its priority above the measured tick's and its processor: what delays such a process
@@ -45,6 +45,7 @@ class Told:
 
     missed: int
     max_ms: float
+    processors: tuple[int | None, ...]
     stood: tuple[tuple[Stall, ...], ...]
     realtime: bool
 
@@ -52,24 +53,25 @@ class Told:
 class BareTicks:
     """The running processes."""
 
-    def __init__(self, rate_hz: float, priority: int, allowed: Collection[int] = ()) -> None:
+    def __init__(self, rate_hz: float, priority: int, processor: int | None = None) -> None:
         """Start them and let all of them begin at once.
 
         Args:
             rate_hz: of the measured tick.
             priority: of SCHED_FIFO, of the measured tick: these get the next above; 0: none has one.
-            allowed: processors that the measured tick may run on; none: all of this process.
+            processor: that the measured tick is kept on, so that there is one on it in any case; None: none.
 
         Raises:
             BenchError: one did not begin; says why. None is left.
         """
-        processors: list[int | None] = sorted(allowed or os.sched_getaffinity(0))  # type: ignore[assignment]
+        processors: list[int | None] = sorted(os.sched_getaffinity(0))  # type: ignore[assignment]
         if len(processors) > _MOST:
-            processors = [None]
+            processors = [None] if processor is None else [None, processor]
+        self._processors = tuple(processors)
         self._processes: list[subprocess.Popen[str]] = []
         with contextlib.ExitStack() as started:
-            for processor in processors:
-                self._processes.append(_spawn(rate_hz, priority, processor))
+            for each in processors:
+                self._processes.append(_spawn(rate_hz, priority, each))
                 started.callback(end, self._processes[-1])
             self._await_line()
             for process in self._processes:
@@ -101,6 +103,7 @@ class BareTicks:
         return Told(
             sum(int(one["missed"]) for one in told),
             max(float(one["max_ms"]) for one in told),
+            self._processors,
             tuple(tuple((last, again) for last, again in one["stood"]) for one in told),
             all(one["realtime"] for one in told),
         )
@@ -116,23 +119,29 @@ def _spawn(rate_hz: float, priority: int, processor: int | None) -> subprocess.P
     return run_module("dcqfa_ros.bench.bare_tick", str(rate_hz), str(above), *pinned)
 
 
-def missed_alone(stalls: Sequence[Stall], told: Told, period_ns: int) -> int | None:
+def missed_alone(stalls: Sequence[Stall], told: Told, period_ns: int, processor: int | None = None) -> int | None:
     """Ticks that would have been missed had the time in which no reference process ran not passed.
+
+    With a processor, the time in which that one's did not: the kernel had it, also for what the measured programs had
+    asked of it, or the host of a virtual machine.
 
     Args:
         stalls: of the measured tick: deadline and begin, monotonic ns.
         told: of the reference processes.
         period_ns: of the measured tick.
+        processor: that it was kept on; None: what halted all counts.
 
     Returns:
-        The number; None where the references had no priority, and so were delayed by what they were to judge, or where
-        a list is so long that it may lack the oldest.
+        The number; None where the processor had no reference, where the references had no priority, and so were delayed
+        by what they were to judge, or where a list is so long that it may lack the oldest.
     """
     if not told.realtime or len(stalls) >= STALLS or max(map(len, told.stood)) >= _KEPT:
         return None
-    still = list(told.stood[0])
-    for other in told.stood[1:]:
-        still = _common(still, other)
+    if processor is not None and processor not in told.processors:
+        return None
+    still, *others = [one for on, one in zip(told.processors, told.stood, strict=True) if processor in (None, on)]
+    for other in others:
+        still = tuple(_common(still, other))
     alone = 0
     for deadline, begin in stalls:
         excused = sum(max(0, min(begin, stop) - max(deadline, start)) for start, stop in still)

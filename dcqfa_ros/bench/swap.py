@@ -59,11 +59,14 @@ class SwapBench:
         rate_hz, seconds, seed: what was measured.
         tick_scheduler: of the control tick's thread.
         processor: that it was kept on; None: any.
-        reference_missed, reference_max_ms: of processes that only tick, one per processor that the control tick may run
-            on (one in all beyond eight), at a priority above: periods by which they were late, in all, and the greatest
+        reference_missed, reference_max_ms: of processes that only tick, one per processor (one in all beyond eight, and
+            one on ``processor``), at a priority above: periods by which they were late, in all, and the greatest
             lateness. None where one was lost.
         missed_alone: what would have been missed had the time not passed in which none of these ran; None where they
             have no real-time priority, where one was lost, or where there were more stalls than are kept.
+        missed_while_processor_ran: likewise, had the time not passed in which the one on ``processor`` did not run. It
+            stands still, too, where the kernel does for another program, one of this benchmark's perhaps, what it does
+            not interrupt. None also where the control tick was kept on none.
         conditions: what else went on; the scheduler is this process'.
         goals_met: no tick missed, no failure, memory within 2 %, nothing left.
     """
@@ -103,6 +106,7 @@ class SwapBench:
     reference_missed: int | None
     reference_max_ms: float | None
     missed_alone: int | None
+    missed_while_processor_ran: int | None
     conditions: Conditions
     goals_met: bool
 
@@ -139,13 +143,15 @@ def run_swap_bench(
         BenchError: a value is out of range, a variant cannot be loaded at all, the system refuses the priority, or the
             control tick's process ended.
     """
+    available = os.sched_getaffinity(0)
+    if processor is not None and processor not in available:
+        raise BenchError(f"processor: expected one of {', '.join(map(str, sorted(available)))}, got {processor}")
     names = tuple(variants) or tuple(v.name for v in bundle.spec.variants)
     for name, value, low, high in (
         ("swaps", swaps, 1, 10**6),
         ("rate", rate_hz, 1.0, 1000.0),
         ("seed", seed, 0, 2**31),
         ("realtime priority", realtime_priority, 0, 99),
-        ("processor", processor or 0, 0, 2**20),
     ):
         if not low <= value <= high:
             raise BenchError(f"{name}: expected {low:g} to {high:g}, got {value:g}")
@@ -153,8 +159,7 @@ def run_swap_bench(
         raise BenchError(f"variants: expected at least two different ones, got {', '.join(names)}")
     version = _version(python or sys.executable, runtime)
     before = Left.now()
-    processors = () if processor is None else (processor,)
-    realtime = RealtimeSettings(realtime_priority, processors)
+    realtime = RealtimeSettings(realtime_priority, () if processor is None else (processor,))
     with running_cell(bundle, rate_hz, threads, python, seed, realtime) as cell:
         for name in (*names, names[0]):  # once round before anything is measured
             result = cell.exchange(name, runtime)
@@ -163,7 +168,7 @@ def run_swap_bench(
         gc.collect()
         gc.freeze()  # as nodes do when they are activated
         memory, results = [cell.memory()], []
-        bare = bare_tick.BareTicks(rate_hz, realtime_priority, processors)
+        bare = bare_tick.BareTicks(rate_hz, realtime_priority, processor)
         try:
             cell.tick.count_anew()
             chunks = cell.chunks
@@ -193,6 +198,12 @@ def run_swap_bench(
     first, last = statistics.median(memory[:count]), statistics.median(memory[-count:])
     growth = 100.0 * (last - first) / first
     workers, descriptors, files = (a - b for a, b in zip(left, before, strict=True))
+    alone = on_processor = None
+    if reference is not None:
+        period_ns = round(1e9 / rate_hz)
+        alone = bare_tick.missed_alone(tick.stalls, reference, period_ns)
+        if processor is not None:
+            on_processor = bare_tick.missed_alone(tick.stalls, reference, period_ns, processor)
     loads, gaps = [r.load_ms for r in results], [r.gap_ms for r in results]
     return SwapBench(
         swaps=swaps,
@@ -229,9 +240,8 @@ def run_swap_bench(
         processor=processor,
         reference_missed=None if reference is None else reference.missed,
         reference_max_ms=None if reference is None else reference.max_ms,
-        missed_alone=None
-        if reference is None
-        else bare_tick.missed_alone(tick.stalls, reference, round(1e9 / rate_hz)),
+        missed_alone=alone,
+        missed_while_processor_ran=on_processor,
         conditions=seen,
         goals_met=not (tick.missed or failed or workers or files) and descriptors <= 0 and growth <= GROWTH_LIMIT,
     )

@@ -29,12 +29,17 @@ from dcqfa_ros.runtime.worker_main import resident_bytes
 _TIMEOUT_S = 120.0  # of one exchange, and of the first chunk after it
 _OBSERVATIONS = 64
 _STAMPS_KEPT = 1000
-_ANY = RealtimeSettings()
+_NO_SETTINGS = RealtimeSettings()
 
 
 @contextlib.contextmanager
 def running_cell(
-    bundle: Bundle, rate_hz: float, threads: int, python: str = "", seed: int = 0, realtime: RealtimeSettings = _ANY
+    bundle: Bundle,
+    rate_hz: float,
+    threads: int,
+    python: str = "",
+    seed: int = 0,
+    realtime: RealtimeSettings = _NO_SETTINGS,
 ) -> Iterator[Cell]:
     """Start a cell and close it again, whatever happens meanwhile.
 

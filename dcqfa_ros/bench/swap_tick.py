@@ -50,7 +50,7 @@ class TickProcess:
         Args:
             action_dim: Da of the chunks.
             period_ns: of the tick.
-            realtime: what the tick's thread asks for.
+            realtime: what the tick's thread asks for; memory can be locked, too.
             on_tick: told the stamp of each tick's observation (ns, from 0, one period apart) and the actions consumed
                 by then, which is the number of the first action of a chunk computed on it; from a background thread.
             on_lost: told once why there is no tick any more, from that thread; not after :meth:`close`.
@@ -60,6 +60,7 @@ class TickProcess:
             "period_ns": period_ns,
             "realtime_priority": realtime.priority,
             "processors": realtime.cpus,
+            "lock_memory": realtime.lock_memory,
         }
         self._on_tick, self._on_lost = on_tick, on_lost
         self._changed = threading.Condition()

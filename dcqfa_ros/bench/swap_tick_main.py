@@ -140,8 +140,8 @@ class _Arm:
 def main(argv: list[str]) -> int:
     """Tick until the parent goes; exit codes: 0 parent gone, 1 the system refuses the priority.
 
-    The first message is a JSON object: action_dim, period_ns, realtime_priority (0: none) and
-    processors to run on (none: any).
+    The first message is a JSON object: action_dim, period_ns, realtime_priority (0: none),
+    processors to run on (none: any) and lock_memory.
     """
     # As for an engine's worker: Ctrl-C reaches every process of a terminal, and when to end is the parent's decision.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -151,7 +151,9 @@ def main(argv: list[str]) -> int:
     if not message:
         return 0
     request: dict[str, Any] = json.loads(message)
-    refusals = apply(RealtimeSettings(request["realtime_priority"], tuple(request["processors"])))
+    refusals = apply(
+        RealtimeSettings(request["realtime_priority"], tuple(request["processors"]), request["lock_memory"])
+    )
     if refusals:
         control.send(ERROR + refusals[0].encode())
         return 1

@@ -85,6 +85,10 @@ def _run(args: argparse.Namespace) -> int:
 def _describe(b: SwapBench) -> list[str]:
     from dcqfa_ros.bench import bare_tick
 
+    place, besides = "", []
+    if b.processor is not None:
+        left = "unknown how many" if b.missed_while_processor_ran is None else b.missed_while_processor_ran
+        place, besides = f", processor {b.processor}", [f"without what halted processor {b.processor}, {left} missed"]
     return [
         (
             f"{b.swaps} exchanges among {', '.join(b.variants)} on {b.runtime} {b.runtime_version} in "
@@ -92,7 +96,7 @@ def _describe(b: SwapBench) -> list[str]:
         ),
         *(f"  {reason}" for reason in b.reasons),
         (
-            f"control tick at {b.rate_hz:g} Hz ({b.tick_scheduler}), {b.ticks} ticks: {b.missed_ticks} missed, "
+            f"control tick at {b.rate_hz:g} Hz ({b.tick_scheduler}{place}), {b.ticks} ticks: {b.missed_ticks} missed, "
             f"jitter p50 {b.jitter_p50_ms:.2f} ms, p99 {b.jitter_p99_ms:.2f} ms, max {b.jitter_max_ms:.2f} ms"
         ),
         (
@@ -104,5 +108,6 @@ def _describe(b: SwapBench) -> list[str]:
             f"{b.workers_left} workers, {b.fds_left} descriptors, {b.memory_files_left} shared memories"
         ),
         bare_tick.describe(b.reference_missed, b.reference_max_ms, b.missed_alone),
+        *besides,
         f"load {b.conditions.load_1min:.1f}, {100 * b.conditions.steal_share:.1f} % stolen, {b.conditions.scheduler}",
     ]

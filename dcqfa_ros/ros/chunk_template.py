@@ -19,7 +19,7 @@ from dcqfa_ros.ros.conversions import NS
 from dcqfa_ros.runtime.recent import Recent
 
 _LENGTHS = 8  # that are kept; a policy's chunks have one or two
-_WORD = np.dtype(np.uint32)  # numbers of 64 bits are aligned to 4 bytes at least, whatever the encoding
+_WORD = np.dtype(np.uint32)  # numbers of 64 bits are aligned to 8 bytes behind the encapsulation, which has 4
 _STAMP, _STAMP_AT = struct.Struct("=iI"), 4  # of the header, behind the encapsulation
 _NATIVE = b"\x00\x01" if sys.byteorder == "little" else b"\x00\x00"  # encapsulation of plain CDR in this byte order
 _Template = tuple[bytearray, "NDArray[np.uint32]", "NDArray[np.intp]"]
@@ -40,7 +40,11 @@ class ChunkTemplate:
         self._kept: Recent[tuple[int, ...], _Template] = Recent(_LENGTHS)
 
     def serialized(self, stamp_ns: int, values: NDArray[np.floating]) -> bytes:
-        """What ``build`` of a stamp and values (n, k) is serialized to."""
+        """What ``build`` of a stamp and values (n, k) is serialized to.
+
+        Raises:
+            ValueError: a message of this length does not hold the values as they are, or is no plain CDR.
+        """
         shape = values.shape
         found = self._kept.get(shape)
         if found is None:

@@ -1,4 +1,4 @@
-"""Between ROS messages and the arrays of the runtime: stamps, poses, chunks, key-value status messages.
+"""Between ROS messages and the arrays of the runtime: stamps and clocks, poses, chunks, key-value status messages.
 
 ROS messages carry metres and radians; a bundle carries its own units. ``units_per_metre`` (exact powers of two for the
 simulated table) converts between them.
@@ -41,7 +41,7 @@ def from_time(stamp: Time) -> int:
 
 
 def at_monotonic(clock: Clock, monotonic_ns: int) -> int:
-    """Return what a node's clock showed at an instant of the monotonic clock (simulated time stands still since then).
+    """Return what a node's clock showed at an instant of the monotonic clock; with simulated time, what it shows now.
 
     Both in nanoseconds. Nodes have no clock but ROS' and the system's. Cheaper than ``Clock.now``, which takes 0.1 ms
     after a pause.

@@ -68,7 +68,7 @@ class StreamExecutor(SingleThreadedExecutor):
             return
         if not self._context.ok():
             raise ExternalShutdownException
-        entities.run()
+        entities.run(self._over)
         if others:
             super().spin_once(0.0)
 
@@ -114,6 +114,8 @@ class StreamExecutor(SingleThreadedExecutor):
         if old is not None:
             old.release()
         self._entities = _Entities(found, self._context)
+        if old is not None:
+            self._entities.take_over(old)
         return self._entities
 
 
@@ -147,9 +149,9 @@ class _Entities:
             ("subscription", _by_pointer(held["subscriptions"], _subscription)),
         )
         # Of raw messages, which are streams of large ones.
-        self._streams = [runner for runner in self._kinds[2][1].values() if runner.entity.raw]
+        self._streams = [runner for runner in self._kinds[2][1].values() if runner.streams]
         self._streaming = False  # whether one of them is in line
-        self._ready: list[Callable[[], None]] = []
+        self._ready: list[_Runner] = []
 
     @staticmethod
     def _make(counts: list[int], waitables: list[Any], context: Context) -> Any:
@@ -178,11 +180,16 @@ class _Entities:
         self._wait_set.destroy_when_not_in_use()
         self._event_set.destroy_when_not_in_use()
 
+    def take_over(self, old: _Entities) -> None:
+        """Put guard conditions in line that were so there, and not run: they say only once that they were triggered."""
+        own = {id(runner.entity): runner for runner in self._guards.values()}
+        self._ready += [own[id(runner.entity)] for runner in old._ready if id(runner.entity) in own]
+
     def take_triggered(self) -> bool:
         """Put guard conditions in line that rclpy has seen triggered; returns whether there were any."""
         for guard in self._guards.values():
             if guard.entity._executor_triggered:
-                self._ready.append(guard.run)
+                self._ready.append(guard)
         return bool(self._ready)
 
     def wait(self, timeout_ns: int) -> bool:
@@ -207,8 +214,8 @@ class _Entities:
                     if runners is self._guards:
                         runner.entity._executor_triggered = True
                 else:
-                    self._ready.append(runner.run)
-                    self._streaming |= runner in self._streams
+                    self._ready.append(runner)
+                    self._streaming |= runner.streams
         if others or wait_set.get_ready_entities("service") or wait_set.get_ready_entities("client"):
             return True
         return any(waitable.is_ready(wait_set) for waitable in self._waitables) or self._event()
@@ -228,19 +235,20 @@ class _Entities:
         self._events_due_s = now + _EVENTS_S
         return False
 
-    def run(self) -> None:
+    def run(self, over: Callable[[], bool]) -> None:
         """Run what is ready; where a callback raises, the rest stays in line.
 
         Large messages come together (color and depth of a camera, cameras of one tick): what has come while one was
-        taken is taken without another wait, of each stream one message at most.
+        taken is taken without another wait, of each stream one more message at most.
         """
         while self._ready:
-            self._ready.pop(0)()
-        if self._streaming:
-            self._streaming = False
-            for runner in self._streams:
-                if not runner.is_coroutine():
-                    runner.run()
+            self._ready.pop(0).run()
+        if not self._streaming:
+            return
+        self._streaming = False
+        for runner in self._streams:
+            if not runner.is_coroutine() and not over():
+                runner.run()
 
 
 def _is_event(waitable: Any) -> bool:
@@ -251,10 +259,11 @@ def _is_event(waitable: Any) -> bool:
 class _Runner:
     """How an entity is run."""
 
-    __slots__ = ("_callback", "_is_coroutine", "entity", "run")
+    __slots__ = ("_callback", "_is_coroutine", "entity", "run", "streams")
 
     def __init__(self, entity: Any, make: Callable[[Any], Callable[[], None]]) -> None:
         self.entity, self.run = entity, make(entity)
+        self.streams = bool(getattr(entity, "raw", False))
         self._callback: Any = None
         self._is_coroutine = False
 
@@ -293,9 +302,6 @@ def _timer(timer: Any) -> Callable[[], None]:
 
 
 def _subscription(subscription: Any) -> Callable[[], None]:
-    kind = getattr(subscription, "_callback_type", None)  # Humble has no other
-    with_info = kind is not None and kind.name != "MessageOnly"
-
     def run() -> None:
         try:
             with subscription.handle:
@@ -303,6 +309,8 @@ def _subscription(subscription: Any) -> Callable[[], None]:
         except InvalidHandle:
             return
         if taken is not None:
+            kind = getattr(subscription, "_callback_type", None)  # Humble has no other
+            with_info = kind is not None and kind.name != "MessageOnly"
             subscription.callback(*(taken if with_info else taken[:1]))
 
     return run

@@ -45,11 +45,13 @@ def test_where_there_are_many_processors_one_process_runs_on_any(monkeypatch) ->
         ticks.end()
 
 
-def test_a_tick_that_is_kept_on_one_processor_is_compared_with_that_one() -> None:
-    processor = max(os.sched_getaffinity(0))
-    ticks = BareTicks(100.0, 0, (processor,))
+def test_a_tick_that_is_kept_on_a_processor_has_a_reference_on_it_in_any_case(monkeypatch) -> None:
+    monkeypatch.setattr(bare_tick, "_MOST", 0)
+    available = os.sched_getaffinity(0)
+    ticks = BareTicks(100.0, 0, max(available))
     try:
-        assert [os.sched_getaffinity(pid) for pid in ticks.pids] == [{processor}]
+        assert [os.sched_getaffinity(pid) for pid in ticks.pids] == [available, {max(available)}]
+        assert ticks.result().processors == (None, max(available))
     finally:
         ticks.end()
 
@@ -62,7 +64,7 @@ def test_a_process_that_does_not_begin_says_why_at_once_and_is_not_left() -> Non
 
 
 def told(*stood: list[tuple[int, int]], realtime: bool = True) -> bare_tick.Told:
-    return bare_tick.Told(0, 0.0, tuple(map(tuple, stood)), realtime)
+    return bare_tick.Told(0, 0.0, tuple(range(len(stood))), tuple(map(tuple, stood)), realtime)
 
 
 def test_time_in_which_no_reference_ran_is_taken_out_of_what_was_missed() -> None:
@@ -82,6 +84,13 @@ def test_a_stall_of_one_processor_excuses_nothing() -> None:
     assert missed_alone([(100, 125)], told([(95, 121)], []), 10) == 2
     assert missed_alone([(100, 125)], told([(95, 121)], [(90, 108), (112, 130)]), 10) == 0
     assert missed_alone([(100, 125)], told([(95, 121)], [(90, 103), (112, 130)]), 10) == 1
+
+
+def test_a_stall_of_the_processor_that_the_tick_is_kept_on_excuses_it_there() -> None:
+    one, other = [(95, 121)], [(90, 103), (112, 130)]
+    assert [missed_alone([(100, 125)], told(one, other), 10, processor) for processor in (None, 0, 1)] == [1, 0, 0]
+    assert missed_alone([(100, 125)], told(one, []), 10, 1) == 2
+    assert missed_alone([(100, 125)], told(one, other), 10, 2) is None, "nothing is known of it"
 
 
 def test_what_would_be_missed_alone_is_unknown_without_priority_or_with_too_many_stalls() -> None:

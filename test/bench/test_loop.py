@@ -6,7 +6,7 @@ from dcqfa_ros.bench.bare_tick import Told
 from dcqfa_ros.bench.loop import missed_alone
 
 PERIOD = 10
-STILL = Told(2, 20.0, (((1_095, 1_121),),), True)
+STILL = Told(2, 20.0, (None,), (((1_095, 1_121),),), True)
 
 
 def test_what_was_missed_while_the_computer_stood_still_is_left_out() -> None:

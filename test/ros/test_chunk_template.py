@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from rclpy.serialization import deserialize_message, serialize_message
 
+from dcqfa_ros.ros import chunk_template
 from dcqfa_ros.ros.arm_messages import gripper_chunk_message, twist_chunk_message
 from dcqfa_ros.ros.chunk_template import ChunkTemplate
 from dcqfa_ros.ros.conversions import planar_chunk_message
@@ -53,3 +54,18 @@ def test_a_message_without_its_values_is_no_template() -> None:
     template = ChunkTemplate(lambda stamp, values: twist_chunk_message(stamp, values * 2.0, PERIOD_NS))
     with pytest.raises(ValueError, match="not in the message"):
         template.serialized(0, np.zeros((2, 6)))
+
+
+def test_bytes_stay_as_they_are_when_others_of_the_same_length_follow() -> None:
+    values = np.arange(12.0).reshape(2, 6)
+    template = ChunkTemplate(KINDS["twists"][1])
+    first = template.serialized(5, values)
+    kept = bytes(bytearray(first))
+    template.serialized(6, values + 1.0)
+    assert first == kept
+
+
+def test_an_encoding_that_is_not_plain_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_template, "serialize_message", lambda m: b"\x00\x07" + bytes(serialize_message(m))[2:])
+    with pytest.raises(ValueError, match="encapsulation 00 07"):
+        ChunkTemplate(KINDS["twists"][1]).serialized(0, np.zeros((2, 6)))

@@ -36,7 +36,8 @@ def test_an_instant_on_the_clock_is_its_time_less_what_has_passed(clock):
     begin = clock.now().nanoseconds
     second_ago = time.monotonic_ns() - c.NS
     told = c.at_monotonic(clock, second_ago)
-    assert begin <= told + c.NS <= clock.now().nanoseconds
+    # A process that is halted between two clocks is told a little too early.
+    assert begin - 50_000_000 <= told + c.NS <= clock.now().nanoseconds
 
 
 def test_simulated_time_stands_still():

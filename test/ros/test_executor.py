@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_bytes_that_come_while_others_are_taken_are_taken_in_the_same_turn(pair:
     assert order == ["first", "bytes", "message"]
 
 
-def test_a_callback_that_is_replaced_by_a_coroutine_runs(pair: Pair) -> None:
+def test_callbacks_can_be_replaced_by_others_of_another_kind(pair: Pair) -> None:
     heard: list[str] = []
 
     async def later(message: bytes) -> None:
@@ -111,6 +112,66 @@ def test_a_callback_that_is_replaced_by_a_coroutine_runs(pair: Pair) -> None:
     pair.until(lambda: heard, talk)
     subscription.callback = later
     pair.until(lambda: "coroutine" in heard, talk)
+    if hasattr(subscription, "_callback_type"):  # not in Humble
+        subscription.callback = lambda message, info: heard.append("with info" if info else "")
+        pair.until(lambda: "with info" in heard, talk)
+
+
+def test_a_flood_of_bytes_leaves_time_to_others_and_the_executor_can_be_shut_down_in_it(pair: Pair) -> None:
+    talk, ticks, turns = pair.talk("word"), [], []
+    heard = {"one": 0, "other": 0}
+
+    def take(name: str) -> None:
+        heard[name] += 1
+        talk()  # there is always one more
+        time.sleep(0.01)
+
+    for name in heard:
+        pair.node.create_subscription(String, "word", lambda _, name=name: take(name), 1000, raw=True)
+    pair.node.create_timer(0.01, lambda: ticks.append(1))
+
+    def count() -> None:
+        turns.append(dict(heard))
+        talk()
+
+    pair.until(lambda: len(ticks) > 10 and min(heard.values()) > 20, count)
+    steps = [after[name] - before[name] for before, after in pairwise(turns) for name in heard]
+    assert max(steps) <= 2, "what was ready, and one more"
+
+    def end(_: bytes) -> None:
+        heard["end"] = heard.get("end", 0) + 1
+        pair.executor.shutdown(0.0)
+
+    pair.node.create_subscription(String, "word", end, 1000, raw=True)
+    pair.until(lambda: "end" in heard, talk)
+    before = dict(heard)
+    pair.turn(3, 0.02)
+    assert heard == before, "nothing more is run"
+
+
+def test_bytes_whose_turn_a_callback_ended_come_with_the_next(pair: Pair) -> None:
+    heard: list[str] = []
+
+    def fail(_: bytes) -> None:
+        heard.append("fails")
+        if heard.count("fails") == 2:
+            raise RuntimeError("of a stream")
+
+    def destroy(_: bytes) -> None:
+        if "gone" not in heard:
+            heard.append("gone")
+            pair.node.destroy_subscription(gone)
+
+    talk = pair.talk("word")
+    gone = pair.node.create_subscription(String, "word", lambda _: heard.append("of one that is gone"), 10, raw=True)
+    pair.until(lambda: heard, talk)
+    for callback in (destroy, fail, lambda _: heard.append("heard")):
+        pair.node.create_subscription(String, "word", callback, 10, raw=True)
+    with pytest.raises(RuntimeError, match="of a stream"):
+        pair.until(lambda: False, talk)
+    count = heard.count("heard")
+    pair.until(lambda: heard.count("heard") >= max(count + 2, heard.count("fails") - 1) and "gone" in heard, talk)
+    assert "of one that is gone" not in heard[heard.index("gone") :]
 
 
 def test_timers_services_parameters_and_posted_work_run(pair: Pair) -> None:
@@ -177,6 +238,23 @@ def test_an_exception_reaches_the_caller_and_nothing_else_that_was_ready_is_lost
         pair.turn(100, 0.02)
     pair.until(lambda: set(done) == {"failed", "other"})
     assert done.count("failed") == 1
+
+
+def test_posted_work_is_not_lost_where_a_callback_makes_an_entity_and_raises(pair: Pair) -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        pair.node.create_timer(10.0, lambda: None)
+        raise RuntimeError("of a callback")
+
+    guards = [pair.node.create_guard_condition(fail), pair.node.create_guard_condition(lambda: done.append("other"))]
+    pair.turn(3, 0.02)
+    for guard in guards:
+        guard.trigger()
+    with pytest.raises(RuntimeError, match="of a callback"):
+        pair.turn(100, 0.02)
+    pair.turn(2, 0.02)
+    assert done == ["other"]
 
 
 def test_what_is_made_while_it_waits_is_heard_and_what_is_destroyed_is_not(pair: Pair) -> None:

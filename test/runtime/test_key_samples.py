@@ -59,6 +59,22 @@ def test_a_window_is_the_newest_rows_up_to_the_stamp(count: int, more: int, afte
     np.testing.assert_array_equal(taken.value, np.repeat(np.arange(more, last + 1, dtype=np.float32), 6).reshape(-1, 6))
 
 
+def test_of_two_samples_as_near_the_older_one_is_taken() -> None:
+    found = filled([100, 120]).nearest(110)
+    assert found is not None and found.stamp_ns == 100
+
+
+def test_a_window_says_what_it_lacks() -> None:
+    spec = WrenchObservation(
+        type="wrench", shape=(2, 6), rate_hz=100.0, units="N", clip=(50.0,) * 6, **COMMON
+    )  # fmt: skip
+    key = KeySamples("wrench", spec, 10_000_000)
+    for stamp_ms, told in ((0, "has 1 of 2 samples"), (25, "has a gap of 25.0 ms"), (30, "")):
+        key.keep(Sample(stamp_ms * 1_000_000, np.zeros(6, np.float32)))
+        assert told in key.at(stamp_ms * 1_000_000)[1], stamp_ms
+    assert key.at(41_000_000) == (None, "ends 11.0 ms before it, its tolerance is 10 ms")
+
+
 @given(rows=st.lists(arrays.arrays(np.float32, (2, 3)), min_size=1, max_size=5))
 def test_rows_are_stacked_as_numpy_stacks_them(rows: list[np.ndarray]) -> None:
     np.testing.assert_array_equal(stack_rows(rows), np.stack(rows))
