@@ -236,12 +236,12 @@ class _Entities:
         return False
 
     def run(self, over: Callable[[], bool]) -> None:
-        """Run what is ready; where a callback raises, the rest stays in line.
+        """Run what is ready until ``over``; where a callback raises, the rest stays in line.
 
         Large messages come together (color and depth of a camera, cameras of one tick): what has come while one was
         taken is taken without another wait, of each stream one more message at most.
         """
-        while self._ready:
+        while self._ready and not over():
             self._ready.pop(0).run()
         if not self._streaming:
             return
