@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError
 from training.compact import COMPACT
 from training.config import ConfigError
 from training.distill_buffer import StateBuffer
@@ -32,8 +32,9 @@ from training.sandwich import Member
 from training.schedules import step_seed
 from training.shared_stem import SharedStem
 from training.specification import PolicyMeaning
+from training.stored_saliency import StoredSaliency
 from training.subnet import FLOAT_BITS, Precision, SpaceError, Subnet
-from training.supernet import SALIENCY, SUBNET_STREAM, SupernetTrainer
+from training.supernet import SUBNET_STREAM, SupernetTrainer
 from training.supernet_checkpoint import TrainedSupernet, load_supernet
 from training.warm_start import state_sha256
 from training.world import WorldError
@@ -128,15 +129,13 @@ class DistillTrainer(SupernetTrainer):
 
     def _stored_saliency(self) -> Tensor | None:
         """Saliency of this run or, as data and teacher are the same, of the run that is continued from."""
-        mine = super()._stored_saliency()
-        beside = self.start.path.parent / SALIENCY
-        if mine is not None or not beside.exists():
-            return mine
-        payload = load_checkpoint(beside)
-        if payload.get("key") != self._saliency_key():
-            return None
-        save_checkpoint(self.folder / SALIENCY, {"key": self._saliency_key(), "saliency": payload["saliency"]})
-        return payload["saliency"]
+        store = self._saliency_store()
+        values = store.read()
+        if values is None:
+            values = StoredSaliency(self.start.path.parent, store.key).read()
+            if values is not None:
+                store.write(values)
+        return values
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {"start_sha256": self._start_sha256}

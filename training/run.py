@@ -10,7 +10,9 @@ import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Event
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +28,8 @@ from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, sa
 from training.compiling import check_compiler
 from training.config import TrainConfig
 from training.data.policy_data import Batch, PolicyData
+from training.locks import only_user
+from training.lut import write_atomically
 from training.objective import Objective
 from training.schedules import ema_decay, learning_rate_factor
 from training.signals import stop_on_signal
@@ -107,6 +111,10 @@ class TrainingRun(ABC):
     @abstractmethod
     def _step(self) -> Record:
         """Do one optimizer step and return what to log; the key ``loss_name`` is shown to the user."""
+
+    def _ready(self, stop: Event) -> bool:  # noqa: ARG002  for those who override it
+        """Do what precedes the first step and takes long; False where ``stop`` ended it, what was done is kept."""
+        return True
 
     @abstractmethod
     def _validation(self) -> Record:
@@ -262,7 +270,15 @@ class TrainingRun(ABC):
         """Train to the end or to Ctrl-C; returns True when the run is complete. Progress goes to stderr.
 
         The checkpoint is written every ``checkpoint_every`` steps, at the end, and on INT, TERM and HUP.
+
+        Raises:
+            TrainingError: another process trains in the folder, it cannot be made, or a loss is not finite.
         """
+        lock = only_user(self.folder, "training", TrainingError) if self.world.first else nullcontext()
+        with lock, stop_on_signal() as stop:
+            return self._run(stop, log)
+
+    def _run(self, stop: Event, log: Callable[[Record], None] | None) -> bool:
         run = self.config.run
         if self.step < run.steps:
             self.history.append(
@@ -277,12 +293,13 @@ class TrainingRun(ABC):
                 )
             )
         if self.world.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(self.config.model_dump(mode="json"), indent=1) + "\n")
+            text = json.dumps(self.config.model_dump(mode="json"), indent=1) + "\n"
+            write_atomically(self.folder / "config.json", text.encode())
+        ready = self.step >= run.steps or self._ready(stop)
         recent = _Window()
         bar = tqdm(total=run.steps, initial=self.step, desc="train", mininterval=2.0, disable=not self.world.first)
-        with stop_on_signal() as stop, bar:
-            while self.step < run.steps and not self.world.any(stop.is_set()):
+        with bar:
+            while ready and self.step < run.steps and not self.world.any(stop.is_set()):
                 recent.add(self._step())
                 bar.update()
                 record: Record = {}

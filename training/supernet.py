@@ -11,33 +11,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from threading import Event
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError
 from training.compact import COMPACT, averaged_state, sampler_state
 from training.conditions import Conditions
 from training.config import ConfigError, TrainConfig
 from training.cost import cost_tensors
-from training.data.images import image_patch_perturbation
 from training.data.policy_data import Batch
 from training.data.sequences import WindowSet
 from training.draws import Phase
 from training.held_out import BATCH, BATCHES, held_out_loss
 from training.importance import l1_scores, order_by_importance, taylor_scores
-from training.losses.sqil import (
-    Perturbation,
-    dimension_perturbation,
-    saliency_timesteps,
-    saliency_weights,
-    sqil_loss,
-    state_saliency,
-)
+from training.losses.sqil import saliency_weights, sqil_loss
 from training.lut import load_table
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
@@ -48,12 +40,12 @@ from training.sampler import ConfigurationSampler
 from training.sandwich import Member, held_out_names, search_space, smallest_of
 from training.schedules import step_seed
 from training.shared_stem import SharedStem
+from training.stored_saliency import StoredSaliency, compute_saliency
 from training.subnet import Precision
 from training.supernet_config import SupernetConfig
 from training.synthetic_tables import synthetic_tensors
 from training.warm_start import read_policy_weights
 
-SALIENCY = "saliency.pt"
 CALIBRATION_SEED = 30_000_001
 SYNTHETIC_SEED = 40_000_001
 SUBNET_STREAM = 0x5DEECE66D  # keeps what a step draws of subnets apart from what it draws of windows
@@ -192,50 +184,29 @@ class SupernetTrainer(TrainingRun):
     def saliency(self) -> Tensor:
         """Distillation weights (N,) of the training windows; computed once and kept in the run folder."""
         if self._saliency is None:
-            values = self._stored_saliency()
-            if values is None:
-                values = self._compute_saliency()
-                if self.world.first:
-                    save_checkpoint(self.folder / SALIENCY, {"key": self._saliency_key(), "saliency": values})
-            self._saliency = saliency_weights(values, self.options.saliency_percentile)
+            self._find_saliency(lambda: False)
+        assert self._saliency is not None
         return self._saliency
 
-    def _saliency_key(self) -> str:
-        """What saliency depends on: data, teacher and seed."""
-        return f"{self.data.sha256} {self._teacher_sha256} {self.config.run.seed} {len(self.windows)}"
+    def _ready(self, stop: Event) -> bool:
+        if self._saliency is None:
+            self._find_saliency(stop.is_set)
+        return self._saliency is not None
+
+    def _find_saliency(self, stopped: Callable[[], bool]) -> None:
+        values = self._stored_saliency()
+        if values is None:
+            values = compute_saliency(self, self.teacher, self._saliency_store(), stopped)
+        if values is not None:
+            self._saliency = saliency_weights(values, self.options.saliency_percentile)
+
+    def _saliency_store(self) -> StoredSaliency:
+        # What saliency depends on: data, teacher and seed.
+        key = f"{self.data.sha256} {self._teacher_sha256} {self.config.run.seed} {len(self.windows)}"
+        return StoredSaliency(self.folder, key)
 
     def _stored_saliency(self) -> Tensor | None:
-        path = self.folder / SALIENCY
-        if not path.exists():
-            return None
-        payload = load_checkpoint(path)
-        return payload["saliency"] if payload.get("key") == self._saliency_key() else None
-
-    def _compute_saliency(self) -> Tensor:
-        rank, size, total = self.world.rank, self.world.size, len(self.windows)
-        states = self.windows.observation
-        observations = states[rank::size] if isinstance(states, Tensor) else states.every(rank, size)
-        with tqdm(total=total, desc="saliency", mininterval=2.0, disable=not self.world.first) as bar:
-            mine = state_saliency(
-                self.teacher,
-                observations.to(self.device),
-                self.windows.action[rank::size].to(self.device),
-                signal=self.signal,
-                sigma=self.sigma,
-                timesteps=saliency_timesteps(self.config.diffusion.train_timesteps),
-                generator=torch.Generator().manual_seed(self.config.run.seed),
-                perturbation=self._perturbation(),
-                autocast=self.config.run.precision == "bf16",
-                progress=lambda count: bar.update(min(count * size, total - bar.n)),
-            )
-        return self.world.gather_rows(mine, total)
-
-    def _perturbation(self) -> Perturbation:
-        """What saliency perturbs: patches of the images where the policy sees any, else one dimension at a time."""
-        observation = self.windows.observation  # of all processes
-        if isinstance(observation, Tensor):
-            return dimension_perturbation(observation)
-        return image_patch_perturbation(observation)
+        return self._saliency_store().read()
 
     # State -----------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from training.checkpoint_engine import VariantError, open_checkpoint
 from training.conditions import BudgetError
 from training.config import ConfigError, TrainConfig
 from training.draws import Phase
-from training.losses.sqil import sqil_loss
+from training.losses.sqil import sqil_loss, state_saliency
 from training.lut import TableError, load_table, save_table
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.run import TrainingError
@@ -155,13 +155,73 @@ def test_saliency_is_computed_once_per_data_and_teacher(
     assert sorted(weights.unique().tolist()) == [1.0, 2.0]
     assert float((weights == 2.0).float().mean()) == pytest.approx(0.2, abs=0.02)
 
-    def refuse(_self: SupernetTrainer) -> Tensor:
+    def refuse(*_: object) -> Tensor:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(SupernetTrainer, "_compute_saliency", refuse)
+    monkeypatch.setattr("training.supernet.compute_saliency", refuse)
     assert torch.equal(SupernetTrainer(supernet_config(), untrained.folder).saliency(), weights)
     with pytest.raises(AssertionError, match="computed again"):
         SupernetTrainer(supernet_config(run={"seed": 7}), untrained.folder, resume=False).saliency()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_computation_of_saliency_and_the_next_start_goes_on_with_it(
+    supernet_config: Config,
+    start: Start,
+    finished: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    trainer, calls = start(tmp_path / "run"), 0
+    (tmp_path / "run" / "saliency.pt").unlink()
+    forward = trainer.teacher.forward
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), number)
+        return forward(*arguments)
+
+    trainer.teacher.forward = interrupted  # type: ignore[method-assign]
+    assert trainer.run() is False
+    assert trainer.step == 0
+    assert load_checkpoint(trainer.checkpoint_path)["step"] == 0
+    assert not (tmp_path / "run" / "saliency.pt").exists()
+    done = load_checkpoint(tmp_path / "run" / "saliency.part.pt")["saliency"].isfinite()
+    assert 0 < int(done.sum()) < len(done)
+
+    continued, seen = SupernetTrainer(supernet_config(), tmp_path / "run"), []
+
+    def record(*arguments: Any, **options: Any) -> Tensor:
+        options["progress"] = lambda count, before=options["progress"]: (seen.append(count), before(count))
+        return state_saliency(*arguments, **options)
+
+    monkeypatch.setattr("training.stored_saliency.state_saliency", record)
+    continued.saliency()
+    assert sum(seen) == int((~done).sum())
+    whole = load_checkpoint(finished[0] / "saliency.pt")["saliency"]
+    assert torch.equal(load_checkpoint(tmp_path / "run" / "saliency.pt")["saliency"], whole)
+    assert not (tmp_path / "run" / "saliency.part.pt").exists()
+
+
+def test_a_folder_takes_one_training_at_a_time(start: Start, tmp_path: Path) -> None:
+    first = start(tmp_path / "run")
+    second = SupernetTrainer(first.config, first.folder)
+    refused = []
+
+    def meanwhile(_record: dict[str, float]) -> None:
+        with pytest.raises(
+            TrainingError, match=r"run: another training is using it; wait for its end, or give"
+        ) as error:
+            second.run()
+        refused.append(error)
+        assert second.step == 0 and not second.history
+
+    assert first.run(meanwhile)
+    assert refused
+    assert second.run()  # now nobody is in it
 
 
 # What a step trains --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from training.compare.opener import Opener
 from training.compare.results import FORMAT as RESULTS_FORMAT
 from training.compare.store import CellStore, refuse_other
 from training.compare.workers import Block, play_all
+from training.locks import only_user
 from training.lut import write_atomically
 
 FORMAT = 2  # of the facts of entries
@@ -51,18 +51,7 @@ class Session:
         Raises:
             CompareError: one is in it, or the folder cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise CompareError(f"{self.folder}: cannot be written ({error.strerror}); give another --out") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CompareError(
-                    f"{self.folder}: another comparison is using it; wait for its end, or give another --out"
-                ) from None
+        with only_user(self.folder, "comparison", CompareError):
             yield
 
     def run(self, workers: int) -> dict[str, Any] | None:

@@ -106,6 +106,7 @@ def state_saliency(
     batch: int = 168,
     autocast: bool = False,
     progress: Callable[[int], object] | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """SIS of every state: mean_k 0.5 ||pi(s) - pi(phi_k(s))||^2 of the full-precision policy.
 
@@ -127,10 +128,13 @@ def state_saliency(
         batch: rows per call of the network; one state with its K perturbations is the least.
         autocast: BF16 autocast, 2.6 times as fast. Its rounding adds about 10 % to SIS, mostly to low ones: the rank
             correlation with FP32 is 0.91, and 90 % of the states above the 80th percentile are the same.
-        progress: called with the number of states that were done since its last call.
+        progress: called with the number of states that were done since its last call; what it raises ends the work.
+        into: (N,) float32 on the CPU, filled as the work goes on; values that are not NaN are known from before and
+            left as they are. None for a new tensor.
 
     Returns:
-        (N,) float32 on the CPU, not negative. Results of other ``batch`` sizes differ by rounding.
+        (N,) float32 on the CPU, not negative; ``into`` where it was given. Results of other ``batch`` sizes differ by
+        rounding.
 
     Raises:
         SaliencyError: lengths disagree, a time step or number of tokens is out of range, or SIS is not finite.
@@ -149,12 +153,16 @@ def state_saliency(
         perturbation = dimension_perturbation(observations)
     perturb = perturbation
     noise = torch.randn(len(timesteps), *actions.shape[1:], generator=generator)[:, :tokens].to(actions)
-    saliency = torch.zeros(states, dtype=torch.float32)
+    saliency = torch.full((states,), float("nan")) if into is None else into
+    if len(saliency) != states:
+        raise SaliencyError(f"saliency: {states} observations but {len(saliency)} known values; give one for each")
     rows = 1 + (perturb(observations[:1]).shape[1] if states else 0)
     count = max(1, min(states, batch // rows))
     for first in range(0, states, count):
         # The last call begins earlier instead of being smaller, so that a compiled network sees one shape.
         part = slice(min(first, states - count), min(first, states - count) + count)
+        if not saliency[part].isnan().any():
+            continue
         state, action = observations[part], actions[part, :tokens]
         varied = torch.cat([state[:, None], perturb(state)], dim=1).flatten(0, 1)
         total = torch.zeros(count, device=state.device)

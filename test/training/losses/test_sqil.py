@@ -82,6 +82,30 @@ def test_saliency_does_not_depend_on_the_batch_and_every_call_has_one_shape(
     assert sum(seen) == 7
 
 
+@pytest.mark.parametrize("known", [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2], [3, 4], []])
+def test_saliency_goes_on_with_what_is_known_bit_for_bit(network: DiffusionPolicyT, known: list[int]) -> None:
+    observations, actions = states(7)
+    whole, seen = saliency(network, observations, actions, batch=42), []
+    into = torch.full((7,), float("nan"))
+    into[known] = whole[known]
+    assert saliency(network, observations, actions, batch=42, into=into, progress=seen.append) is into
+    assert torch.equal(into, whole)
+    assert sum(seen) == sum(min(2, 7 - first) for first in range(0, 7, 2) if not {first, min(first + 1, 6)} <= {*known})
+
+
+def test_saliency_that_is_stopped_keeps_what_was_done(network: DiffusionPolicyT) -> None:
+    observations, actions = states(7)
+    into = torch.full((7,), float("nan"))
+
+    def stop(_count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        saliency(network, observations, actions, batch=42, into=into, progress=stop)
+    whole = saliency(network, observations, actions, batch=42)
+    assert torch.equal(into[:2], whole[:2]) and into[2:].isnan().all()
+
+
 def test_saliency_takes_no_gradient_and_no_draw_but_the_generators(network: DiffusionPolicyT) -> None:
     observations, actions = states(3)
     before = torch.random.get_rng_state()
@@ -116,6 +140,8 @@ def test_what_cannot_be_computed_is_refused_by_name(network: DiffusionPolicyT) -
     observations, actions = states(4)
     with pytest.raises(SaliencyError, match="4 observations but 3 action chunks"):
         saliency(network, observations, actions[:3])
+    with pytest.raises(SaliencyError, match="4 observations but 3 known values"):
+        saliency(network, observations, actions, into=torch.full((3,), float("nan")))
     with pytest.raises(SaliencyError, match=r"timesteps \(100,\)"):
         saliency(network, observations, actions, timesteps=(100,))
     with pytest.raises(SaliencyError, match="tokens 17"):
