@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,9 +15,9 @@ import numpy as np
 import torch
 
 from training.rollouts_group import Float, GroupRunner, Job, Kit, RolloutError, Visited
+from training.signals import follow_parent, signals_wait
 
 STOP_SECONDS = 5.0
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the parent ends its step and its processes
 
 
 class Workers(Protocol):
@@ -94,14 +92,15 @@ class LocalWorkers:
             OSError: a process ended before it had the kit.
         """
         self._weights = self._context.RawArray("f", size)
-        resource_tracker.ensure_running()  # where it has to be started, that unblocks signals
+        with signals_wait():  # not that below: where it has to be started, that unblocks signals
+            resource_tracker.ensure_running()
         for _ in range(self.count):
             ours, theirs = self._context.Pipe()
             self._pipes.append(ours)
             # Arguments go through a pipe whose other end this process holds too, so a process that dies before it has
             # read them is never noticed once they exceed the pipe's buffer. These two are a few hundred bytes.
             process = self._context.Process(target=_serve, args=(theirs, self._weights), daemon=True)
-            with theirs, _signals_wait():
+            with theirs, signals_wait():
                 process.start()
                 self._processes.append(process)
         for pipe in self._pipes:  # only now: they import PyTorch at the same time
@@ -164,19 +163,6 @@ def _on_threads(count: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Block what stops a run; a process that is started meanwhile inherits that until it can ignore the signals.
-
-    Ctrl-C reaches every process of the terminal at once, those that are still importing PyTorch included.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _serve(pipe: Connection, shared: Any) -> None:
     """Take the kit and then jobs from ``pipe`` until it ends; what fails is answered as text.
 
@@ -184,10 +170,7 @@ def _serve(pipe: Connection, shared: Any) -> None:
         pipe: to the parent.
         shared: array of C floats, the weights (P,).
     """
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     torch.set_num_threads(1)
     with suppress(EOFError, OSError):  # the parent closed its end
         runner = GroupRunner(pipe.recv())
@@ -201,13 +184,6 @@ def _serve(pipe: Connection, shared: Any) -> None:
             except Exception as error:  # noqa: BLE001 (goes to the parent, which ends the run)
                 answer = f"a rollout failed: {type(error).__name__}: {error}"
             pipe.send(answer)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def open_workers(kit: Kit, groups: int, workers: int | None, ray: str | None) -> Workers:

@@ -1,32 +1,35 @@
 """Processes of one thread each that play blocks of episodes; this process alone where one is enough.
 
 A process keeps the entry that it opened last, and blocks are handed out entry by entry, so that each is opened once per
-process. Networks come to it through a pipe: nothing is read from files there.
+process. Networks come to it through a pipe: nothing is read from files there. It ends when that pipe is closed.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
-import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tqdm import tqdm
 
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.policy import PolicyRuntime
 from training.compare.config import CompareError
 from training.compare.contenders import Runnable
 from training.evaluate import Scores, roll_out
-from training.signals import stop_on_signal
+from training.signals import follow_parent, signals_wait, stop_on_signal
 from training.stress import Stress
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 5.0  # for a process that plays nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ def play(policy: PolicyRuntime, block: Block) -> Played:
 def play_all(blocks: Sequence[Block], runnable: Callable[[str], Runnable], workers: int) -> Iterator[Played]:
     """Play blocks, in this process or in others, and yield each as soon as it is done.
 
-    INT, TERM and HUP end it after the blocks that are being played; a second INT at once. What was yielded is all that
-    was played: the caller finds out from what is missing.
+    INT, TERM and HUP, to this process or to all, end it after the blocks that are being played; a second INT at once.
+    What was yielded is all that was played: the caller finds out from what is missing.
 
     Args:
         blocks: in the order in which they are begun; those of one entry together.
@@ -69,7 +72,7 @@ def play_all(blocks: Sequence[Block], runnable: Callable[[str], Runnable], worke
         workers: processes.
 
     Raises:
-        CompareError: a process was lost.
+        CompareError: a process was lost, or failed.
         UserError: an entry cannot be opened or run.
     """
     with stop_on_signal() as stop:
@@ -102,8 +105,8 @@ class _Process:
     def __init__(self, context: Any) -> None:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
+        with theirs:
+            self.process.start()
         self.entry: str | None = None
         self.block: Block | None = None
 
@@ -122,8 +125,7 @@ class _Process:
         """The block's scores.
 
         Raises:
-            UserError: the entry cannot be run.
-            CompareError: the process is gone.
+            CompareError: the entry cannot be run, or the process is gone.
         """
         assert self.block is not None
         block, self.block = self.block, None
@@ -137,12 +139,6 @@ class _Process:
         if isinstance(answer, Played):
             return answer
         raise CompareError(f"entry {block.entry}: {answer}")
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        self.pipe.close()
-        self.process.terminate()
-        self.process.join()
 
 
 def _play_there(
@@ -159,8 +155,14 @@ def _play_there(
             last[entry] = opened
         return last[entry]
 
-    processes = [_Process(context) for _ in range(workers)]
+    processes: list[_Process] = []
+    patience = 0.0
     try:
+        with signals_wait():  # not that below: where it has to be started, that unblocks signals
+            resource_tracker.ensure_running()
+        with signals_wait():
+            while len(processes) < workers:
+                processes.append(_Process(context))
         while True:
             for process in processes:
                 if waiting and process.block is None and not stop.is_set():
@@ -171,30 +173,39 @@ def _play_there(
                         process.take()  # which says that it is gone
             busy = {process.pipe: process for process in processes if process.block is not None}
             if not busy:
+                patience = STOP_SECONDS
                 return
             for pipe in wait(list(busy), POLL_SECONDS):
                 yield busy[pipe].take()  # type: ignore[index]
     finally:
-        for process in processes:
-            process.end()
+        with signals_wait():
+            _end(processes, patience)
+
+
+def _end(processes: Sequence[_Process], patience: float) -> None:
+    """End the processes: those that play nothing within ``patience`` seconds by themselves, the others then."""
+    for process in processes:
+        process.pipe.close()
+    deadline = time.monotonic() + patience
+    for process in processes:
+        process.process.join(max(0.0, deadline - time.monotonic()))
+        if process.process.is_alive():
+            process.process.kill()
+            process.process.join()
 
 
 def _serve(pipe: Connection) -> None:
-    """Play blocks until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its processes
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Play blocks until the pipe is closed; what fails is answered as text."""
+    follow_parent()
     import torch
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
     policy: PolicyRuntime | None = None
-    with closing(pipe):
+    with pipe, suppress(EOFError, OSError):  # the parent closed its end
         while True:
-            try:
-                payload = pipe.recv_bytes()
-                block: Block = pipe.recv()
-            except (EOFError, OSError):
-                return
+            payload = pipe.recv_bytes()
+            block: Block = pipe.recv()
             try:
                 if payload:
                     if policy is not None:
@@ -202,13 +213,13 @@ def _serve(pipe: Connection) -> None:
                     opened: Runnable = pickle.loads(payload)  # noqa: S301 (from our own parent)
                     policy = PolicyRuntime(opened.spec, opened.engine())
                 assert policy is not None
-                pipe.send(play(policy, block))
+                answer: Played | str = play(policy, block)
             except UserError as error:
-                pipe.send(str(error))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+                answer = str(error)
+            except Exception as error:  # noqa: BLE001 (goes to the parent, which ends)
+                traceback.print_exc()
+                answer = (
+                    f"playing it on {block.task} failed with {type(error).__name__}: {error} (where is told above); "
+                    "what was played is kept"
+                )
+            pipe.send(answer)
