@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,81 +66,122 @@ def _compare(args: argparse.Namespace) -> int:
     from training.compare.config import found, load_compare
     from training.compare.page import render
     from training.compare.paper import load_paper
-    from training.compare.report import markdown, report
-    from training.compare.results import check_belongs, joined, read_results
+    from training.compare.report import amortised_costs, markdown, not_played, report
+    from training.compare.results import check_belongs, check_replaces, joined, read_results
     from training.compare.session import dump
     from training.compare.table import reproduced
     from training.lut import write_atomically
 
     config = load_compare(find_config(args.config))
+    asked = config if args.only is None else config.only(args.only)
     paper = load_paper(found(config.paper))
+    costs = amortised_costs(config)
+    file = found(config.results)
+    if args.save_results and not file.parent.is_dir():
+        raise ArgumentError(
+            f"--save-results: {file.parent}: no such folder; run it from where {args.config} names it from"
+        )
+    printed = args.from_results is not None and not args.save_results
+    committed = None if printed else _committed(file, args.save_results)
     merged = [read_results(path) for path in args.merge]
+    for path, of in zip(args.merge, merged, strict=True):
+        check_belongs(of, config, str(path))
     out = args.out or Path("compare") / config.name
-    committed = found(config.results)
     if args.from_results is not None:
-        file = Path(args.from_results) if args.from_results else committed
-        results = read_results(file)
-        check_belongs(results, config, str(file))
+        source = Path(args.from_results) if args.from_results else file
+        results = read_results(source)
+        check_belongs(results, config, str(source))
     else:
-        played, file = _played(args, config, out), out / "results.json"
+        plan = _Plan(config, asked, committed, file, merged, out)
+        played, source = _played(args, plan), out / "results.json"
         if played is None:
             print("stopped; run the same command again to continue from here", file=sys.stderr)
             return EXIT_INTERRUPTED
         results = played
-    results = joined([results, *merged], [str(file), *map(str, args.merge)])
-    document = report(results, config, paper)
-    if args.from_results is None and committed.is_file():
-        document["reproduces"] = reproduced(results, read_results(committed))
+    results = joined([results, *merged], [str(source), *map(str, args.merge)])
+    document = report(results, config, paper, costs, not_played(results, asked))
+    if args.from_results is None and committed is not None:
+        document["reproduces"] = reproduced(results, committed)
     if args.from_results is None or args.out is not None:
         texts = (json.dumps(document, indent=1) + "\n", markdown(document), render(document))
         for name, text in zip(REPORT, texts, strict=True):
             write_atomically(out / name, text.encode())
         print(f"reports: {out / REPORT[1]} and {out / REPORT[2]}", file=sys.stderr)
     if args.save_results:
-        _check_nothing_is_dropped(results, committed)
-        write_atomically(Path(config.results), dump(results.model_dump(mode="json", exclude_none=False)))
-        print(f"results kept in {config.results}", file=sys.stderr)
+        if committed is not None:
+            check_replaces(results, committed, str(file))
+        write_atomically(file, dump(results.model_dump(mode="json", exclude_none=False)))
+        print(f"results kept in {file}", file=sys.stderr)
     print(json.dumps(document) if args.json else markdown(document) if args.markdown else _plain(document))
     return 0
 
 
-def _played(args: argparse.Namespace, config: CompareConfig, out: Path) -> Results | None:
-    """Play what is missing; None where it was interrupted."""
-    from training.compare.results import parse_results
-    from training.compare.session import Session, default_workers
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be played: the whole comparison, the part asked for, and where it is kept.
 
-    session = Session(config if args.only is None else config.only(args.only), out, args.data)
-    with session.locked():
-        document = session.run(args.workers or default_workers())
-    return None if document is None else parse_results(document, str(out / "results.json"))
-
-
-def _check_nothing_is_dropped(results: Results, committed: Path) -> None:
-    """Refuse to replace committed results by some that hold less of them.
-
-    Raises:
-        ArgumentError: a cell would be lost; what was played is kept.
+    Attributes:
+        config: the comparison.
+        asked: its entries that were asked for.
+        committed: its committed results, of ``file``; None where there are none.
+        file: the file of committed results.
+        merged: results that are joined with what is played.
+        out: folder of scores.
     """
+
+    config: CompareConfig
+    asked: CompareConfig
+    committed: Results | None
+    file: Path
+    merged: list[Results]
+    out: Path
+
+
+def _committed(file: Path, needed: bool) -> Results | None:
+    """The committed results; None where there are none, or, unless they are needed, where they cannot be used."""
+    from training.compare.config import CompareError
     from training.compare.results import read_results
 
-    for cell in read_results(committed).cells if committed.is_file() else ():
-        if results.cell(cell.entry, cell.task, cell.seeds) is None:
-            raise ArgumentError(
-                f"--save-results: {committed} holds {cell.entry} on {cell.task}, {cell.seeds}, which was not played; "
-                f"keep it with --merge {committed}, or remove that file first"
-            )
+    if not file.exists():
+        return None
+    try:
+        return read_results(file)
+    except CompareError as error:
+        if needed:
+            raise
+        print(f"{error}; nothing is compared with it", file=sys.stderr)
+        return None
+
+
+def _played(args: argparse.Namespace, plan: _Plan) -> Results | None:
+    """Play what is missing; None where it was interrupted."""
+    from training.compare.results import check_replaceable, check_same_networks, parse_results
+    from training.compare.session import Session, default_workers
+
+    plays, left_out = plan.asked.playable(args.only or ())
+    for entry in left_out:
+        print(entry, file=sys.stderr)
+    session, committed, file = Session(plays, plan.out, args.data), plan.committed, str(plan.file)
+    check = None
+    if args.save_results and committed is not None:
+        check_replaceable(committed, file, plan.config, plays, session.protocol, plan.merged)
+        check = partial(check_same_networks, committed, file)
+    with session.locked():
+        document = session.run(args.workers or default_workers(), check)
+    return None if document is None else parse_results(document, str(plan.out / "results.json"))
 
 
 def _plain(document: dict[str, Any]) -> str:
     """The tables as text."""
-    from training.compare.report import cost_text, groups, latency_text, signed, with_interval
+    from training.compare.config import NotPlayed
+    from training.compare.report import cost_text, groups, latency_text, shows_text, signed, with_interval
 
     lines = []
     for heading, of in groups(document):
         lines.append(f"{heading}; difference to {document['reference']}")
         for row in of:
             against = row["difference"]
-            shows = "" if against is None else against["shows"]
+            shows = "" if against is None else shows_text(against)
             difference = "reference" if row["entry"] == document["reference"] else signed(against)
             lines.append(
                 f"  {row['entry']:<22} {row['bits']:<6} {with_interval(row['mean'], row['ci95']):<17} {difference:<27} "
@@ -147,9 +190,10 @@ def _plain(document: dict[str, Any]) -> str:
             )
     for pair in document["pairs"]:
         where = f"{pair['task']}, {pair['seeds']}"
-        lines.append(f"{pair['first']} - {pair['second']} ({where}): {signed(pair)}, {pair['shows']}")
+        lines.append(f"{pair['first']} - {pair['second']} ({where}): {signed(pair)}, {shows_text(pair)}")
     for claim in document["claims"]:
         lines.append(f"claim {claim['verdict']}: {claim['text']} {signed(claim['difference'])}")
+    lines += [str(NotPlayed(**entry)) for entry in document["not_played"]]
     costs = document["amortised"]
     if costs is not None:
         needed = [f"{costs[unit]['break_even'] or 'never'} ({unit})" for unit in ("steps", "hours")]

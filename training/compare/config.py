@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,11 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dcqfa_ros.bundle.document import DocumentError, parse_document
+from dcqfa_ros.bundle.errors import BundleNotFoundError
 from dcqfa_ros.bundle.schema import Name, Positive, Text
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.bundle.types import Sha256
 from dcqfa_ros.errors import UserError
-from dcqfa_ros.paths import share_directory
+from dcqfa_ros.paths import find_bundle, share_directory
 from training.stress import STANDARD, Stress
 
 LAST_SEED = 2**32 - 1
@@ -56,6 +58,7 @@ class Entry(StrictModel):
             demonstrations (``data``), its full-precision policy (``policy``); the table says so.
         cost: training cost where no file tells.
         note: shown under the table.
+        made_by: the command that makes the source, where it is not shipped: without it the entry is left out.
     """
 
     name: Name
@@ -75,6 +78,7 @@ class Entry(StrictModel):
     stated: tuple[Literal["data", "policy"], ...] = ()
     cost: StatedCost | None = None
     note: Text | None = None
+    made_by: Text | None = None
 
     @property
     def kind(self) -> Literal["bundle", "checkpoint", "supernet", "baseline"]:
@@ -98,6 +102,8 @@ class Entry(StrictModel):
         for field, owner in owners.items():
             if getattr(self, field) and getattr(self, owner) is None:
                 raise ValueError(f"entry {self.name}: {field} belongs to an entry with {owner}")
+        if self.made_by is not None and self.baseline is not None and self.trained is None:
+            raise ValueError(f"entry {self.name}: made_by belongs to an entry with a source, such as trained")
         if self.supernet is not None and self.subnet is None:
             raise ValueError(f"entry {self.name}: subnet is missing; name one, such as w4a4")
         if self.baseline is not None:
@@ -108,6 +114,25 @@ class Entry(StrictModel):
         if self.kind == "checkpoint" and self.bits not in ("fp32", "fp16"):
             raise ValueError(f"entry {self.name}: a full-precision checkpoint runs at fp32 or fp16, not {self.bits}")
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class NotPlayed:
+    """An entry that is left out: the source that is not there (None: it is), and the command that makes it."""
+
+    name: str
+    missing: str | None
+    made_by: str | None
+
+    def __str__(self) -> str:
+        if self.missing is None:
+            return f"{self.name}: not played"
+        made = f"; made by: {self.made_by}" if self.made_by else ""
+        return f"{self.name}: not played, {self.missing} is not there{made}"
+
+    def document(self) -> dict[str, str | None]:
+        """As JSON."""
+        return {"name": self.name, "missing": self.missing, "made_by": self.made_by}
 
 
 class SeedSet(StrictModel):
@@ -195,6 +220,7 @@ class CompareConfig(StrictModel):
         data: path of the demonstrations, for baselines that calibrate; ``--data`` takes its place.
         reference: the entry that all are compared with.
         margin: of non-inferiority.
+        verdict_seeds: fewest seeds of which a difference is said in words (*better*, *non-inferior*), and a claim made.
         block: seeds that are played and kept together; an interruption loses at most one block.
         steps: denoising steps of every entry; None for the policy's own.
         results: the committed results that ``--from-results`` prints.
@@ -210,6 +236,7 @@ class CompareConfig(StrictModel):
     data: Text | None = None
     reference: Name
     margin: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
+    verdict_seeds: Positive = 1
     block: Annotated[int, Field(ge=1, le=250)] = 50
     steps: Positive | None = None
     latency: Latency
@@ -233,15 +260,42 @@ class CompareConfig(StrictModel):
     def only(self, names: Sequence[str]) -> CompareConfig:
         """The comparison of these entries and the reference alone; claims about others are then not measured.
 
+        Tasks that the reference would play alone are left out, unless it is the one asked for.
+
         Raises:
-            CompareError: there is no such entry.
+            CompareError: there is no such entry, or no task is played by any of them.
         """
         known = [entry.name for entry in self.entries]
         for name in names:
             if name not in known:
                 raise CompareError(f"--only {name}: no such entry; there is {', '.join(known)}")
         kept = tuple(entry for entry in self.entries if entry.name in (*names, self.reference))
-        return self.model_copy(update={"entries": kept})
+        tasks = tuple(task for task in self.tasks if not task.entries or set(names) & set(task.entries))
+        if not tasks:
+            raise CompareError(f"--only {' --only '.join(names)}: no task is played by it; name it in a task's entries")
+        return self.model_copy(update={"entries": kept, "tasks": tasks})
+
+    def playable(self, named: Sequence[str] = ()) -> tuple[CompareConfig, list[NotPlayed]]:
+        """The comparison without the entries whose source is not there and has a ``made_by``, and those entries.
+
+        Args:
+            named: entries that were asked for by name.
+
+        Raises:
+            CompareError: the reference or one of ``named`` is among them.
+        """
+        left_out = []
+        for entry in self.entries:
+            missing = missing_source(entry)
+            if missing is None or entry.made_by is None:
+                continue
+            if entry.name in named or entry.name == self.reference:
+                what = f"--only {entry.name}" if entry.name in named else f"reference {entry.name}"
+                raise CompareError(f"{what}: {missing[1]} is not there; make it with: {entry.made_by}")
+            left_out.append(NotPlayed(entry.name, missing[1], entry.made_by))
+        names = {entry.name for entry in left_out}
+        kept = tuple(entry for entry in self.entries if entry.name not in names)
+        return self.model_copy(update={"entries": kept}), left_out
 
     def players(self, task: Task) -> list[Entry]:
         """The entries that play ``task``, in the order of the file."""
@@ -267,6 +321,12 @@ class CompareConfig(StrictModel):
             _known(f"claims[{number}]", (claim.first, claim.second), entries)
             _known(f"claims[{number}].task", [claim.task], tasks)
             _known(f"claims[{number}].seeds", [claim.seeds], self.task(claim.task).seeds)
+            count = self.seeds[claim.seeds].count
+            if count < self.verdict_seeds:
+                raise ValueError(
+                    f"claims[{number}].seeds: {claim.seeds} has {count} seeds, expected at least verdict_seeds, "
+                    f"{self.verdict_seeds}"
+                )
         for first, second in [(p.first, p.second) for p in self.pairs] + [(c.first, c.second) for c in self.claims]:
             if first == second:
                 raise ValueError(f"{first} is compared with itself")
@@ -304,6 +364,20 @@ def load_compare(path: Path) -> CompareConfig:
     except DocumentError as error:
         lines = [f"{path}: {field or '(document)'}: {message}" for field, message in error.issues]
         raise CompareError("\n".join(lines)) from error
+
+
+def missing_source(entry: Entry) -> tuple[str, str] | None:
+    """Field and text of the source of an entry that is not there; None where all are."""
+    for field in ("checkpoint", "supernet", "trained"):
+        text = getattr(entry, field)
+        if text is not None and not found(text).exists():
+            return field, text
+    if entry.bundle is not None:
+        try:
+            find_bundle(str(found(entry.bundle)))
+        except BundleNotFoundError:
+            return "bundle", entry.bundle
+    return None
 
 
 def found(text: str) -> Path:

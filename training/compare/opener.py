@@ -12,12 +12,25 @@ import torch
 
 from dcqfa_ros.bundle.load import Bundle, load_bundle
 from dcqfa_ros.bundle.schema import BundleSpec
+from dcqfa_ros.devices.detect import detect
 from dcqfa_ros.paths import find_bundle
 from dcqfa_ros.runtime.engine import ROLES
 from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.checkpoint_engine import refuse_images
-from training.compare.config import CompareConfig, CompareError, Entry, found
-from training.compare.contenders import FLOAT_TABLE, MIB, ONNX, SIMULATED, Contender, Runnable
+from training.compare.config import CompareConfig, CompareError, Entry, found, missing_source
+from training.compare.contenders import (
+    FLOAT_TABLE,
+    MIB,
+    ONNX,
+    SIMULATED,
+    Contender,
+    Executes,
+    Runnable,
+    bits_of,
+    by_table,
+    device_executes,
+    on_this_processor,
+)
 from training.compare.cost import Cost, training_cost
 from training.compare.exported import check_export
 from training.config import load_config
@@ -26,6 +39,7 @@ from training.export.diffusion_policy_t import export_graphs
 from training.export.half import HalfTablePolicy, half_graphs, round_weights
 from training.export.subnets import REST, TOLERANCE, AsStored, precision_name
 from training.full_precision import load_full_precision
+from training.lut import load_table
 from training.policies.diffusion_policy_t import DiffusionPolicyT, parameter_count
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policy_shape import PolicyShape
@@ -60,15 +74,14 @@ class Opener:
         Raises:
             UserError: a file is not there, or a baseline, its bits or its checkpoint are unknown.
         """
-        for field in ("checkpoint", "supernet", "trained"):
-            text = getattr(entry, field)
-            if text is not None and not found(text).exists():
-                raise CompareError(
-                    f"entry {entry.name}: {field} {text}: no such run or checkpoint; train it, or leave the entry out "
-                    "with --only and the names of the others"
-                )
         if entry.bundle is not None:
             find_bundle(str(found(entry.bundle)))
+        missing = missing_source(entry)
+        if missing is not None:
+            raise CompareError(
+                f"entry {entry.name}: {' '.join(missing)}: no such run or checkpoint; train it, or leave the entry out "
+                "with --only and the names of the others, or by giving the command that makes it as made_by"
+            )
         if entry.baseline is not None:
             method, _ = _asked(entry)
             if method.trains != (entry.trained is not None):
@@ -127,9 +140,14 @@ class Opener:
         return self.full_precision[0]
 
     @cached_property
-    def _calibration(self) -> Any:
-        """The observations that every baseline shares."""
-        from training.baselines.calibration import calibrate, calibration_data
+    def demonstrations(self) -> Any:
+        """The demonstrations that baselines calibrate on.
+
+        Raises:
+            CompareError: they are not those of the comparison.
+            UserError: they cannot be read.
+        """
+        from training.baselines.calibration import calibration_data
 
         data = calibration_data(self.policy, self._data)
         if data.sha256 != self.config.data_sha256:
@@ -137,8 +155,29 @@ class Opener:
                 f"{self._data or self.policy.config.data.path}: field data_sha256 is {data.sha256}, expected "
                 f"{self.config.data_sha256}; give the demonstrations of the comparison with --data"
             )
+        return data
+
+    @cached_property
+    def _calibration(self) -> Any:
+        """The observations that every baseline shares."""
+        from training.baselines.calibration import calibrate
+
+        data = self.demonstrations
         torch.set_num_threads(1)
         return calibrate(self.policy, data)
+
+    @cached_property
+    def _device(self) -> tuple[str, Executes]:
+        """The device of the column of latencies, and how it executes bits."""
+        if self.config.latency.table is None:
+            processor = detect().processor
+            return processor.model, on_this_processor(processor)
+        table = load_table(found(self.config.latency.table))
+        return table.name, by_table(table)
+
+    def _executes(self, entry: Entry, subnet: Subnet | None) -> str | None:
+        """What that device executes of an exported entry."""
+        return device_executes(bits_of(entry.bits, subnet), *self._device)
 
     def _open_bundle(self, path: Path) -> Bundle:
         if path not in self._bundles:
@@ -172,6 +211,7 @@ class Opener:
         whole = next((v.weights for v in spec.variants if v.precision == "fp32" and v.subnet is None), None)
         stated = entry.cost
         trained = variant.subnet is not None
+        subnet = self._space(spec).parse(variant.subnet) if variant.subnet is not None else self.whole(entry.bits)
         return Contender(
             entry,
             Runnable(spec, {role: bundle.read(name, role) for role in ROLES}, None),
@@ -179,8 +219,8 @@ class Opener:
             record.data_sha256 or (variant.calibration.data_sha256 if variant.calibration else None),
             whole,
             ONNX,
-            None,
-            self._space(spec).parse(variant.subnet) if variant.subnet is not None else self.whole(entry.bits),
+            self._executes(entry, subnet),
+            subnet,
             _size(variant.size.parameters, variant.size.paper_bytes, variant.size.disk_bytes, "graphs on disk"),
             Cost(
                 steps=record.steps if trained else None,
@@ -220,7 +260,7 @@ class Opener:
             trained.meaning.data_sha256,
             sha256,
             FLOAT_TABLE if entry.bits == "fp16" else ONNX,
-            None,
+            self._executes(entry, None),
             self.whole("fp32"),  # as which it is computed, whatever its weights are stored as
             size,
             cost,
@@ -267,7 +307,7 @@ class Opener:
             supernet.meaning.data_sha256,
             supernet.teacher_sha256,
             ONNX,
-            None,
+            self._executes(entry, subnet),
             subnet,
             _size(
                 parameters(space.shape, subnet),

@@ -70,7 +70,7 @@ def _group(heading: str, of: Sequence[dict[str, Any]], document: dict[str, Any])
                 escape(with_interval(row["mean"], row["ci95"])).replace("+-", "±"),
                 "reference" if reference else escape(signed(against)),
                 "" if against is None else forest(against),
-                "" if against is None else _pill(against["shows"]),
+                "" if against is None else _shows(against),
                 f"{size['paper_mib']:.2f}",
                 f"{size['artifact_mib']:.2f}<small>{escape(size['artifact_of'])}</small>",
                 escape(latency_text(row["latency"])),
@@ -113,7 +113,7 @@ def _pairs(document: dict[str, Any]) -> str:
         return ""
     body = [
         [escape(p["first"]), escape(p["second"]), escape(p["task"]), escape(p["seeds"]), escape(signed(p)), forest(p),
-         _pill(p["shows"])]
+         _shows(p)]
         for p in document["pairs"]
     ]  # fmt: skip
     head = ("First", "Second", "Task", "Seeds", "Difference, 95 %", "", "Shows")
@@ -179,6 +179,10 @@ def _reproduced(of: Sequence[dict[str, Any]]) -> str:
     ]  # fmt: skip
     head = ("Entry", "Task", "Seeds", "Now", "Committed", "")
     return f"<h2>Against the committed table</h2>{_table(head, body)}"
+
+
+def _shows(row: dict[str, Any]) -> str:
+    return NOTHING if row["shows"] is None else _pill(row["shows"])
 
 
 def _pill(text: str) -> str:

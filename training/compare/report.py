@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from training.amortised import amortised, load_amortised
-from training.compare.config import CompareConfig, found
+from training.compare.config import CompareConfig, NotPlayed, found, missing_source
 from training.compare.paper import PaperFigures
 from training.compare.results import Results
 from training.compare.table import judged, pairs, rows
@@ -14,18 +14,37 @@ from training.compare.table import judged, pairs, rows
 NOTHING = "\N{EN DASH}"
 
 
-def report(results: Results, config: CompareConfig, paper: PaperFigures) -> dict[str, Any]:
-    """Everything that is told of a comparison, JSON-ready.
+def amortised_costs(config: CompareConfig) -> dict[str, Any] | None:
+    """Costs of one supernet against one training per device, None where the comparison names no file of them.
 
     Raises:
-        UserError: the file of amortised costs cannot be read.
+        UserError: the file cannot be read.
     """
-    costs = None if config.amortised is None else amortised(load_amortised(found(config.amortised)))
+    return None if config.amortised is None else amortised(load_amortised(found(config.amortised)))
+
+
+def report(
+    results: Results,
+    config: CompareConfig,
+    paper: PaperFigures,
+    costs: dict[str, Any] | None,
+    not_played: Sequence[NotPlayed] = (),
+) -> dict[str, Any]:
+    """Everything that is told of a comparison, JSON-ready.
+
+    Args:
+        results: that were played.
+        config: the comparison.
+        paper: the paper's figures.
+        costs: see :func:`amortised_costs`.
+        not_played: entries of which there are no results.
+    """
     return {
         "name": results.name,
         "written": results.written,
         "reference": results.reference,
         "margin": results.margin,
+        "verdict_seeds": config.verdict_seeds,
         "data_sha256": results.data,
         "policy_sha256": list(results.policy),
         "versions": results.versions,
@@ -33,8 +52,20 @@ def report(results: Results, config: CompareConfig, paper: PaperFigures) -> dict
         "pairs": [pair.document() for pair in pairs(results, config)],
         "claims": [claim.document() for claim in judged(results, config)],
         "amortised": costs,
-        "notes": notes(results, config, paper),
+        "not_played": [entry.document() for entry in not_played],
+        "notes": [*notes(results, config, paper), *(f"{entry}." for entry in not_played)],
     }
+
+
+def not_played(results: Results, config: CompareConfig) -> list[NotPlayed]:
+    """The entries of a comparison of which there is no cell."""
+    there = {cell.entry for cell in results.cells}
+    made = []
+    for entry in config.entries:
+        if entry.name not in there:
+            missing = missing_source(entry)
+            made.append(NotPlayed(entry.name, None if missing is None else missing[1], entry.made_by))
+    return made
 
 
 def notes(results: Results, config: CompareConfig, paper: PaperFigures) -> list[str]:
@@ -44,6 +75,8 @@ def notes(results: Results, config: CompareConfig, paper: PaperFigures) -> list[
         f"Intervals are 95 % (Student's t) and not adjusted for the number of comparisons; {paired}.",
         "Embeddings, memory MLP (time), norms and the action head stay at 8 bits or more in every row.",
     ]
+    if config.verdict_seeds > 1:
+        lines.append(f"Of fewer than {config.verdict_seeds} seeds it is not said what a difference shows.")
     caveats = dict.fromkeys(
         paper.tasks[task.paper].caveat for task in config.tasks if task.paper is not None and task.paper in paper.tasks
     )
@@ -77,6 +110,11 @@ def signed(row: dict[str, Any] | None) -> str:
     if row["low"] is None:
         return f"{row['mean']:+.3f}"
     return f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+
+def shows_text(row: dict[str, Any] | None) -> str:
+    """What a difference shows, in words; of too few seeds, or of the reference, nothing."""
+    return NOTHING if row is None or row["shows"] is None else str(row["shows"])
 
 
 def latency_text(row: dict[str, Any] | None) -> str:
@@ -142,7 +180,7 @@ def markdown(document: dict[str, Any]) -> str:
         lines += ["## Pairs", ""]
         lines += _table(
             ("first", "second", "task", "seeds", "difference, 95 %", "shows"),
-            [(p["first"], p["second"], p["task"], p["seeds"], signed(p), p["shows"]) for p in document["pairs"]],
+            [(p["first"], p["second"], p["task"], p["seeds"], signed(p), shows_text(p)) for p in document["pairs"]],
         )
     lines += _claims(document["claims"])
     if document["amortised"] is not None:
@@ -168,7 +206,7 @@ def _cells(row: dict[str, Any], document: dict[str, Any]) -> tuple[str, ...]:
         row["bits"].upper(),
         with_interval(row["mean"], row["ci95"]),
         "reference" if row["entry"] == document["reference"] else signed(against),
-        NOTHING if against is None else against["shows"],
+        shows_text(against),
         f"{size['paper_mib']:.2f}",
         f"{size['artifact_mib']:.2f}",
         latency_text(row["latency"]),

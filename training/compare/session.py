@@ -27,12 +27,13 @@ from training.compare.workers import Block, play_all
 from training.locks import only_user
 from training.lut import write_atomically
 
-FORMAT = 2  # of the facts of entries
+FORMAT, BASELINE_FORMAT = 3, 2  # of the facts of entries; those of another one are opened anew, baselines take long
 METRIC = "mean over seeds of max over time of clip(coverage / 0.95, 0, 1)"
 SIMULATOR = ("gym-pusht", "pymunk", "shapely")
 ENGINES = ("onnxruntime", "torch", "numpy")
 SPECIFICATION = {"observations", "action", "diffusion"}  # of what runs, beside its weights: units, chunk and sampler
 SCORE_DIGITS = 5
+Check = Callable[[dict[str, dict[str, Any]]], None]
 
 
 class Session:
@@ -54,12 +55,18 @@ class Session:
         with only_user(self.folder, "comparison", CompareError):
             yield
 
-    def run(self, workers: int) -> dict[str, Any] | None:
+    def run(self, workers: int, check: Check | None = None) -> dict[str, Any] | None:
         """Play what is missing; returns the results, None where it was interrupted before the end.
 
+        Args:
+            workers: processes.
+            check: called before anything is played with the facts of the entries that are known by then (of baselines
+                those that were opened before); may refuse.
+
         Raises:
-            UserError: an entry cannot be opened or does not belong to the comparison, the folder holds other results,
-                or the disk refuses; what was played is kept.
+            UserError: an entry cannot be opened or does not belong to the comparison, the demonstrations are needed and
+                are not those of the comparison, the folder holds other results, or the disk refuses; what was played
+                is kept.
         """
         config = self.config
         for entry in config.entries:
@@ -68,6 +75,8 @@ class Session:
         for entry in config.entries:
             if facts[entry.name] is None and entry.kind != "baseline":  # cheap to open: find out now what is wrong
                 facts[entry.name] = self._facts(entry)
+        if check is not None:
+            check({name: known for name, known in facts.items() if known is not None})
         blocks, total = [], 0
         for entry in config.entries:
             for task in config.tasks:
@@ -77,7 +86,11 @@ class Session:
                 store = None if known is None else self._store(task, entry, known)
                 total += len(self._seeds(task))
                 blocks += list(self._missing(task, entry, store))
+        to_open = {block.entry for block in blocks} | {name for name, known in facts.items() if known is None}
+        if any(config.entry(name).baseline is not None for name in to_open):
+            _ = self.opener.demonstrations  # refused now, not at the first baseline after hours
         missing = sum(len(block.seeds) for block in blocks)
+        engines = versions(ENGINES)
         with tqdm(total=total, initial=total - missing, desc="compare", unit="episode", mininterval=1.0) as bar:
             for played in play_all(blocks, self._runnable(facts), workers):
                 block = played.block
@@ -85,7 +98,7 @@ class Session:
                 known = facts[entry.name]
                 assert known is not None  # opened before its first block
                 store = self._store(task, entry, known)
-                store.add(block.seeds, played.scores.scores, played.scores.steps, played.seconds)
+                store.add(block.seeds, played.scores.scores, played.scores.steps, played.seconds, engines)
                 bar.update(len(block.seeds))
                 bar.set_postfix(entry=block.entry, task=block.task, refresh=False)
                 missing -= len(block.seeds)
@@ -129,9 +142,9 @@ class Session:
         files = {field: file_sha256(found(text)) for field, text in named.items() if text is not None}
         if config.latency.table is not None:
             files["table"] = file_sha256(found(config.latency.table))
-        document = plain(entry.model_dump(mode="json", exclude={"note", "stated", "method", "paper"}))
+        document = plain(entry.model_dump(mode="json", exclude={"note", "stated", "method", "paper", "made_by"}))
         return {
-            "format": FORMAT,
+            "format": FORMAT if entry.baseline is None else BASELINE_FORMAT,
             "entry": document,
             "files": files,
             "data": config.data_sha256,
@@ -145,7 +158,7 @@ class Session:
             document = json.loads(self._facts_file(entry).read_bytes())
             known: dict[str, Any] = document["facts"]
             return self._labelled(entry, known) if document["asked"] == self._asked(entry) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _facts(self, entry: Entry) -> dict[str, Any]:
@@ -231,6 +244,7 @@ class Session:
                         "artifact": facts[entry.name]["identity"]["artifact"],
                         "scores": [round(store[seed][0], SCORE_DIGITS) for seed in config.seeds[name].seeds],
                         "mean_steps": _mean([store[seed][1] for seed in config.seeds[name].seeds]),
+                        "engines": store.engines(config.seeds[name].seeds),
                     }
                     for name in task.seeds
                 ]

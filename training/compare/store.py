@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from training.compare.config import CompareError
 from training.lut import write_atomically
 
 FORMAT = 1
+UNRECORDED = "not recorded"
 Episode = tuple[float, int]  # score 0..1, steps executed
 
 
@@ -39,11 +40,12 @@ class CellStore:
         self.seconds = 0.0
         self._digest = digest(self.key)
         self._episodes: dict[int, Episode] = {}
-        self._lines: list[str] = []
+        self._engines: dict[int, Mapping[str, str] | None] = {}
         try:
             content = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise CompareError(f"{path}: cannot be read ({error.strerror})") from error
+        self._has_head = bool(content)
         if content:
             self._read(content)
 
@@ -55,8 +57,29 @@ class CellStore:
         """The episode of ``seed``."""
         return self._episodes[seed]
 
-    def add(self, seeds: Sequence[int], scores: Sequence[float], steps: Sequence[int], seconds: float) -> None:
-        """Keep a block; it is on the disk when this returns.
+    def engines(self, seeds: Iterable[int]) -> dict[str, list[str]] | None:
+        """Versions of the engines that these seeds were played with, all that there are of each.
+
+        Of blocks that do not say it there is ``not recorded``; None where none of them does.
+        """
+        recorded = [self._engines.get(seed) for seed in seeds]
+        names = dict.fromkeys(name for versions in recorded if versions is not None for name in versions)
+        if not names:
+            return None
+        return {
+            name: list(dict.fromkeys(UNRECORDED if of is None else of.get(name, UNRECORDED) for of in recorded))
+            for name in names
+        }
+
+    def add(
+        self,
+        seeds: Sequence[int],
+        scores: Sequence[float],
+        steps: Sequence[int],
+        seconds: float,
+        engines: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep a block, with the versions of the engines that played it; it is on the disk when this returns.
 
         Raises:
             CompareError: the disk refuses.
@@ -66,11 +89,15 @@ class CellStore:
             raise ValueError(f"block: {len(seeds)} seeds, {len(scores)} scores, {len(steps)} numbers of steps")
         if not all(math.isfinite(score) and -1e-9 <= score <= 1.0 + 1e-9 for score in scores):
             raise ValueError(f"block from seed {seeds[0]}: a score is not within 0 and 1")
-        row = {"seeds": list(seeds), "scores": list(scores), "steps": list(steps), "seconds": round(seconds, 2)}
+        row: dict[str, Any] = {"seeds": list(seeds), "scores": list(scores), "steps": list(steps)}
+        row["seconds"] = round(seconds, 2)
+        if engines is not None:
+            row["engines"] = dict(engines)
         line = self._line(row)
         try:
-            if not self.path.exists():
+            if not self._has_head or not self.path.exists():  # an empty file has none, either
                 write_atomically(self.path, self._head().encode())  # a torn first line would stop every later run
+                self._has_head = True
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
@@ -82,6 +109,7 @@ class CellStore:
     def _take(self, row: Mapping[str, Any]) -> None:
         for seed, score, steps in zip(row["seeds"], row["scores"], row["steps"], strict=True):
             self._episodes[int(seed)] = (float(score), int(steps))
+            self._engines[int(seed)] = row.get("engines")
         self.seconds += float(row["seconds"])
 
     def _head(self) -> str:
@@ -97,7 +125,7 @@ class CellStore:
             document = json.loads(head)
             there = document["key"]
             known = document["format"] == FORMAT
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             there, known = None, False
         if not known:
             raise CompareError(f"{self.path}: not a file of scores of this version; delete it, or give another --out")
@@ -120,7 +148,7 @@ class CellStore:
             row = json.loads(line)
             row.pop("check")
             return row if self._line(row).encode() == line + b"\n" else None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
 
@@ -148,14 +176,15 @@ def refuse_other(what: str, there: Any, here: Any) -> None:
     fields = list(differing(there, here))
     if not fields:
         return
-    shown = "; ".join(f"{field}: {_shown(old)} there, {_shown(new)} here" for field, old, new in fields[:4])
+    named = "; ".join(f"{field}: {shown(old)} there, {shown(new)} here" for field, old, new in fields[:4])
     more = f" and {len(fields) - 4} more" if len(fields) > 4 else ""
     raise CompareError(
-        f"{what}: holds results that must not be mixed with these, they differ in {shown}{more}; restore that, delete "
+        f"{what}: holds results that must not be mixed with these, they differ in {named}{more}; restore that, delete "
         "the file to play anew, or give another --out"
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as JSON, shortened."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

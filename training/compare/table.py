@@ -9,7 +9,6 @@ from dcqfa_ros.trials.statistics import Interval, mean_interval, paired_differen
 from training.compare.config import Claim, CompareConfig
 from training.compare.paper import PaperFigures
 from training.compare.results import Results, unlike, unlike_cells
-from training.stress import Stress
 
 Verdict = Literal["found", "not found", "not measured"]
 
@@ -23,6 +22,7 @@ class Difference:
         task, seeds: where.
         interval: of the difference.
         margin: of non-inferiority.
+        verdict_seeds: fewest seeds of which it is said what the interval shows.
     """
 
     first: str
@@ -31,6 +31,12 @@ class Difference:
     seeds: str
     interval: Interval
     margin: float
+    verdict_seeds: int = 1
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are seeds enough to say what the interval shows."""
+        return self.interval.n >= self.verdict_seeds
 
     @property
     def non_inferior(self) -> bool:
@@ -64,8 +70,8 @@ class Difference:
             "low": self.interval.low,
             "high": self.interval.high,
             "margin": self.margin,
-            "non_inferior": self.non_inferior,
-            "shows": self.shows,
+            "non_inferior": self.non_inferior if self.judged else None,
+            "shows": self.shows if self.judged else None,
         }
 
 
@@ -98,12 +104,15 @@ class Judged:
         return ours.low <= paper <= ours.high
 
 
-def difference(results: Results, first: str, second: str, task: str, seeds: str, margin: float) -> Difference | None:
+def difference(
+    results: Results, first: str, second: str, task: str, seeds: str, margin: float, verdict_seeds: int = 1
+) -> Difference | None:
     """The paired difference of two entries; None where one did not play."""
     one, other = results.cell(first, task, seeds), results.cell(second, task, seeds)
     if one is None or other is None:
         return None
-    return Difference(first, second, task, seeds, paired_difference(one.by_seed(), other.by_seed()), margin)
+    paired = paired_difference(one.by_seed(), other.by_seed())
+    return Difference(first, second, task, seeds, paired, margin, verdict_seeds)
 
 
 def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[dict[str, Any]]:
@@ -117,7 +126,9 @@ def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[d
             if cell is None:
                 continue
             interval = mean_interval(cell.scores)
-            against = difference(results, entry.name, results.reference, task, seeds, results.margin)
+            against = difference(
+                results, entry.name, results.reference, task, seeds, results.margin, config.verdict_seeds
+            )
             called = words.get(entry.name, entry.method)
             figure = paper.value(planned.paper, called, entry.bits) if planned is not None else None
             made.append(
@@ -126,7 +137,7 @@ def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[d
                     "method": entry.method,
                     "bits": entry.bits,
                     "task": task,
-                    "stress": Stress.model_validate(cell.protocol.stress).described() or None,
+                    "stress": cell.protocol.stress.described() or None,
                     "seeds": seeds,
                     "first_seed": cell.first_seed,
                     "n": len(cell.scores),
@@ -137,6 +148,8 @@ def rows(results: Results, config: CompareConfig, paper: PaperFigures) -> list[d
                     "latency": None if entry.latency is None else entry.latency.model_dump(mode="json"),
                     "cost": entry.cost.model_dump(mode="json"),
                     "executed": entry.executed,
+                    "device_executes": entry.device_executes,
+                    "engines": None if cell.engines is None else {name: list(of) for name, of in cell.engines.items()},
                     "sampler": entry.sampler,
                     "denoising_steps": entry.denoising_steps,
                     "mean_episode_steps": cell.mean_steps,
@@ -151,7 +164,7 @@ def pairs(results: Results, config: CompareConfig) -> list[Difference]:
     found = []
     for pair in config.pairs:
         for task, seeds in results.groups():
-            made = difference(results, pair.first, pair.second, task, seeds, results.margin)
+            made = difference(results, pair.first, pair.second, task, seeds, results.margin, config.verdict_seeds)
             if made is not None:
                 found.append(made)
     return found

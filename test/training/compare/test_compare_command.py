@@ -82,6 +82,7 @@ def test_the_command_plays_keeps_reports_and_prints_the_committed_table(
     assert row["latency"]["ms"] > 0.0 and row["latency"]["kind"] == "modelled table"
     assert row["cost"]["steps"] == 6 and row["cost"]["teacher_calls"] == 6 * 8
     assert "ONNX Runtime" in row["executed"]
+    assert "products of W4A4" in row["device_executes"] and row["latency"]["device"] in row["device_executes"]
     assert rows[3]["mean_episode_steps"] <= 40.0 and "40 steps" in rows[3]["stress"]
     assert document["claims"][0]["verdict"] in {"found", "not found"}
 
@@ -178,6 +179,7 @@ def test_a_baseline_is_played_in_pytorch_and_says_so(
     assert document is not None
     facts = document["entries"][1]
     assert "simulated quantizers" in facts["executed"] and facts["device_executes"]
+    assert document["entries"][0]["device_executes"].startswith("FP32 products on ")
     assert facts["latency"]["ms"] > 0.0 and "not counted" in facts["latency"]["note"]
     assert facts["identity"]["policy"] == document["policy"][0]
     assert facts["size"]["paper_mib"] < document["entries"][0]["size"]["paper_mib"]

@@ -29,6 +29,31 @@ def test_shipped_comparisons_can_be_read_and_name_files_that_are_there(path: Pat
             assert config.seeds[claim.seeds].count >= 500 and claim.seeds != "published", claim.text
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_sources_of_shipped_comparisons_are_shipped_or_it_is_said_what_makes_them(path: Path) -> None:
+    config = load_compare(path)
+    for entry in config.entries:
+        for text in (entry.bundle, entry.checkpoint, entry.supernet, entry.trained):
+            shipped = text is None or (text.startswith("models/") and (ROOT / text).exists())
+            assert shipped or entry.made_by is not None, f"{entry.name}: {text} is not shipped; say made_by"
+
+
+def test_only_leaves_out_tasks_that_the_reference_would_play_alone(tiny_comparison: Callable[..., Path]) -> None:
+    path = tiny_comparison()
+    document = yaml.safe_load(path.read_text())
+    document["entries"].append(document["entries"][1] | {"name": "other"})
+    document["entries"].append(document["entries"][1] | {"name": "idle"})
+    document["tasks"][0]["entries"] = ["full", "other"]
+    document["tasks"][1]["entries"] = ["full", "dcqfa", "other"]
+    path.write_text(yaml.safe_dump(document))
+    config = load_compare(path)
+    assert [task.name for task in config.only(["dcqfa"]).tasks] == ["short"]
+    assert [task.name for task in config.only(["dcqfa", "other"]).tasks] == ["standard", "short"]
+    assert [task.name for task in config.only(["full"]).tasks] == ["standard", "short"]
+    with pytest.raises(CompareError, match="--only idle: no task"):
+        config.only(["idle"])
+
+
 def test_the_papers_figures_are_those_of_the_table() -> None:
     paper = load_paper(ROOT / "config/compare/paper.yaml")
     assert paper.value("pusht_image", "full precision", "fp32") == 0.772
@@ -56,6 +81,8 @@ def test_the_papers_figures_are_those_of_the_table() -> None:
         ({"tasks": [{"name": "a", "seeds": ["some", "some"]}]}, "named twice"),
         ({"tasks": [{"name": "a", "seeds": ["some"], "entries": ["dcqfa"]}]}, "reference full has to play"),
         ({"tasks": [{"name": "a", "seeds": ["some"], "stress": {"action_delay_steps": -1}}]}, "action_delay_steps"),
+        ({"verdict_seeds": 0}, "verdict_seeds"),
+        ({"verdict_seeds": 3}, "claims.0..seeds: some has 2 seeds, expected at least verdict_seeds, 3"),
         ({"pairs": [{"first": "full", "second": "full"}]}, "compared with itself"),
         ({"pairs": [{"first": "full", "second": "x"}]}, "x is not there"),
     ],
@@ -78,6 +105,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_by_field(
         ({"checkpoint": None, "supernet": "s"}, "subnet is missing"),
         ({"checkpoint": None, "baseline": "rtn", "bits": "mixed"}, "baseline_bits is missing"),
         ({"checkpoint": None, "baseline": "rtn", "bits": "w4a4", "baseline_bits": "w8a8"}, "but baseline_bits w8a8"),
+        ({"checkpoint": None, "baseline": "rtn", "bits": "w4a4", "made_by": "c"}, "made_by belongs to an entry with"),
         ({"bits": "w3a3"}, "bits"),
     ],
 )

@@ -74,6 +74,28 @@ def test_a_score_out_of_range_is_refused_before_anything_is_written(tmp_path: Pa
     assert not store.path.exists()
 
 
+def test_an_empty_file_takes_blocks_as_if_there_was_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.touch()
+    store = CellStore(path, KEY)
+    store.add([1], [0.5], [9], 1.0)
+    store.add([2], [0.25], [9], 1.0)
+    assert kept(path) == {1: 0.5, 2: 0.25}
+
+
+def test_versions_of_engines_are_kept_block_by_block(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for seed, engines in ((1, {"onnxruntime": "1"}), (2, {"onnxruntime": "2", "torch": "3"}), (3, None), (4, None)):
+        CellStore(path, KEY).add([seed], [0.5], [9], 1.0, engines)
+    store = CellStore(path, KEY)
+    assert store.engines([1]) == {"onnxruntime": ["1"]}
+    assert store.engines([1, 2]) == {"onnxruntime": ["1", "2"], "torch": ["not recorded", "3"]}
+    assert store.engines([1, 3]) == {"onnxruntime": ["1", "not recorded"]}
+    assert store.engines([3, 4]) is None
+    store.add([1], [0.5], [9], 1.0)  # played again
+    assert store.engines([1]) is None
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("hello\n")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from dcqfa_ros.trials.statistics import mean_interval
 from test.training.compare.conftest import SHA, cell, entry, results_document
-from training.compare.config import Claim, CompareError
-from training.compare.report import within_text
+from training.compare.config import Claim, CompareError, Pair, load_compare
+from training.compare.page import render
+from training.compare.paper import load_paper
+from training.compare.report import markdown, report, within_text
 from training.compare.results import joined, parse_results
 from training.compare.table import difference, judge, reproduced
 
@@ -44,6 +47,24 @@ def test_verdicts_follow_from_the_interval_alone(ours: list[float], shift: float
     assert above.paper_within == (low <= 0.1 <= high)
     mirrored = difference(results, "a", "b", "standard", "some", 0.03)
     assert mirrored is not None and mirrored.interval.estimate == pytest.approx(-found.interval.estimate)
+
+
+def test_of_fewer_seeds_than_the_comparison_asks_for_no_verdict_is_told(tiny_comparison: Any) -> None:
+    results = parse_results(two([0.1, 0.1, 0.2], [0.9, 0.9, 0.8]), "here")
+    paper = load_paper(Path(tiny_comparison()).with_name("paper.yaml"))
+    verdicts = []
+    for least in (1, 3, 4):
+        config = load_compare(tiny_comparison(verdict_seeds=least, claims=[]))
+        config = config.model_copy(update={"pairs": (Pair(first="b", second="a"),)})
+        document = report(results, config, paper, None)
+        row = document["rows"][1]["difference"]
+        assert row["mean"] > 0.5 and row["low"] < row["mean"] < row["high"] and document["verdict_seeds"] == least
+        assert document["pairs"][0]["shows"] == row["shows"] and (row["non_inferior"] is None) == (row["shows"] is None)
+        texts = markdown(document), render(document)
+        assert all(("better" in text) == (row["shows"] is not None) for text in texts)
+        verdicts.append(row["shows"])
+    assert verdicts == ["better", "better", None]
+    assert any("fewer than 4 seeds" in note for note in document["notes"])
 
 
 def test_what_was_not_played_is_not_measured() -> None:
