@@ -68,9 +68,15 @@ def train(subparsers: Any) -> None:
         "another one",
     )
     parser.add_argument(
+        "--change-optimizer",
+        action="store_true",
+        help="continue a run although its section optimizer, or supernet.step_learning_rate, is another one",
+    )
+    parser.add_argument(
         "--change-tables",
         action="store_true",
-        help="continue a supernet's run although supernet.tables hold other measurements than it began with",
+        help="continue a supernet's run although supernet.tables hold other measurements than it began with; going on "
+        "from a copy of the shipped models/pusht_keypoints_supernet needs --change-length --change-tables",
     )
     parser.add_argument(
         "--only",
@@ -92,6 +98,7 @@ def train(subparsers: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from training.config import load_config, override
+    from training.identity import CHANGEABLE
     from training.log import TensorBoardLog
 
     config = override(
@@ -113,12 +120,7 @@ def _train(args: argparse.Namespace) -> int:
     for option, what in (("change_sandwich", "sandwich"), ("change_tables", "tables")):
         if getattr(args, option) and config.supernet is None:
             raise ArgumentError(f"--{option.replace('_', '-')}: {args.config} has no supernet section, hence no {what}")
-    permitted = {
-        "run.steps": args.change_length,
-        "supernet.sandwich": args.change_sandwich,
-        "supernet.tables": args.change_tables,
-    }
-    change = [field for field, allowed in permitted.items() if allowed]
+    change = [field for field, option in CHANGEABLE.items() if getattr(args, option.strip("-").replace("-", "_"))]
     trainer = _trainer(config, folder, change=change, config_file=args.config.name)
     first = trainer.world.first  # of the processes that torchrun started; the others are silent
     if trainer.step and first:

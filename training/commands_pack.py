@@ -15,7 +15,8 @@ def pack(subparsers: Any) -> None:
         help="write a supernet's averaged weights as a small checkpoint",
         description="Write the averaged weights of a supernet run as their difference from the full-precision policy "
         "they started from, about a twentieth of the run's checkpoint. Every command reads the result like a run; "
-        "`dcqfa train` goes on from a copy of it with fresh optimizer moments.",
+        "`dcqfa train` goes on from a copy of it with fresh optimizer moments; from a copy of the shipped "
+        "models/pusht_keypoints_supernet with --change-length --change-tables, as its tables were measured anew since.",
         epilog="examples: dcqfa pack runs/pusht_keypoints_supernet --out models/pusht_keypoints_supernet; dcqfa pack "
         "runs/pusht_keypoints_opd --against models/pusht_keypoints_supernet --out models/pusht_keypoints_opd",
     )

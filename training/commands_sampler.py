@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.shipped import DEFAULT_RUN, default_run, shipped_run
+
 if TYPE_CHECKING:
     from training.sampler_report import Contestant, Loss, Report
     from training.supernet import SupernetTrainer
 
-DEFAULT_RUN = Path("runs/pusht_keypoints_supernet")
+PLOT = "sampler_report.png"
 HELD_OUT_SAMPLES = 256
 
 
@@ -33,19 +35,22 @@ def sampler(subparsers: Any) -> None:
         description="Train learned samplers on the paired losses that a supernet run has logged, with one device held "
         "out, and compare what they draw with rejection and uniform sampling, for every device at every budget. Costs "
         "come from the devices' tables, losses from the run's averaged network on held-out data. The sampler that was "
-        "trained inside the run takes part as in_run.",
+        "trained inside the run takes part as in_run; where tables were measured anew since, it is marked and does "
+        "not count in what is said of the learned sampler.",
         epilog="example: dcqfa sampler report runs/pusht_keypoints_supernet --held-out orin_nx_16gb --json",
     )
-    report.add_argument("run", type=Path, nargs="?", default=DEFAULT_RUN, help="run folder (default: %(default)s)")
+    report.add_argument(
+        "run", type=Path, nargs="?", help=f"run folder (default: {DEFAULT_RUN}, or else the shipped supernet)"
+    )
     report.add_argument(
         "--network",
         action="append",
         default=[],
         metavar="KIND=RUN",
         help="measure what this kind of sampler draws (learned, rejection, uniform) with the network of another run, "
-        "trained with that sampler for equal steps; may be repeated",
+        "trained with that sampler for equal steps, with the same space and supernet.sandwich; may be repeated",
     )
-    report.add_argument("--held-out", metavar="DEVICE", help="device kept out of training (default: the run's)")
+    report.add_argument("--held-out", metavar="DEVICE", help="device kept out of training (default: the run's, if any)")
     report.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
     report.add_argument(
         "--budgets",
@@ -57,26 +62,33 @@ def sampler(subparsers: Any) -> None:
     report.add_argument("--updates", type=int, default=2000, metavar="N", help="updates of each (default: 2000)")
     report.add_argument("--draws", type=int, default=400, metavar="N", help="per sampler and budget (default: 400)")
     report.add_argument("--losses", type=int, default=24, metavar="N", help="draws evaluated of these (default: 24)")
-    report.add_argument("--plot", type=Path, metavar="FILE", help="picture (default: sampler_report.png in the run)")
+    report.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"picture (default: {PLOT} in the run; here for the shipped supernet)"
+    )
     report.add_argument("--json", action="store_true", help="print JSON")
     report.set_defaults(func=_report)
 
 
 def _report(args: argparse.Namespace) -> int:
     from training.commands import ArgumentError, check_least
-    from training.sampler_report import KINDS, plot_report, sampler_report, train_samplers
+    from training.sampler_plot import check_plot, plot_report
+    from training.sampler_report import KINDS, sampler_report, train_samplers
 
     check_least(args, seeds=1, updates=1, draws=1, losses=0)
     budgets = _budgets(args.budgets)
     networks = _networks(args.network)
-    run = _open(args.run, args.data)
+    folder = default_run() if args.run is None else args.run
+    plot = args.plot or _plot_of(folder)
+    check_plot(plot)
+    run, tables = _open(folder, args.data, args.losses)
     conditions = run.conditions
     devices = conditions.measured | conditions.held_out
     trained_without = next(iter(conditions.held_out), None)
     held_out = args.held_out or trained_without
-    if held_out not in devices:
+    if held_out is not None and held_out not in devices:
         known = ", ".join(sorted(devices)) or "none"
         raise ArgumentError(f"--held-out: expected one of the run's devices ({known}), got {held_out}")
+    runs = {kind: _open_network(kind, path, run, args) for kind, path in networks.items()}
     config = run.sampler.config
     contestants = train_samplers(
         run.space,
@@ -88,17 +100,21 @@ def _report(args: argparse.Namespace) -> int:
         seeds=range(args.seeds),
         updates=args.updates,
     )
+    other_tables = not all(tables.values())
     if config.kind == "learned" and held_out == trained_without:
-        contestants = [*contestants, _in_run(run)]
-    losses = {kind: _loss(run) for kind in KINDS} | {kind: _loss(_open(p, args.data)) for kind, p in networks.items()}
+        contestants = [*contestants, _in_run(run, other_tables)]
+    losses = {kind: _loss(runs.get(kind, run)) for kind in KINDS}
     contestants = [dataclasses.replace(c, loss=losses[c.sampler.config.kind]) for c in contestants]
     report = sampler_report(contestants, budgets, args.draws, args.losses)
-    plot = args.plot or args.run / "sampler_report.png"
-    plot_report(report, plot)
     facts = {
-        "run": str(args.run),
+        "run": str(folder),
         "step": run.step,
-        "networks": {kind: str(networks.get(kind, args.run)) for kind in KINDS},
+        "tables": [
+            {"device": device, "file": str(run.tables.files[device]), "trained_with": same}
+            for device, same in tables.items()
+        ],
+        "in_run_other_tables": other_tables,
+        "networks": {kind: _training(runs.get(kind, run)) for kind in KINDS},
         "held_out": held_out,
         "updates": args.updates,
         "plot": str(plot),
@@ -107,7 +123,14 @@ def _report(args: argparse.Namespace) -> int:
         print(json.dumps(facts | report.document()))
     else:
         _print(report, plot)
+    plot_report(report, plot)
     return 0
+
+
+def _plot_of(folder: Path) -> Path:
+    """Where the picture of a run goes: into its folder, but for what is shipped."""
+    shipped = shipped_run()
+    return Path(PLOT) if shipped is not None and folder.resolve() == shipped.resolve() else folder / PLOT
 
 
 def _budgets(text: str) -> list[float]:
@@ -135,30 +158,98 @@ def _networks(options: list[str]) -> dict[str, Path]:
     return networks
 
 
-def _open(folder: Path, data: str | None) -> SupernetTrainer:
-    """The supernet run in a folder, at its last checkpoint.
+def _open(folder: Path, data: str | None, losses: int) -> tuple[SupernetTrainer, dict[str, bool | None]]:
+    """The supernet run in a folder, at its last checkpoint, and whether the devices' tables are those it trained with.
+
+    Tables may be others: what is compared is trained here.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
-        ConfigError: it is no run of a supernet.
+        CheckpointError: there is none, it cannot be read, or it holds no supernet whose subnets can be measured.
     """
-    from training.checkpoint import CHECKPOINT, load_checkpoint
+    from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint
     from training.commands import data_section
-    from training.config import TrainConfig, override
+    from training.config import override
     from training.supernet import SupernetTrainer
+    from training.supernet_checkpoint import is_supernet
+    from training.trained import policy_meaning
 
-    payload = load_checkpoint(folder / CHECKPOINT)
-    config = TrainConfig.model_validate_json(json.dumps(payload["config"]), strict=True)
-    trainer = SupernetTrainer(override(config, data=data_section(data)), folder)
+    file = folder / CHECKPOINT
+    payload = load_checkpoint(file)
+    if not is_supernet(payload):
+        raise CheckpointError(f"{file}: holds a single policy, no supernet; give a run of a supernet configuration")
+    config = policy_meaning(file, payload).config
+    assert config.supernet is not None
+    if config.supernet.activations == "batchquant" and losses:
+        raise CheckpointError(
+            f"{file}: its activation ranges have to be estimated for each subnet (supernet.activations: batchquant), "
+            "so losses of draws cannot be measured; give --losses 0 for shares and costs alone, or a run with learned "
+            "quantizers"
+        )
+    config = override(config, data=data_section(data), run={"compile": False})  # nothing that is compiled runs
+    trainer = SupernetTrainer(config, folder, change=["supernet.tables"])
     print(f"{folder}: step {trainer.step}, {len(trainer.sampler.predictor)} logged pairs", file=sys.stderr)
-    return trainer
+    tables = trainer.tables.as_in(payload)
+    if not all(tables.values()):
+        files = ", ".join(str(trainer.tables.files[device]) for device, same in tables.items() if not same)
+        known = "" if False in tables.values() else " (which of them is not known: it keeps one hash of all)"
+        print(
+            f"{folder}: was trained with other tables than {files}{known}; costs are of the tables at hand, and its "
+            "own sampler, in_run, was trained with the others",
+            file=sys.stderr,
+        )
+    return trainer, tables
 
 
-def _in_run(run: SupernetTrainer) -> Contestant:
+def _open_network(kind: str, folder: Path, first: SupernetTrainer, args: argparse.Namespace) -> SupernetTrainer:
+    """The run whose network measures what one kind of sampler draws.
+
+    Raises:
+        ArgumentError: it was not trained with that kind, or not like the first run.
+    """
+    from training.commands import ArgumentError
+
+    run, _ = _open(folder, args.data, args.losses)
+    option, trained = f"--network {kind}={folder}", run.options.sampler.kind
+    if trained != kind:
+        raise ArgumentError(
+            f"{option}: supernet.sampler.kind: expected {kind}, the run has {trained}; give a run trained with {kind}"
+        )
+    for field, mine, theirs in (
+        ("policy", first.space.shape, run.space.shape),
+        ("supernet.space", first.options.space, run.options.space),
+        ("supernet.sandwich", first.options.sandwich, run.options.sandwich),
+        ("supernet.only", first.options.only, run.options.only),
+        ("step", first.step, run.step),
+    ):
+        if mine != theirs:
+            values = f" ({theirs}, there {mine})" if field == "step" else ""
+            raise ArgumentError(
+                f"{option}: {field} is another one than that of {first.folder}{values}; networks are compared after "
+                "equal training: give a run that differs in supernet.sampler.kind alone"
+            )
+    return run
+
+
+def _training(run: SupernetTrainer) -> dict[str, Any]:
+    """What a run's network took: steps, samples of each member of a step, calls of the teacher (one a step)."""
+    sandwich = run.options.sandwich
+    batches = {name: getattr(sandwich, f"{name}_batch") for name in ("largest", "low", "smallest", "sampled")}
+    return {
+        "run": str(run.folder),
+        "sampler": run.options.sampler.kind,
+        "steps": run.step,
+        "batches": batches,
+        "sampled": sandwich.sampled,
+        "teacher_calls": run.step,
+        "teacher_batch": max(size for name, size in batches.items() if name != "sampled" or sandwich.sampled),
+    }
+
+
+def _in_run(run: SupernetTrainer, other_tables: bool) -> Contestant:
     """The sampler as training left it."""
     from training.sampler_report import IN_RUN, Contestant
 
-    return Contestant(IN_RUN, run.config.run.seed, run.sampler)
+    return Contestant(IN_RUN, run.config.run.seed, run.sampler, other_tables=other_tables)
 
 
 def _loss(run: SupernetTrainer) -> Loss | None:
@@ -180,7 +271,8 @@ def _print(report: Report, plot: Path) -> None:
     for row in summarize(report.rows):
         loss = "" if row["loss"] is None else f", held-out loss {row['loss']:.4f}"
         print(
-            f"{row['device']}{' (held out)' if row['held_out'] else ''}, budget {row['budget']:g}, {row['kind']}: "
+            f"{row['device']}{' (held out)' if row['held_out'] else ''}, budget {row['budget']:g}, {row['kind']}"
+            f"{' (trained with other tables)' if row['other_tables'] else ''}: "
             f"{row['share_within']:.1%} within budget, latency {row['latency_ms']:.3g} ms, "
             f"memory {row['memory_bytes'] / 1e6:.3g} MB{loss}"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.commands_sampler import DEFAULT_RUN
+from training.shipped import DEFAULT_RUN, default_run
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
@@ -42,7 +42,10 @@ def subnet(subparsers: Any) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--run", type=Path, metavar="RUN", help=f"run folder or checkpoint of a supernet (default: {DEFAULT_RUN})"
+        "--run",
+        type=Path,
+        metavar="RUN",
+        help=f"run folder or checkpoint of a supernet (default: {DEFAULT_RUN}, or else the shipped one for --eval)",
     )
     source.add_argument(
         "--config",
@@ -74,12 +77,8 @@ def subnet(subparsers: Any) -> None:
 
 
 def _subnet(args: argparse.Namespace) -> int:
-    from training.commands import ArgumentError
-
     _check(args)
     supernet, config = _source(args)
-    if supernet is None and args.eval:
-        raise ArgumentError(f"--eval: measuring needs trained weights; give --run ({DEFAULT_RUN} has none)")
     from training.sandwich import search_space
 
     space = search_space(config)
@@ -121,11 +120,18 @@ def _source(args: argparse.Namespace) -> tuple[TrainedSupernet | None, TrainConf
     """The trained supernet, where one is at hand, and the configuration."""
     from dcqfa_ros.paths import find_config
     from training.checkpoint import CHECKPOINT
+    from training.commands import ArgumentError
     from training.config import load_config
     from training.supernet_checkpoint import load_supernet
 
     run = args.run
-    if run is None and args.config is None and (DEFAULT_RUN / CHECKPOINT).is_file():
+    if run is None and args.eval:  # --config was refused
+        run = default_run()
+        if not (run / CHECKPOINT).is_file():
+            raise ArgumentError(
+                f"--eval: measuring needs trained weights; give --run ({run} has none, none is shipped)"
+            )
+    elif run is None and args.config is None and (DEFAULT_RUN / CHECKPOINT).is_file():
         run = DEFAULT_RUN
     if run is not None:
         supernet = load_supernet(run)

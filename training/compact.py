@@ -75,6 +75,8 @@ def pack(source: Path, target: Path, *, policy: Path | None = None, against: Pat
         base, payload["teacher_sha256"] = _rounded(policy, config, base)
         payload["config"]["supernet"]["warm_start"] = str(policy)
     _reorder(base, orders)
+    data = payload["config"]["data"]
+    data["path"] = Path(data["path"]).name  # where they lie on this computer is nobody else's business
     packed: dict[str, Any] = {"orders": orders}
     start = base.state_dict()
     if against is not None:

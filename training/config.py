@@ -17,6 +17,8 @@ from training.distill_config import DistillConfig
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.supernet_config import SupernetConfig
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
 Columns = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
@@ -84,7 +86,7 @@ class DataConfig(StrictModel):
     action: ActionSource
     image: ImageSource | None = None
     validation_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
-    split_seed: Annotated[int, Field(ge=0)] = 42
+    split_seed: Seed = 42
     max_train_episodes: Positive | None = None
 
 
@@ -121,7 +123,7 @@ class OptimizerConfig(StrictModel):
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
     final_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
@@ -139,7 +141,7 @@ class RunConfig(StrictModel):
 
     steps: Positive
     batch: Positive = 128
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     precision: Literal["fp32", "bf16"] = "bf16"
     threads: Positive = 1
     compile: bool = False  # torch.compile; on a CPU this needs a C++ compiler

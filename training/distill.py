@@ -25,6 +25,7 @@ from training.distill_buffer import StateBuffer
 from training.distill_config import DistillConfig
 from training.losses.sqil import sqil_loss
 from training.lut import write_atomically
+from training.messages import warn
 from training.rollouts_group import GroupRunner, Job, Kit, RolloutError, Visited, flat_state
 from training.rollouts_workers import Workers, open_workers
 from training.run import Record
@@ -53,6 +54,7 @@ class DistillTrainer(SupernetTrainer):
         teacher_calls: chunks that the teacher was asked for in rounds so far.
     """
 
+    files = (*SupernetTrainer.files, LOG)
     other_facts = MappingProxyType({**SupernetTrainer.other_facts, "start_sha256": "distill.start"})
 
     def _order_and_calibrate(self) -> None:
@@ -132,7 +134,7 @@ class DistillTrainer(SupernetTrainer):
         store = self._saliency_store()
         values = store.read()
         if values is None:
-            values = StoredSaliency(self.start.path.parent, store.key).read()
+            values = StoredSaliency(self.start.path.parent, store.key, store.count).read()
             if values is not None:
                 store.write(values)
         return values
@@ -271,8 +273,8 @@ class DistillTrainer(SupernetTrainer):
         for member, row in zip(members, rows, strict=True):
             if not np.isfinite(row[0]):
                 self.optimizer.zero_grad()
-                raise self.diverged(f"the loss of {member.label} ({self.space.name(member.subnet)})", row[0])
-        norms = self._update()
+                raise self.diverged(f"the loss of {member.label} ({self.space.name(member.subnet)})", row[0], size)
+        norms = self._update(size)
         record = self._distill_record(members, rows) | norms | gathered
         record |= {"rollouts/weight": weight}
         self.step += 1
@@ -300,9 +302,20 @@ class DistillTrainer(SupernetTrainer):
             if text != path.read_text():
                 write_atomically(path, text.encode())
 
+        refused = False
+
         def write(record: Record) -> None:
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            nonlocal refused
+            try:
+                if not refused:  # after a torn line nothing can follow
+                    with path.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                refused = True
+                warn(
+                    f"{path}: cannot be written ({error.strerror}); training goes on without it. Free disk space, then "
+                    "stop with Ctrl-C and run the same command again"
+                )
             if log is not None:
                 log(record)
 
@@ -310,7 +323,7 @@ class DistillTrainer(SupernetTrainer):
             return super().run(write)
         except RolloutError:
             if self.step:
-                self.save()  # a round comes first in a step: nothing of it was done
+                self.save_new()  # a round comes first in a step: nothing of it was done
             raise
         finally:
             self.close()

@@ -1,4 +1,4 @@
-"""Prediction of what a subnet loses against the largest one, fitted during the run on paired losses.
+"""Prediction of what a subnet loses against the frozen teacher, fitted during the run on paired losses.
 
 The model is linear in features that an additive view of the network suggests (what each layer gave up) and in a few
 interactions (neighbouring blocks skipped, products of the totals given up). Linear, because then the fit is one small
@@ -92,7 +92,7 @@ class ChoiceIndex:
 
 
 class AdvantagePredictor:
-    """Ridge regression of L(subnet) - L(largest) with exponential forgetting.
+    """Ridge regression of L(subnet) - L(teacher) with exponential forgetting.
 
     Pairs whose loss is far above the usual count less, in proportion to its square: errors are relative there, and the
     loss of a network of two blocks would otherwise drown what four bits cost.
@@ -153,7 +153,7 @@ class AdvantagePredictor:
 
         Args:
             subnets: what was trained.
-            advantages: L(subnet) - L(largest at full precision) on the same batch, noise and time steps.
+            advantages: L(subnet) - L(frozen full-precision teacher) on the same batch, noise and time steps.
 
         Raises:
             AdvantageError: a loss that is not finite, or not one per subnet.
@@ -192,7 +192,7 @@ class AdvantagePredictor:
             )[:, 0]
 
     def predict(self, subnets: Sequence[Subnet]) -> Tensor:
-        """Predicted L(subnet) - L(largest), float64 (N,)."""
+        """Predicted L(subnet) - L(teacher), float64 (N,)."""
         return self._encode(*self._numbers_of(subnets)) @ self.coefficients
 
     def spread(self) -> float:
@@ -233,7 +233,7 @@ class AdvantagePredictor:
         return rank_correlation(*self._judged.T.tolist()) or 0.0
 
     def pairs(self) -> tuple[list[Subnet], list[float]]:
-        """The logged subnets and their losses against the largest, oldest first."""
+        """The logged subnets and their losses against the teacher, oldest first."""
         subnets = []
         for numbers, precision in zip(self._numbers.tolist(), self._precisions.tolist(), strict=True):
             subnet = self.index.decode(numbers)

@@ -24,12 +24,16 @@ from tqdm import tqdm
 from dcqfa_ros.bundle.provenance import TrainingSegment
 from dcqfa_ros.errors import UserError
 from training.allocator import keep_freed_memory
-from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
+from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, remove_leftovers, save_checkpoint
 from training.compiling import check_compiler
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.data.policy_data import Batch, PolicyData
+from training.digest import digest
+from training.divergence import culprits
+from training.identity import CHANGEABLE, changes, identity
 from training.locks import only_user
 from training.lut import write_atomically
+from training.messages import warn
 from training.objective import Objective
 from training.schedules import ema_decay, learning_rate_factor
 from training.signals import stop_on_signal
@@ -38,14 +42,8 @@ from training.trained import segments
 from training.world import World
 
 Record = dict[str, float]
-CHANGEABLE = MappingProxyType(
-    {
-        "run.steps": "--change-length",
-        "supernet.sandwich": "--change-sandwich",
-        "supernet.tables": "--change-tables",
-    }
-)
-"""Fields that may be others when a run is continued, if that is asked for, and the options that ask for it."""
+CONFIG = "config.json"
+LARGEST_WEIGHT = 1e6  # beyond it, and where it is no number, a network has diverged
 
 
 class TrainingError(UserError):
@@ -60,12 +58,18 @@ class TrainingRun(ABC):
         history: the starts and resumes of the run so far; :meth:`run` adds one.
         changed: conditions that differ from those the checkpoint was written under, as text; the run then no longer
             repeats an uninterrupted one bit for bit.
+        packed: whether the checkpoint in the folder is one of ``dcqfa pack``.
         data: the demonstrations.
         objective: the task.
         world: this process among those that train together.
+        weights, averaged: the trained parameters, and their moving averages.
     """
 
+    weights: list[Tensor]
+    averaged: list[Tensor]
     loss_name = "loss"
+    files: tuple[str, ...] = (CHECKPOINT, CONFIG)
+    """Files of the folder that are written through temporary ones, which a kill leaves behind."""
     other_facts: Mapping[str, str] = MappingProxyType({})
     """Entries of :meth:`_facts` that do not follow from the data, with the configuration's field behind each."""
 
@@ -80,13 +84,20 @@ class TrainingRun(ABC):
         Raises:
             DataError: the data set cannot be used or does not fit the policy.
             ConfigError: the configuration does not describe a policy that a bundle can hold, or its action normaliser
-                leaves the range that the sampler keeps.
+                leaves the range that the sampler keeps, or PyTorch finds no device of the kind asked for.
             CompilerError: compilation for a CPU is asked for and there is no C++ compiler.
         """
         self.config, self.folder, self.config_file = config, folder, config_file
         self.history: list[TrainingSegment] = []
         self.changed: tuple[str, ...] = ()
+        self.packed = False
         self.step = 0
+        self._stored: int | None = None  # step of the checkpoint in the folder; None where there is none
+        if config.run.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"training configuration {config.name!r}: run.device: cuda is asked for, but PyTorch finds no CUDA "
+                "device; use cpu (--device cpu)"
+            )
         if config.run.compile and config.run.device == "cpu":
             check_compiler()
         torch.set_num_threads(config.run.threads)
@@ -164,7 +175,7 @@ class TrainingRun(ABC):
             self.history = list(segments(payload))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.checkpoint_path}: its configuration cannot be read ({error})") from error
-        mine, theirs = _identity(self.config), _identity(trained)
+        mine, theirs = identity(self.config), identity(trained)
         different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
         changed = [key for key in different if key in change]
         different = [key for key in different if key not in change]
@@ -194,13 +205,7 @@ class TrainingRun(ABC):
                 f"{self.checkpoint_path}: trained on other data than {self.config.data.path} (differs in "
                 f"{', '.join(different)}); give another --out or restore the data"
             )
-        self.changed = tuple(
-            f"{name}.{key} {before} -> {mine[name][key]}"
-            for name in changed
-            if name != "run.steps"
-            for key, before in theirs[name].items()
-            if before != mine[name][key]
-        )
+        self.changed = changes((name for name in changed if name != "run.steps"), theirs, mine)
         self.changed += tuple(
             f"{name} {getattr(trained.run, name)} -> {getattr(self.config.run, name)}"
             for name in ("threads", "compile", "device")
@@ -213,7 +218,7 @@ class TrainingRun(ABC):
         self.config_file = self.config_file or payload.get("config_file")
         try:
             self._load_state(payload)
-            self.step = int(payload["step"])
+            self.step = self._stored = int(payload["step"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.checkpoint_path}: its state does not fit the network ({error})") from error
 
@@ -230,10 +235,22 @@ class TrainingRun(ABC):
         }
 
     def save(self) -> None:
-        """Write the checkpoint atomically (the first process only)."""
+        """Write the checkpoint atomically (the first process only).
+
+        Raises:
+            CheckpointError: the disk refuses; the previous file is untouched.
+            TrainingError: the weights have diverged.
+        """
+        self._check_weights()
         if self.world.first:
             save_checkpoint(self.checkpoint_path, self.payload())
         self.world.wait()
+        self._stored, self.packed = self.step, False
+
+    def save_new(self) -> None:
+        """Write the checkpoint where a step was done since it was last read or written."""
+        if self.step != self._stored:
+            self.save()
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -256,15 +273,42 @@ class TrainingRun(ABC):
         with torch.no_grad():
             torch._foreach_lerp_(averaged, weights, 1.0 - decay)
 
-    def diverged(self, what: str, value: float) -> TrainingError:
-        """The error of a step whose loss or gradient is not finite."""
-        kept = f"the last checkpoint, {self.checkpoint_path}, is kept"
-        if not self.checkpoint_path.exists():
-            kept = "no checkpoint had been written yet"
+    def diverged(self, what: str, value: float, samples: int) -> TrainingError:
+        """The error of a step whose loss or gradient is not finite; every process has to ask.
+
+        Args:
+            what: what is not finite.
+            value: what it is.
+            samples: windows that the step drew.
+        """
+        blamed, data = culprits(self.data, self.world, self.config.run.seed, self.step, samples)
+        advice = "Mend these data and give another --out" if data else self._lower_rate()
         return TrainingError(
-            f"step {self.step}: {what} is {value}; nothing was updated and {kept}. "
-            "Lower optimizer.learning_rate or check the data"
+            f"step {self.step}: {what} is {value}; nothing was updated and {self._kept()}. {blamed}. {advice}"
         )
+
+    def _kept(self) -> str:
+        if self.checkpoint_path.exists():
+            return f"the last checkpoint, {self.checkpoint_path}, is kept"
+        return "no checkpoint had been written yet"
+
+    def _lower_rate(self) -> str:
+        advice = "Lower optimizer.learning_rate: train anew with it and another --out"
+        if self.checkpoint_path.exists():
+            advice += (
+                f", or go on from the checkpoint with it and {CHANGEABLE['optimizer.learning_rate']} (its weights may "
+                "have grown too large already: then this comes again, and only another --out helps)"
+            )
+        return advice
+
+    def _check_weights(self) -> None:
+        """Refuse to replace a good checkpoint by weights that have diverged already, though no loss has shown it."""
+        largest = torch.stack(torch._foreach_norm([*self.weights, *self.averaged], float("inf"))).max().item()
+        if not largest <= LARGEST_WEIGHT:
+            raise TrainingError(
+                f"step {self.step}: the weights have diverged, up to {largest:.3g}; they were not written and "
+                f"{self._kept()}. {self._lower_rate()}"
+            )
 
     def run(self, log: Callable[[Record], None] | None = None) -> bool:
         """Train to the end or to Ctrl-C; returns True when the run is complete. Progress goes to stderr.
@@ -273,9 +317,16 @@ class TrainingRun(ABC):
 
         Raises:
             TrainingError: another process trains in the folder, it cannot be made, or a loss is not finite.
+            WorldError: processes that train together start from different states.
         """
+        if self.world.size > 1:
+            parts = {"configuration": identity(self.config), "data": self._facts(), **self._state()}
+            facts = {"step": str(self.step)} | {name: digest(part) for name, part in parts.items()}
+            self.world.check_same(facts, self.folder)
         lock = only_user(self.folder, "training", TrainingError) if self.world.first else nullcontext()
         with lock, stop_on_signal() as stop:
+            if self.world.first:
+                remove_leftovers(self.folder, self.files)
             return self._run(stop, log)
 
     def _run(self, stop: Event, log: Callable[[Record], None] | None) -> bool:
@@ -292,9 +343,14 @@ class TrainingRun(ABC):
                     changed=self.changed,
                 )
             )
-        if self.world.first:
+        if self.world.first and (self.step < run.steps or self._stored is None):
+            if self.packed:
+                warn(
+                    f"{self.checkpoint_path}: is packed; the next save replaces it by a whole checkpoint, some twenty "
+                    "times as large. To keep it, stop now and train on a copy of its folder (--out)"
+                )
             text = json.dumps(self.config.model_dump(mode="json"), indent=1) + "\n"
-            write_atomically(self.folder / "config.json", text.encode())
+            write_atomically(self.folder / CONFIG, text.encode())
         ready = self.step >= run.steps or self._ready(stop)
         recent = _Window()
         bar = tqdm(total=run.steps, initial=self.step, desc="train", mininterval=2.0, disable=not self.world.first)
@@ -314,7 +370,7 @@ class TrainingRun(ABC):
                     self.save()
             if recent and log:  # stopped within a window
                 log({"step": float(self.step), **recent.take()})
-            self.save()
+            self.save_new()
         return self.step >= run.steps
 
 
@@ -336,27 +392,3 @@ class _Window:
         record = {k: float(v[-1] if k == "lr" else np.mean(v)) for k, v in self._values.items()}
         self._values.clear()
         return record
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What must agree between a checkpoint and the run that continues it: all but paths, texts and bookkeeping."""
-    document = config.model_dump(mode="json", exclude={"license": True, "task": True, "data": {"path", "format"}})
-    if document["data"]["image"] is not None:
-        del document["data"]["image"]["file"]
-    observations = document["data"]["observations"]
-    for source in observations.values():
-        del source["names"]
-    document["data"]["observations"] = list(observations.items())  # their order matters too
-    document["run"] = {key: document["run"][key] for key in ("steps", "batch", "seed", "precision")}
-    document["warm_start"] = document["warm_start"] is not None  # what it holds is compared instead
-    if document["supernet"] is not None:
-        for path in ("warm_start", "tables"):  # what they hold is compared instead
-            del document["supernet"][path]
-    if document["distill"] is not None:
-        for field in ("start", "workers", "ray"):  # what start holds is compared; where groups run changes nothing
-            del document["distill"][field]
-    flat: dict[str, Any] = {}
-    for section, value in document.items():
-        fields = {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-        flat.update(fields)
-    return flat

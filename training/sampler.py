@@ -2,7 +2,7 @@
 
 What a subnet costs comes from a table and does not depend on the network's weights, so a penalty on cost cannot act on
 them. It acts here: p is trained toward u(subnet) exp(-(dL + lam R) / tau), with u even over genes, dL the loss against
-the largest subnet as predicted from pairs logged in the run (in units of its spread) and R the logarithm of
+the frozen teacher as predicted from pairs logged in the run (in units of its spread) and R the logarithm of
 (mean + z sd) of cost / budget under p where that exceeds 1, for latency and for memory. Divergence, expected dL, mean
 and deviation of the costs are exact functions of the layers' logits, so an update needs no samples and no forward pass
 of the network.
@@ -159,7 +159,7 @@ class ConfigurationSampler:
     """Draws subnets for conditions, learns from paired losses.
 
     Attributes:
-        predictor: of what a subnet loses against the largest; fitted with every kind of sampler.
+        predictor: of what a subnet loses against the teacher; fitted with every kind of sampler.
         updates: calls of :meth:`update` so far.
     """
 
@@ -229,7 +229,7 @@ class ConfigurationSampler:
         return Draw(self.draw(condition, generator, phase), False)
 
     def observe(self, subnets: Sequence[Subnet], advantages: Sequence[float]) -> None:
-        """Log paired losses L(subnet) - L(largest) of the same batch, noise and time steps.
+        """Log paired losses L(subnet) - L(teacher) of the same batch, noise and time steps.
 
         Raises:
             AdvantageError: a loss that is not finite.
@@ -296,7 +296,10 @@ class ConfigurationSampler:
                 "excess": excess.mean(),
             }
         if not math.isfinite(values["loss"]):
-            raise SamplerError(f"update {self.updates} of the sampler: its loss is {float(loss)}; lower learning_rate")
+            raise SamplerError(
+                f"update {self.updates} of the sampler: its loss is {float(values['loss'])}; "
+                "lower supernet.sampler.learning_rate"
+            )
         return metrics | {name: float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict[str, Any]:

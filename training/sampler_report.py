@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,12 +47,14 @@ class Contestant:
         seed: of its training and its draws.
         sampler: draws.
         loss: held-out loss of a subnet, from the network trained with this kind of sampler; None to leave it out.
+        other_tables: whether it was trained with other tables of the devices than those it is judged by.
     """
 
     label: str
     seed: int
     sampler: ConfigurationSampler
     loss: Loss | None = None
+    other_tables: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Row:
         loss: mean held-out loss of the first draws.
         loss_within: the same of those that keep both budgets; None if none does.
         distinct: different subnets among the draws.
+        other_tables: whether the sampler was trained with other tables of the devices than these.
     """
 
     device: str
@@ -91,11 +93,12 @@ class Row:
     loss: float | None
     loss_within: float | None
     distinct: int
+    other_tables: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All rows and what they say of the learned sampler.
+    """All rows and what they say of the learned sampler, as far as it was trained with the tables it is judged by.
 
     Attributes:
         rows: one per device, budget, sampler and seed.
@@ -153,7 +156,7 @@ def train_samplers(
         space: the search space.
         devices: measured and modelled tables by name.
         synthetic: made-up tables.
-        pairs: subnets and their losses against the largest one, oldest first.
+        pairs: subnets and their losses against the teacher, oldest first.
         config: of the learned sampler; ``kind`` is replaced.
         held_out: device kept out of training.
         kinds: samplers to train.
@@ -215,7 +218,7 @@ def sampler_report(
     ]
     for contestant, device, budget in tqdm(cells, desc="draws", unit="cell", disable=None):
         rows.append(_row(contestant, device, budget, draws, losses, known))
-    learned = [row for row in rows if row.kind in LEARNED]
+    learned = [row for row in rows if row.kind in LEARNED and not row.other_tables]
     return Report(
         tuple(rows),
         draws,
@@ -262,6 +265,7 @@ def _row(
         loss=math.fsum(measured) / len(measured) if measured else None,
         loss_within=math.fsum(within) / len(within) if within else None,
         distinct=len(set(drawn)),
+        other_tables=contestant.other_tables,
     )
 
 
@@ -307,6 +311,7 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "held_out": cell[0].held_out,
                 "budget": budget,
                 "kind": kind,
+                "other_tables": cell[0].other_tables,
                 "seeds": len(cell),
                 "share_within": math.fsum(row.share_within for row in cell) / len(cell),
                 "least_share_within": min(row.share_within for row in cell),
@@ -320,61 +325,3 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         )
     return result
-
-
-def plot_report(report: Report, path: Path) -> None:
-    """Write a picture (format by the suffix): a column per device; share within budget, latency and loss in rows.
-
-    Raises:
-        ReportError: matplotlib is missing, or the file cannot be written.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ReportError("plot: needs matplotlib; install the requirements of training") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    means = summarize(report.rows)
-    devices = list(dict.fromkeys(row.device for row in report.rows))
-    held_out = {row.device for row in report.rows if row.held_out}
-    kinds = list(dict.fromkeys(row.kind for row in report.rows))
-    quantities = [
-        ("share_within", "draws within budget"),
-        ("latency_over_budget", "mean latency / budget"),
-        ("memory_over_budget", "mean memory / budget"),
-    ]
-    if any(row.loss is not None for row in report.rows):
-        quantities.append(("loss", "held-out loss of draws"))
-    figure, axes = pyplot.subplots(
-        len(quantities),
-        len(devices),
-        figsize=(3.2 * len(devices) + 0.8, 2.3 * len(quantities) + 0.6),
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        layout="constrained",
-    )
-    for column, device in enumerate(devices):
-        axes[0][column].set_title(device + (" (held out)" if device in held_out else ""), fontsize=10)
-        axes[-1][column].set_xlabel("budget: share of the way\nfrom smallest to largest", fontsize=8)
-        for line, (field, label) in enumerate(quantities):
-            axis = axes[line][column]
-            for kind in kinds:
-                points = [(m["budget"], m[field]) for m in means if m["device"] == device and m["kind"] == kind]
-                points = [(x, y) for x, y in points if y is not None]
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kind) if points else None
-            if field == "share_within":
-                axis.axhline(REQUIRED_SHARE, color="grey", linewidth=0.8, linestyle="--")
-                axis.set_ylim(-0.03, 1.03)
-            if column == 0:
-                axis.set_ylabel(label, fontsize=8)
-            axis.tick_params(labelsize=7)
-    axes[0][0].legend(fontsize=7)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: the plot cannot be written ({error}); give another file, .png or .svg") from error
-    finally:
-        pyplot.close(figure)

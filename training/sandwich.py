@@ -8,7 +8,7 @@ from training.config import ConfigError, TrainConfig
 from training.draws import Phase
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.space import SearchSpace
-from training.subnet import Precision, SpaceError, Subnet
+from training.subnet import Layer, Precision, SpaceError, Subnet
 from training.supernet_config import SupernetConfig
 
 HELD_OUT_SUBNETS = ("largest", "fp8", "w8a8", "w4a4", "smallest")
@@ -70,5 +70,5 @@ def smallest_of(space: SearchSpace, phase: Phase) -> Subnet:
         return largest
     if phase.depth:
         return smallest
-    thin = next(layer for layer in smallest.layers if layer is not None)
-    return Subnet((thin,) * len(largest.layers), Precision.INT)
+    widths = zip(space.head_choices, space.mlp_choices, strict=True)
+    return Subnet(tuple(Layer(min(heads), min(mlp), w, a) for heads, mlp in widths), Precision.INT)

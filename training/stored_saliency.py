@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from training.data.images import image_patch_perturbation
 from training.losses.sqil import Denoiser, Perturbation, dimension_perturbation, saliency_timesteps, state_saliency
+from training.messages import warn
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
@@ -29,26 +30,26 @@ class StoredSaliency:
     ``saliency.pt`` holds all values; ``saliency.part.pt`` those of a computation that was stopped.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """Take the folder and what the values depend on."""
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: str, count: int, *, speaks: bool = True) -> None:
+        """Take the folder and what the values depend on.
+
+        Args:
+            folder: where they are kept.
+            key: what they depend on.
+            count: how many they are.
+            speaks: warn of damaged files.
+        """
+        self.folder, self.key, self.count, self._speaks = folder, key, count, speaks
 
     def read(self) -> Tensor | None:
-        """All values; None where the folder has none that belong to the key.
+        """All values; None where the folder has none that belong to the key, or a damaged file."""
+        values = self._read(self.folder / SALIENCY)
+        return values if values is not None and values.isfinite().all() else None
 
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        return self._read(self.folder / SALIENCY)
-
-    def read_part(self, count: int) -> Tensor:
-        """What a computation of ``count`` values found before it was stopped, NaN elsewhere.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+    def read_part(self) -> Tensor:
+        """What a computation found before it was stopped, NaN elsewhere."""
         values = self._read(self.folder / PART)
-        return torch.full((count,), float("nan")) if values is None else values
+        return torch.full((self.count,), float("nan")) if values is None else values
 
     def write(self, values: Tensor) -> None:
         """Keep values; those that are not known yet are NaN."""
@@ -60,8 +61,20 @@ class StoredSaliency:
     def _read(self, path: Path) -> Tensor | None:
         if not path.exists():
             return None
-        payload = load_checkpoint(path)
-        return payload["saliency"] if payload.get("key") == self.key else None
+        try:
+            payload = load_checkpoint(path)
+        except CheckpointError as error:
+            damage = str(error).partition(";")[0]
+        else:
+            if payload.get("key") != self.key:
+                return None
+            values = payload.get("saliency")
+            if isinstance(values, Tensor) and values.shape == (self.count,) and values.dtype == torch.float32:
+                return values
+            damage = f"{path}: holds no saliency of {self.count} windows"
+        if self._speaks:
+            warn(f"{damage}; it is computed again")
+        return None
 
 
 class _StopError(Exception):
@@ -88,7 +101,7 @@ def compute_saliency(
     rank, size, total, since = run.world.rank, run.world.size, len(run.windows), time.monotonic()
     states = run.windows.observation
     observations = states[rank::size] if isinstance(states, Tensor) else states.every(rank, size)
-    known = store.read_part(total)
+    known = store.read_part()
     mine = known[rank::size].clone()
     done = int(known.isfinite().sum())
     with tqdm(total=total, initial=done, desc="saliency", mininterval=2.0, disable=not run.world.first) as bar:

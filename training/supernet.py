@@ -8,7 +8,6 @@ same samples teaches the sampler. The costs of a network come from tables and ac
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from threading import Event
@@ -23,14 +22,13 @@ from training.checkpoint import CheckpointError
 from training.compact import COMPACT, averaged_state, sampler_state
 from training.conditions import Conditions
 from training.config import ConfigError, TrainConfig
-from training.cost import cost_tensors
 from training.data.policy_data import Batch
 from training.data.sequences import WindowSet
 from training.draws import Phase
 from training.held_out import BATCH, BATCHES, held_out_loss
 from training.importance import l1_scores, order_by_importance, taylor_scores
 from training.losses.sqil import saliency_weights, sqil_loss
-from training.lut import load_table
+from training.moments import load_moments
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
 from training.quant.batchquant import reestimated_ranges
@@ -40,10 +38,12 @@ from training.sampler import ConfigurationSampler
 from training.sandwich import Member, held_out_names, search_space, smallest_of
 from training.schedules import step_seed
 from training.shared_stem import SharedStem
-from training.stored_saliency import StoredSaliency, compute_saliency
+from training.shipped import policy_at_hand
+from training.stored_saliency import PART, SALIENCY, StoredSaliency, compute_saliency
 from training.subnet import Precision
 from training.supernet_config import SupernetConfig
 from training.synthetic_tables import synthetic_tensors
+from training.tables_at_hand import device_tables
 from training.warm_start import read_policy_weights
 
 CALIBRATION_SEED = 30_000_001
@@ -59,6 +59,7 @@ class SupernetTrainer(TrainingRun):
         model: the supernet.
         ema: its exponential moving average, which is what is evaluated and exported.
         teacher: the frozen full-precision policy.
+        tables: look-up tables of the devices.
         conditions: devices and budgets.
         sampler: the configuration sampler.
         table: names of the subnets that are validated.
@@ -66,6 +67,7 @@ class SupernetTrainer(TrainingRun):
     """
 
     loss_name = "loss"
+    files = (*TrainingRun.files, SALIENCY, PART)
     other_facts = MappingProxyType({"teacher_sha256": "supernet.warm_start", "tables_sha256": "supernet.tables"})
 
     def __init__(
@@ -87,7 +89,8 @@ class SupernetTrainer(TrainingRun):
         if config.supernet is None:
             raise ConfigError(f"training configuration {config.name!r}: supernet: the section is missing")
         super().__init__(config, folder, config_file=config_file)
-        self.options: SupernetConfig = config.supernet
+        teacher_at = str(policy_at_hand(config.supernet.warm_start))
+        self.options: SupernetConfig = config.supernet.model_copy(update={"warm_start": teacher_at})
         for name in ("largest", "low", "smallest", "sampled"):
             field = f"{name}_batch"
             self.world.check_batch(f"supernet.sandwich.{field}", getattr(self.options.sandwich, field))
@@ -109,7 +112,8 @@ class SupernetTrainer(TrainingRun):
             self.model.use_batch_ranges(live=True)
         self.model.to(self.device)
         self._prepare()
-        self._tables_sha256, self.conditions = self._read_conditions()
+        self.tables = device_tables(config, self.space)
+        self.conditions = self._read_conditions()
         self.sampler = ConfigurationSampler(self.space, self.conditions, self.options.sampler, config.run.seed)
         if not (resume and self.checkpoint_path.exists()):
             self._order_and_calibrate()
@@ -139,21 +143,11 @@ class SupernetTrainer(TrainingRun):
     def _prepare(self) -> None:
         """Make what another kind of supernet run needs besides, before a checkpoint is read."""
 
-    def _read_conditions(self) -> tuple[str, Conditions]:
-        """The devices of the run and a hash of their tables."""
-        steps, digest, measured = self.config.diffusion.steps, hashlib.sha256(), {}
-        for path in sorted(self.options.tables):
-            if Path(path).stem in measured:
-                raise ConfigError(
-                    f"training configuration {self.config.name!r}: supernet.tables: two files are called "
-                    f"{Path(path).stem}; a device is known by the name of its file, so rename one"
-                )
-            table = load_table(Path(path))
-            digest.update(Path(path).read_bytes())
-            measured[Path(path).stem] = cost_tensors(table, self.space, steps)
+    def _read_conditions(self) -> Conditions:
+        """The devices of the run, measured and made up."""
         generator, count = torch.Generator().manual_seed(SYNTHETIC_SEED), self.options.synthetic
-        made_up = synthetic_tensors(self.space, generator, count, steps) if count else []
-        return digest.hexdigest(), Conditions(self.space, measured, made_up, self.options.held_out)
+        made_up = synthetic_tensors(self.space, generator, count, self.config.diffusion.steps) if count else []
+        return Conditions(self.space, self.tables.costs, made_up, self.options.held_out)
 
     def _calibration_calls(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Arguments of the network for calibration: the same observations at every tenth noise level."""
@@ -178,8 +172,8 @@ class SupernetTrainer(TrainingRun):
         for block in self.model.elastic_blocks():
             order_by_importance(block, scores)
         self.model.zero_grad(set_to_none=True)
-        calibrate_weights(self.model)
-        calibrate_inputs(self.model, self._calibration_calls())
+        calibrate_weights(self.model, self.options.calibration_method)
+        calibrate_inputs(self.model, self._calibration_calls(), self.options.calibration_method)
 
     def saliency(self) -> Tensor:
         """Distillation weights (N,) of the training windows; computed once and kept in the run folder."""
@@ -203,7 +197,7 @@ class SupernetTrainer(TrainingRun):
     def _saliency_store(self) -> StoredSaliency:
         # What saliency depends on: data, teacher and seed.
         key = f"{self.data.sha256} {self._teacher_sha256} {self.config.run.seed} {len(self.windows)}"
-        return StoredSaliency(self.folder, key)
+        return StoredSaliency(self.folder, key, len(self.windows), speaks=self.world.first)
 
     def _stored_saliency(self) -> Tensor | None:
         return self._saliency_store().read()
@@ -211,7 +205,11 @@ class SupernetTrainer(TrainingRun):
     # State -----------------------------------------------------------------------------------------------------------
 
     def _facts(self) -> dict[str, Any]:
-        return super()._facts() | {"teacher_sha256": self._teacher_sha256, "tables_sha256": self._tables_sha256}
+        return super()._facts() | {"teacher_sha256": self._teacher_sha256, "tables_sha256": self.tables.sha256}
+
+    def payload(self) -> dict[str, Any]:
+        """Everything a checkpoint holds; the hashes of single tables tell later which ones are others."""
+        return super().payload() | {"table_files": dict(self.tables.sha256s)}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -225,14 +223,16 @@ class SupernetTrainer(TrainingRun):
         if "sampler" not in payload:
             raise CheckpointError(f"{self.checkpoint_path}: no supernet's checkpoint; give another --out")
         if COMPACT in payload:  # averaged weights only: moments and the sampler's optimizer start anew
-            state = averaged_state(self.checkpoint_path, payload, self.config)
+            config = self.config.model_copy(update={"supernet": self.options})
+            state = averaged_state(self.checkpoint_path, payload, config)
+            self.packed = True
             self.model.load_state_dict(state)
             self.ema.load_state_dict(state)
             self.sampler.load_state_dict(sampler_state(self.checkpoint_path, payload, self.sampler.state_dict()))
             return
         self.model.load_state_dict(payload["model"])
         self.ema.load_state_dict(payload["ema"])
-        self.optimizer.load_state_dict(payload["optimizer"])
+        load_moments(self.optimizer, payload["optimizer"])
         self.sampler.load_state_dict(payload["sampler"])
 
     # Steps -----------------------------------------------------------------------------------------------------------
@@ -290,15 +290,20 @@ class SupernetTrainer(TrainingRun):
         for member, (total, _, _) in zip(members, rows, strict=True):
             if not np.isfinite(total):
                 self.optimizer.zero_grad()
-                raise self.diverged(f"the loss of {member.label} ({self.space.name(member.subnet)})", total)
-        norms = self._update()
+                raise self.diverged(
+                    f"the loss of {member.label} ({self.space.name(member.subnet)})", total, len(drawn.index)
+                )
+        norms = self._update(len(drawn.index))
         record = self._record(members, rows, device) | norms
         record |= self._update_sampler(members, rows, generator)
         self.step += 1
         return record | {"lr": float(self.optimizer.param_groups[0]["lr"])}
 
-    def _update(self) -> Record:
+    def _update(self, samples: int) -> Record:
         """Clip the gradients of all networks, step and average; returns the gradients' norms.
+
+        Args:
+            samples: windows that the step drew.
 
         Raises:
             TrainingError: a gradient is not finite; nothing was updated.
@@ -309,7 +314,7 @@ class SupernetTrainer(TrainingRun):
         norms = [torch.nn.utils.clip_grad_norm_(group, clip).item() for group in (self.parameters, self.steps)]
         if not np.isfinite(norms).all():
             self.optimizer.zero_grad()
-            raise self.diverged("gradient norm", float(np.max(norms)))
+            raise self.diverged("gradient norm", float(np.max(norms)), samples)
         factor = self.learning_rate_factor()
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * factor
@@ -337,12 +342,13 @@ class SupernetTrainer(TrainingRun):
     def _record(self, members: list[Member], rows: list[tuple[float, ...]], device: str) -> Record:
         whole = sum(member.weight for member in members)  # what is minimised
         record: Record = {"loss": sum(m.weight / whole * row[0] for m, row in zip(members, rows, strict=True))}
-        for member, (total, task, _) in zip(members, rows, strict=True):
-            record[f"loss/{member.label}"] = total
-            record[f"task/{member.label}"] = task
-            if member.label == "sampled":
+        for label in dict.fromkeys(member.label for member in members):
+            alike = [row for member, row in zip(members, rows, strict=True) if member.label == label]
+            record[f"loss/{label}"] = sum(row[0] for row in alike) / len(alike)
+            record[f"task/{label}"] = sum(row[1] for row in alike) / len(alike)
+            if label == "sampled":
                 known = device if device in self.conditions.measured else "synthetic"
-                record[f"device_loss/{known}"] = total
+                record[f"device_loss/{known}"] = record["loss/sampled"]
         return record
 
     def _update_sampler(

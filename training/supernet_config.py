@@ -8,8 +8,11 @@ from pydantic import Field, model_validator
 
 from dcqfa_ros.bundle.schema import Positive, Text
 from dcqfa_ros.bundle.strict import StrictModel
+from training.quant.ranges import Method
 from training.sampler import SamplerConfig
 from training.space_config import SpaceConfig
+
+MOST_SYNTHETIC = 100_000  # four seconds and 1.5 GB in the shipped space
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -61,6 +64,8 @@ class SupernetConfig(StrictModel):
         activations: quantizers of activations: ``learned`` steps, static, or ``batchquant``, whose ranges come from the
             batch and at test time have to be estimated for the running subnet (a baseline; docs/baselines.md).
         calibration: observations that the first steps of the quantizers are fitted to.
+        calibration_method: what the first ranges are chosen by: ``mse`` (least squared error), ``min_max`` (everything
+            that occurs), or ``percentile`` (99.9 % of the activations; weights as with ``min_max``).
         step_learning_rate: of the quantizers' log-steps.
         distillation: weight of the distillation from the teacher; 0 leaves the task loss alone.
         saliency_percentile: states above it count twice in the distillation.
@@ -72,12 +77,13 @@ class SupernetConfig(StrictModel):
     space: SpaceConfig
     tables: tuple[Text, ...] = ()
     held_out: Text | None = None
-    synthetic: Annotated[int, Field(ge=0)] = 2000
+    synthetic: Annotated[int, Field(ge=0, le=MOST_SYNTHETIC)] = 2000
     sandwich: SandwichConfig = SandwichConfig()
     sampler: SamplerConfig = SamplerConfig()
     importance: Literal["l1", "taylor"] = "l1"
     activations: Literal["learned", "batchquant"] = "learned"
     calibration: Positive = 256
+    calibration_method: Method = "mse"
     step_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
     distillation: Annotated[float, Field(ge=0.0)] = 1.0
     saliency_percentile: Annotated[float, Field(ge=0.0, le=100.0)] = 80.0

@@ -18,6 +18,7 @@ from torch import Tensor
 from training.config import TrainConfig
 from training.data.policy_data import Batch
 from training.held_out import held_out_loss
+from training.moments import load_moments
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.run import Record, TrainingError, TrainingRun
 from training.schedules import step_seed
@@ -114,7 +115,7 @@ class Trainer(TrainingRun):
     def _load_state(self, payload: dict[str, Any]) -> None:
         self.model.load_state_dict(payload["model"])
         self.ema.load_state_dict(payload["ema"])
-        self.optimizer.load_state_dict(payload["optimizer"])
+        load_moments(self.optimizer, payload["optimizer"])
 
     def loss(self, model: Callable[..., Tensor], windows: Any, seed: int, batch: int) -> Tensor:
         """Loss in a draw of ``batch`` windows (this process's share of them)."""
@@ -138,13 +139,13 @@ class Trainer(TrainingRun):
         loss = self.loss(self.forward, self.windows, seed, config.run.batch)
         value = self.world.mean([loss.item()])[0]
         if not np.isfinite(value):
-            raise self.diverged("loss", value)
+            raise self.diverged("loss", value, config.run.batch)
         loss.backward()
         self.world.average_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm).item()
         if not np.isfinite(norm):
             self.optimizer.zero_grad()
-            raise self.diverged("gradient norm", norm)
+            raise self.diverged("gradient norm", norm, config.run.batch)
         factor = self.learning_rate_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.learning_rate * factor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,9 +40,19 @@ class World:
         return self.rank == 0
 
     def device(self, kind: str) -> torch.device:
-        """This process's device of a kind, ``cpu`` or ``cuda``."""
+        """This process's device of a kind, ``cpu`` or ``cuda``.
+
+        Raises:
+            WorldError: there are fewer CUDA devices than processes on this computer.
+        """
         if kind == "cuda" and self.size > 1:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if number >= count:
+                raise WorldError(
+                    f"run.device: cuda: process {number} of this computer has no device, PyTorch finds {count}; start "
+                    f"{count} processes here (torchrun --nproc-per-node {count})"
+                )
+            device = torch.device("cuda", number)
             torch.cuda.set_device(device)
             return device
         return torch.device(kind)
@@ -55,6 +66,32 @@ class World:
         if batch % self.size:
             raise WorldError(
                 f"{field}: {batch} samples do not divide among {self.size} processes; give a multiple of {self.size}"
+            )
+
+    def check_same(self, facts: Mapping[str, str], folder: Path) -> None:
+        """Refuse to begin with processes that hold different states: gradients of one would update another.
+
+        Args:
+            facts: of this process, by what they are of.
+            folder: where the state was read.
+
+        Raises:
+            WorldError: another process has other ones; every process raises it.
+        """
+        if self.size == 1:
+            return
+        everywhere: list[Mapping[str, str]] = [{}] * self.size
+        dist.all_gather_object(everywhere, dict(facts))
+        first, found = everywhere[0], []
+        for rank, theirs in enumerate(everywhere[1:], 1):
+            names = [name for name in first if theirs.get(name) != first[name]]
+            step = f", step {theirs['step']} instead of {first['step']}" if "step" in names else ""
+            if names:
+                found.append(f"process {rank} starts from another state than process 0 ({', '.join(names)}{step})")
+        if found:
+            raise WorldError(
+                f"{folder}: {'; '.join(found)}: give all processes one folder that they share (--out), or copy that of "
+                "process 0 to the computers of the others, and the same configuration and data"
             )
 
     def share(self, batch: Batch) -> Batch:

@@ -62,6 +62,23 @@ def test_the_whole_checkpoint_is_left_alone_and_moments_are_dropped(supernet_run
     assert (packed / CHECKPOINT).stat().st_size < 0.5 * (supernet_run / CHECKPOINT).stat().st_size
 
 
+def test_only_the_name_of_the_demonstrations_is_packed(supernet_run: Path, packed: Path) -> None:
+    whole, small = (load_checkpoint(folder / CHECKPOINT)["config"]["data"] for folder in (supernet_run, packed))
+    assert Path(whole["path"]).is_absolute() and Path(whole["path"]).name == small["path"]
+    assert whole | {"path": ""} == small | {"path": ""}
+
+
+def test_a_run_that_has_nothing_to_do_leaves_a_packed_checkpoint_alone(
+    supernet_run: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, names = (packed / CHECKPOINT).read_bytes(), {file.name for file in packed.iterdir()}
+    trainer = SupernetTrainer(load_supernet(supernet_run).meaning.config, packed)
+    assert trainer.run()
+    assert (packed / CHECKPOINT).read_bytes() == before
+    assert {file.name for file in packed.iterdir()} - {".lock"} == names
+    assert "packed" not in capsys.readouterr().err
+
+
 def test_packing_a_plain_policy_is_refused(trained_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CompactError, match="holds no supernet"):
         pack(trained_run / CHECKPOINT, tmp_path / "x.pt")
@@ -320,7 +337,9 @@ def test_the_command_reports_what_it_wrote(dcqfa: list[str], supernet_run: Path,
     }
 
 
-def test_training_goes_on_from_a_packed_supernet(supernet_run: Path, packed: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_a_packed_supernet_which_it_says_to_replace(
+    supernet_run: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_supernet(supernet_run).meaning.config
     steps = config.run.steps
     longer = override(config, run={"steps": steps + 1})
@@ -330,6 +349,9 @@ def test_training_goes_on_from_a_packed_supernet(supernet_run: Path, packed: Pat
     assert trainer.run()
     assert trainer.step == steps + 1
     assert not torch.equal(before, trainer.ema.state_dict()["blocks.0.fc1.weight"])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and f"{packed / CHECKPOINT}: is packed; the next save replaces it" in warnings[0]
+    assert "optimizer" in load_checkpoint(packed / CHECKPOINT) and not trainer.packed
 
 
 def test_another_sandwich_is_refused_unless_asked_for_and_then_recorded(

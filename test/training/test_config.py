@@ -29,6 +29,12 @@ def test_every_shipped_configuration_loads() -> None:
         (lambda d: d["run"].update(batch=0), "run.batch"),
         (lambda d: d["run"].update(precision="fp16"), "run.precision"),
         (lambda d: d["optimizer"].update(learning_rate=float("nan")), "optimizer.learning_rate"),
+        (lambda d: d["optimizer"].update(betas=[1.0, 0.95]), "optimizer.betas[0]"),
+        (lambda d: d["optimizer"].update(betas=[0.9, 1.5]), "optimizer.betas[1]"),
+        (lambda d: d["optimizer"].update(betas=[-0.1, 0.95]), "optimizer.betas[0]"),
+        (lambda d: d["run"].update(seed=9999999999999999999999), "run.seed"),
+        (lambda d: d["run"].update(seed=2**63), "run.seed"),
+        (lambda d: d["data"].update(split_seed=2**63), "data.split_seed"),
         (lambda d: d["policy"].update(heads=3), "policy"),
         (lambda d: d["data"]["observations"]["keypoints"].update(colour="red"), "data.observations.keypoints.colour"),
         (lambda d: d["policy"].update(prefix=16), "policy"),
@@ -85,6 +91,14 @@ def test_a_supernet_neither_starts_like_a_single_policy_nor_takes_known_tokens(f
     }
     with pytest.raises(ValueError, match=r"(warm_start|policy\.prefix) is for a single policy"):
         TrainConfig.model_validate(document, strict=False)
+
+
+def test_more_made_up_devices_than_memory_holds_are_refused(tmp_path: Path) -> None:
+    document = yaml.safe_load((ROOT / "config/training/pusht_keypoints_supernet.yaml").read_text())
+    document["supernet"]["synthetic"] = 1_000_000_000
+    (tmp_path / "supernet.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"supernet\.yaml: supernet\.synthetic: .*100000"):
+        load_config(tmp_path / "supernet.yaml")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)

@@ -332,6 +332,23 @@ def test_the_log_is_only_written_anew_where_lines_are_dropped(make: Make, monkey
     assert before != after and make().run() and log.stat().st_ino == after
 
 
+def test_a_log_that_cannot_be_written_ends_with_a_warning_and_training_goes_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, path_open, records = make(), Path.open, [{"step": 1.0}, {"step": 2.0}]
+    log = trainer.folder / "log.jsonl"
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Any:
+        return path_open(Path("/dev/full") if path == log else path, *arguments, **options)
+
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr(SupernetTrainer, "run", lambda run, log: [log(record) for record in records] != [])
+    monkeypatch.setattr(Path, "open", full)
+    assert trainer.run(seen.append) and seen == records
+    errors = capsys.readouterr().err
+    assert errors.count("warning") == 1 and f"{log}: cannot be written (No space left on device); training" in errors
+
+
 # Command -------------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from training.quant.elastic_calibration import calibrate_inputs, calibrate_weigh
 from training.quant.fp8 import E4M3_MAX
 from training.quant.lsq import lsq_codes, weight_range
 from training.quant.quantizer import BITS, code_range
-from training.quant.ranges import RangeError
+from training.quant.ranges import Method, RangeError
 from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
 
 CONFIG = DiffusionPolicyTConfig(depth=2, heads=2, dim=32, ffn_ratio=2, attention_dropout=0.0)
@@ -161,3 +161,38 @@ def test_observations_that_are_not_numbers_are_refused_and_no_hook_stays(network
     with pytest.raises(RangeError, match="NaN or infinity"):
         calibrate_inputs(network, [(noisy, timesteps, observation * math.nan)])
     assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+@torch.no_grad()
+def test_ranges_come_from_the_method_that_is_asked_for_and_from_least_squared_error_otherwise(
+    network: ElasticDiffusionPolicyT,
+) -> None:
+    network.activate(subnet(Precision.FP32))
+    seen: dict[str, list[Tensor]] = {name: [] for name in network.input_quantizers()}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].flatten()))
+        for name, module in network.input_quantizers().items()
+    ]
+    for call in calls():
+        network(*call)
+    for handle in handles:
+        handle.remove()
+    steps: dict[Method | None, dict[str, Tensor]] = {}
+    methods: tuple[Method | None, ...] = (None, "mse", "min_max", "percentile")
+    for method in methods:
+        given = () if method is None else (method,)
+        calibrate_weights(network, *given)
+        calibrate_inputs(network, calls(), *given)
+        steps[method] = {name: p.detach().exp() for name, p in network.named_parameters() if name.endswith("log_step")}
+    assert all(torch.equal(steps[None][name], step) for name, step in steps["mse"].items())
+    for name, linear in network.elastic_linears().items():
+        full = linear.weight.abs().amax(1)[None] / torch.tensor([[code_range(bits)[1]] for bits in BITS])
+        for method in ("min_max", "percentile"):
+            torch.testing.assert_close(steps[method][f"{name}.log_step"].reshape(full.shape), full)
+        assert (steps["mse"][f"{name}.log_step"].reshape(full.shape) < 0.9 * full).any()
+    for name, values in seen.items():
+        top, width = torch.cat(values).abs().amax(), len(torch.cat(values))
+        whole, most = (steps[method][f"{name}.log_step"][BITS.index(8)] for method in ("min_max", "percentile"))
+        assert float(whole) == pytest.approx(float(top) / 127, rel=1e-5)
+        assert float(most) <= float(whole) and width > 1000
+    assert any((steps["percentile"][f"{n}.log_step"] < steps["min_max"][f"{n}.log_step"]).all() for n in seen)

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.draws import Phase
 from training.policy_shape import BlockShape, LinearShape, PolicyShape
+from training.sandwich import smallest_of
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.space_counts import flops, mean_bits, paper_bytes, parameters, real_bytes
@@ -187,3 +189,19 @@ def test_vision_towers_change_in_bits_only() -> None:
     mixed = Subnet((*[Layer(16, 4096, 8, 8)] * 24, *subnet.layers[24:]), Precision.INT)
     assert OPENVLA.decode(OPENVLA.encode(mixed)) == mixed
     assert mean_bits(OPENVLA.shape, mixed) > mean_bits(OPENVLA.shape, subnet) == 4
+
+
+@pytest.mark.parametrize("space", [MDT, LLAMA, OPENVLA], ids=lambda space: space.shape.backbone)
+def test_the_smallest_of_every_phase_has_the_least_that_each_block_offers(space: SearchSpace) -> None:
+    whole, thin, smallest = (
+        smallest_of(space, Phase(True, *rest)) for rest in ((False, False), (True, False), (True, True))
+    )
+    for subnet in (whole, thin, smallest):
+        space.check(subnet)
+        assert {(layer.w, layer.a) for layer in subnet.layers if layer is not None} == {(4, 4)}
+    assert whole == space.largest(Precision.INT, 4, 4) and smallest == space.smallest()
+    assert [(layer.heads, layer.mlp) for layer in thin.layers if layer is not None] == [
+        (heads[0], mlp[0]) for heads, mlp in zip(space.head_choices, space.mlp_choices, strict=True)
+    ]
+    for kept, layer in zip(smallest.layers, thin.layers, strict=True):
+        assert kept in (None, layer)

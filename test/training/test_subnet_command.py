@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training import commands_subnet
+from training import shipped
 from training.config import load_config
 from training.cost import cost
 from training.evaluate import evaluate
 from training.lut import load_table
 from training.sandwich import search_space
+from training.shipped import DEFAULT_RUN
 from training.space_counts import flops, mean_bits, paper_bytes, parameters, real_bytes
 from training.supernet import SupernetTrainer
 
@@ -96,14 +97,24 @@ def test_the_measured_loss_and_score_are_those_of_training_and_evaluation(
 
 
 def test_without_a_choice_the_default_run_is_used_where_there_is_one(
-    subnet: Run, supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subnet: Run, supernet_run: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(commands_subnet, "DEFAULT_RUN", tmp_path / "default")
-    shipped = document(subnet("w4a4", "--json"))
-    assert (shipped["run"], shipped["blocks"]) == (None, 8)
-    shutil.copytree(supernet_run, tmp_path / "default")
+    before = document(subnet("w4a4", "--json"))
+    assert (before["run"], before["blocks"]) == (None, 8)
+    shutil.copytree(supernet_run, tmp_path / DEFAULT_RUN)
     found = document(subnet("w4a4", "--json"))
-    assert (found["run"], found["blocks"]) == (str(tmp_path / "default/checkpoint.pt"), 2)
+    assert (found["run"], found["blocks"]) == (str(DEFAULT_RUN / "checkpoint.pt"), 2)
+
+
+def test_measuring_without_a_run_takes_the_shipped_supernet_from_any_folder_and_says_so(
+    subnet: Run, published_data: Path
+) -> None:
+    code, output, errors = subnet("w4a4", "--eval", "--seeds", 0, "--data", published_data, "--json")
+    assert code == 0, errors
+    facts = json.loads(output)
+    assert errors.startswith(f"{DEFAULT_RUN}: no such run; taking the shipped supernet ")
+    assert Path(facts["run"]).parent.name == DEFAULT_RUN.name and facts["step"] == 15_000
+    assert facts["held_out_loss"] < 0.045
 
 
 def test_other_demonstrations_than_those_of_the_run_are_refused(
@@ -160,8 +171,8 @@ def test_a_seed_out_of_range_is_refused_before_anything_is_measured(subnet: Run,
     assert "start seeds are 0 to" in errors
 
 
-def test_measuring_without_any_run_is_refused(subnet: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(commands_subnet, "DEFAULT_RUN", tmp_path / "default")
+def test_measuring_without_any_run_is_refused(subnet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "shipped_run", lambda: None)
     code, _, errors = subnet("w4a4", "--eval")
     assert code == 2
     assert "give --run" in errors

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from dcqfa_ros.errors import UserError
-from training.checkpoint import CheckpointError, load_checkpoint
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from training.checkpoint_engine import VariantError, open_checkpoint
 from training.conditions import BudgetError
 from training.config import ConfigError, TrainConfig
 from training.draws import Phase
+from training.locks import only_user
 from training.losses.sqil import sqil_loss, state_saliency
 from training.lut import TableError, load_table, save_table
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
@@ -206,6 +207,30 @@ def test_a_signal_ends_the_computation_of_saliency_and_the_next_start_goes_on_wi
     assert not (tmp_path / "run" / "saliency.part.pt").exists()
 
 
+@pytest.mark.parametrize("file", ["saliency.pt", "saliency.part.pt"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of other windows"])
+def test_damaged_saliency_is_told_and_computed_again(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: str
+) -> None:
+    trainer = start(tmp_path / "run")
+    path, other = tmp_path / "run" / file, tmp_path / "run" / "saliency.pt"
+    before = trainer.saliency()
+    kept = load_checkpoint(other)
+    if path != other:
+        other.rename(path)
+    if damage == "of other windows":
+        save_checkpoint(path, {"key": kept["key"], "saliency": kept["saliency"][1:]})
+    else:
+        path.write_bytes(path.read_bytes()[:1000] if damage == "truncated" else b"")
+    trainer._saliency = None
+    capsys.readouterr()
+    assert torch.equal(trainer.saliency(), before)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(errors) == 1 and str(path) in errors[0] and errors[0].endswith("; it is computed again")
+    assert torch.equal(load_checkpoint(other)["saliency"], kept["saliency"])
+    assert not (tmp_path / "run" / "saliency.part.pt").exists()
+
+
 def test_a_folder_takes_one_training_at_a_time(start: Start, tmp_path: Path) -> None:
     first = start(tmp_path / "run")
     second = SupernetTrainer(first.config, first.folder)
@@ -222,6 +247,22 @@ def test_a_folder_takes_one_training_at_a_time(start: Start, tmp_path: Path) -> 
     assert first.run(meanwhile)
     assert refused
     assert second.run()  # now nobody is in it
+
+
+def test_what_kills_left_half_written_is_removed_at_the_next_start(start: Start, tmp_path: Path) -> None:
+    trainer = start(tmp_path / "run")
+    left = [".checkpoint.pt.a1_b2c3d", ".saliency.pt.abcdefgh", ".saliency.part.pt.abcdefgh", ".config.json.abcdefgh"]
+    others = ["checkpoint.pt.backup", ".checkpoint.pt.mine", ".notes.abcdefgh"]
+    for name in (*left, *others):
+        (trainer.folder / name).touch()
+    with only_user(trainer.folder, "training", TrainingError):
+        with pytest.raises(TrainingError, match="another training is using it"):
+            trainer.run()
+        assert (trainer.folder / left[0]).exists()  # of one that is at work, for all that this one knows
+    assert trainer.run()
+    names = {path.name for path in trainer.folder.iterdir()}
+    assert not names & set(left)
+    assert set(others) <= names
 
 
 # What a step trains --------------------------------------------------------------------------------------------------

@@ -97,6 +97,33 @@ def test_resuming_under_other_conditions_or_with_another_length_is_told(
     assert process.returncode == 0, errors
     payload = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert (payload["step"], payload["config_file"]) == (7, "tiny.yaml")
+    document = yaml.safe_load(run[2].read_text())
+    document["optimizer"]["learning_rate"] = 1e-5
+    run[2].write_text(yaml.safe_dump(document, sort_keys=False))
+    run = (*run, 1, "--steps", 8, "--change-length")
+    _, errors = (process := start(dcqfa, *run)).communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--change-optimizer permits another optimizer.learning_rate" in errors
+    _, errors = (process := start(dcqfa, *run, "--change-optimizer")).communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "not bit for bit as before: optimizer.learning_rate 0.0003 -> 1e-05" in errors
+    history = load_checkpoint(tmp_path / "run/checkpoint.pt")["history"]
+    assert history[-1]["changed"] == ["optimizer.learning_rate 0.0003 -> 1e-05"]
+
+
+def test_a_full_disk_is_one_line_with_what_to_do_and_exit_code_2(
+    dcqfa: list[str], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 40; exec "$@"', "limited", *dcqfa]
+    process = start(limited, "train", "--config", write_config(), "--out", tmp_path / "run")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("dcqfa: error: ")]
+    assert "checkpoint.pt: cannot be written (File too large); free " in line and line.endswith(
+        " MB and run the same command again"
+    )
+    assert "Traceback" not in errors
+    assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
 
 
 def scalars(folder: Path) -> set[str]:

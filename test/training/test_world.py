@@ -15,6 +15,7 @@ from torch import Tensor
 from training.checkpoint import load_checkpoint
 from training.config import load_config
 from training.data.policy_data import Batch
+from training.digest import digest
 from training.supernet import SupernetTrainer
 from training.trainer import Trainer
 from training.world import World, WorldError
@@ -69,6 +70,18 @@ try:
     trainer.train_step()
 except TrainingError as error:
     seen["diverged"] = str(error)
+own = folder / ("shared" if rank == 0 else "own")
+Trainer(load_config(folder / "plain.yaml"), own).save()
+trainer = Trainer(load_config(folder / "plain.yaml"), own)
+if rank == 0:
+    trainer.step = 42
+else:
+    with torch.no_grad():
+        trainer.averaged[0].view(-1)[0] += 1e-6
+try:
+    trainer.run()
+except WorldError as error:
+    seen["different"] = str(error).removeprefix(str(own))
 (folder / f"seen_{rank}.json").write_text(json.dumps(seen))
 """
 
@@ -183,6 +196,17 @@ def test_a_loss_that_one_process_finds_not_finite_stops_both(seen: tuple[dict[st
         assert f"step {process['stopped_at']}: loss is nan" in process["diverged"]
 
 
+def test_processes_that_start_from_different_states_are_refused_before_the_first_step(
+    folder: Path, seen: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    for process in seen:
+        assert process["different"].startswith(
+            ": process 1 starts from another state than process 0 (step, ema, step 0 instead of 42): give all "
+            "processes one folder that they share (--out)"
+        )
+    assert load_checkpoint(folder / "shared" / "checkpoint.pt")["step"] == 0
+
+
 def made_up_world(rank: int, size: int) -> World:
     """A world that talks to nobody."""
     world = World()
@@ -224,3 +248,23 @@ def test_batches_must_divide(batch: int, size: int, fits: bool) -> None:
     else:
         with pytest.raises(WorldError, match=rf"run\.batch: {batch} samples .*give a multiple of {size}"):
             world.check_batch("run.batch", batch)
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(WorldError, match=r"cuda: process 1 .*finds 1; start 1 processes here"):
+        made_up_world(1, 2).device("cuda")
+    assert made_up_world(1, 2).device("cpu") == torch.device("cpu")
+
+
+def test_states_are_told_apart_by_every_value_and_name() -> None:
+    def state(number: float = 1.0, name: str = "a", **more: Any) -> dict[str, Any]:
+        return {"model": {name: torch.tensor([[number, 2.0]])}, "step": 3, "groups": [{"betas": (0.9, 0.95)}], **more}
+
+    known = digest(state())
+    assert digest(state()) == known
+    half = torch.tensor([1.0], dtype=torch.bfloat16)
+    others = [state(1.0 + 1e-7), state(name="b"), state(step=4), state(groups=[]), state(scale=half), state(scale=None)]
+    assert len({known, *map(digest, others)}) == len(others) + 1
+    assert digest({"scale": torch.tensor(1.0)}) != digest({"scale": torch.tensor(2.0)})

@@ -34,6 +34,9 @@ class WindowSet:
     """Normalised windows held in memory: observations (N, To, Do) and action chunks (N, H, Da), float32.
 
     Where the policy reads images, an observation is put together when it is asked for: the images stay uint8, once.
+
+    Attributes:
+        episodes: (N,), the episode of the data set that each window lies in.
     """
 
     observation: Tensor | ImageWindows
@@ -54,6 +57,7 @@ class WindowSet:
         )
         observation = normalize(demonstrations.observation, observation_norm)
         action = normalize(demonstrations.action, action_norm)
+        self.episodes: NDArray[np.int64] = np.searchsorted(demonstrations.ends, rows[:, 0], side="right")
         past = rows[:, : policy.observation_horizon]
         self.observation = torch.from_numpy(observation[past])
         self.random_crop = random_crop and policy.image is not None

@@ -11,35 +11,42 @@ from training.nn.elastic import InputQuantizer
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.quant.fp8 import fp8_scale
 from training.quant.lsq import weight_range
-from training.quant.quantizer import BITS, mse_scale
-from training.quant.ranges import MSE
+from training.quant.quantizer import BITS, mse_scale, round_to_nearest
+from training.quant.ranges import OBSERVERS, Method, MinMax
 
 ASYMMETRIC_BITS = 4  # at 8 bits a range that keeps zero point 0 has room for the few values below zero
 
 
 @torch.no_grad()
-def calibrate_weights(network: ElasticDiffusionPolicyT) -> None:
-    """Set the row steps of every elastic layer to those of least squared error."""
+def calibrate_weights(network: ElasticDiffusionPolicyT, method: Method = "mse") -> None:
+    """Set the row steps of every elastic layer: to those of least squared error, or to reach the greatest magnitude."""
     for linear in network.elastic_linears().values():
         for index, bits in enumerate(BITS):
-            scale = mse_scale(linear.weight.detach(), bits, dim=1, codes=weight_range(bits))
+            weight = linear.weight.detach()
+            if method == "mse":
+                scale = mse_scale(weight, bits, dim=1, codes=weight_range(bits))
+            else:
+                _, scale = round_to_nearest(weight, bits, dim=1)
             linear.log_step[index].copy_(scale.flatten().log())
 
 
 @torch.no_grad()
-def calibrate_inputs(network: ElasticDiffusionPolicyT, calls: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+def calibrate_inputs(
+    network: ElasticDiffusionPolicyT, calls: Iterable[tuple[Tensor, Tensor, Tensor]], method: Method = "mse"
+) -> None:
     """Set step and range of every input quantizer from the active full-precision network's inputs.
 
     Args:
         network: with its full-precision largest subnet active.
         calls: arguments of the network: noisy (B, T, Da), time steps (B,), observations (B, To, Do), pooled over noise
             levels.
+        method: what a range is chosen by: least squared error, everything observed, or 99.9 % of it.
     """
-    observers = {name: MSE() for name in network.input_quantizers()}
+    observers = {name: OBSERVERS[method]() for name in network.input_quantizers()}
     handles = []
     for name, quantizer in network.input_quantizers().items():
 
-        def observe(_module: InputQuantizer, args: tuple[Tensor, ...], observer: MSE = observers[name]) -> None:
+        def observe(_module: InputQuantizer, args: tuple[Tensor, ...], observer: MinMax = observers[name]) -> None:
             observer.observe(args[0])
 
         handles.append(quantizer.register_forward_pre_hook(observe))

@@ -7,7 +7,7 @@ still a zero point of 0: ``code = clamp(round(x / step), low, low + 2^bits - 1)`
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from training.quant.quantizer import SHRINKS, TINY, code_range, codes_in_range, 
 SAMPLES_PER_CALL = 16_384  # values kept per tensor and call; minimum and maximum see every value
 SAMPLES_PER_SEARCH = 65_536  # values per channel at which the lowest code of an asymmetric range is chosen
 LOW_CANDIDATES = 16  # lowest codes tried in an asymmetric search: all there are at 4 bits
+
+
+Method = Literal["mse", "min_max", "percentile"]
 
 
 class RangeError(UserError, ValueError):
@@ -185,6 +188,9 @@ class MSE(_Sampling):
         lower = torch.where(low < 0, self.minimum / low.clamp_max(-1.0), 0.0)
         reach = torch.maximum(upper, lower).clamp_min(TINY)
         return QuantRange(mse_scale(values, bits, 1, reach, (low, high)), low, high)
+
+
+OBSERVERS: dict[Method, type[MinMax]] = {"mse": MSE, "min_max": MinMax, "percentile": Percentile}
 
 
 def _error(values: Tensor, candidate: QuantRange) -> Tensor:

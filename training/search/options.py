@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.commands import ArgumentError, check_least
-from training.commands_sampler import DEFAULT_RUN
+from training.shipped import DEFAULT_RUN, default_run
 
 if TYPE_CHECKING:
     from training.search.executors import Executor
@@ -19,7 +19,10 @@ LAST_SEED = 2**32 - 1
 def add_search_options(parser: argparse.ArgumentParser, population: int, generations: int, seeds: int) -> None:
     """Add the run, its data, the size of the search and what plays, with these defaults."""
     parser.add_argument(
-        "run", type=Path, nargs="?", default=DEFAULT_RUN, help="run folder or checkpoint (default: %(default)s)"
+        "run",
+        type=Path,
+        nargs="?",
+        help=f"run folder or checkpoint (default: {DEFAULT_RUN}, or else the shipped supernet)",
     )
     parser.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
     parser.add_argument("--out", type=Path, help="folder of distances and results (default: searches/NAME)")
@@ -42,7 +45,7 @@ def add_search_options(parser: argparse.ArgumentParser, population: int, generat
 
 
 def check_search_options(args: argparse.Namespace, **least: int) -> None:
-    """Refuse numbers out of range: those of every search, and ``least`` values of others.
+    """Refuse numbers out of range: those of every search, and ``least`` values of others; fill the run in.
 
     Raises:
         ArgumentError: naming the option.
@@ -50,6 +53,8 @@ def check_search_options(args: argparse.Namespace, **least: int) -> None:
     check_least(args, population=4, generations=1, samples=1, first_seed=0, workers=1, seed=0, **least)
     if args.seed > LAST_SEED:
         raise ArgumentError(f"--seed: expected at most {LAST_SEED}, got {args.seed}")
+    if args.run is None:
+        args.run = default_run()
 
 
 def chosen_executor(args: argparse.Namespace) -> Executor:

@@ -214,3 +214,11 @@ def test_building_a_sampler_leaves_the_global_generator_alone(space: SearchSpace
     torch.manual_seed(5)
     ConfigurationSampler(space, conditions, SamplerConfig(), seed=9)
     assert torch.rand(1) == expected
+
+
+def test_a_loss_that_is_not_a_number_names_the_field_that_helps(space: SearchSpace, conditions: Conditions) -> None:
+    sampler = ConfigurationSampler(space, conditions, SamplerConfig(batch=4))
+    with torch.no_grad():
+        sampler.network.base.fill_(math.nan)
+    with pytest.raises(SamplerError, match=r"update 1 of the sampler: .*nan; lower supernet\.sampler\.learning_rate"):
+        sampler.update(torch.Generator().manual_seed(0))

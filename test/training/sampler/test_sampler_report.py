@@ -13,9 +13,11 @@ from training import commands_sampler
 from training.commands import ArgumentError
 from training.conditions import Conditions
 from training.sampler import ConfigurationSampler, SamplerConfig
-from training.sampler_report import Contestant, ReportError, plot_report, sampler_report, summarize, train_samplers
+from training.sampler_plot import check_plot, plot_report
+from training.sampler_report import Contestant, ReportError, sampler_report, summarize, train_samplers
 from training.space import SearchSpace
 from training.subnet import Subnet
+from training.supernet_config import SandwichConfig
 
 
 @pytest.fixture
@@ -64,6 +66,33 @@ def test_the_plot_is_written_and_a_place_that_cannot_be_is_named(contestants: li
         plot_report(report, tmp_path / "report.nonsense")
 
 
+def test_a_plot_that_could_not_be_written_is_refused_before_the_work_and_its_folder_made(tmp_path: Path) -> None:
+    check_plot(tmp_path / "new" / "report.SVG")
+    assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for path, message in (
+        ("report.xyz", r"report\.xyz: the plot cannot be written: expected one of the suffixes .*\.png"),
+        ("report", "expected one of the suffixes"),
+        ("file/report.png", r"file/report\.png: the plot cannot be written \("),
+        ("folder.png", r"folder\.png: the plot cannot be written there"),
+    ):
+        with pytest.raises(ReportError, match=message):
+            check_plot(tmp_path / path)
+
+
+def test_a_sampler_of_other_tables_is_marked_and_does_not_count_in_what_is_said_of_the_learned_one(
+    contestants: list[Contestant],
+) -> None:
+    own = contestants[0]
+    other = Contestant("in_run", 42, own.sampler, own.loss, other_tables=True)
+    report, alone = (sampler_report(c, budgets=(0.5,), draws=5, losses=0) for c in ([own, other], [own]))
+    assert report.document()["learned"] == alone.document()["learned"]
+    for entries in (report.document()["rows"], report.document()["means"]):
+        assert {(entry["kind"], entry["other_tables"]) for entry in entries} == {("learned", False), ("in_run", True)}
+    assert sampler_report([other], budgets=(0.5,), draws=5, losses=0).holds is None
+
+
 def test_a_cell_without_losses_has_none(contestants: list[Contestant]) -> None:
     report = sampler_report(contestants, budgets=(0.5,), draws=3, losses=0)
     assert all(mean["loss"] is None and mean["loss_within"] is None for mean in summarize(report.rows))
@@ -93,22 +122,28 @@ def opened(
     """Runs that the command opened; each is a stand-in for a supernet run."""
     paths: list[Path] = []
 
-    def open_run(folder: Path, data: str | None) -> Any:
+    def open_run(folder: Path, data: str | None, losses: int) -> Any:
         paths.append(folder)
+        kind: Any = folder.name if folder.name in ("uniform", "rejection") else "learned"
         sampler = ConfigurationSampler(space, conditions, SamplerConfig())
         sampler.observe(*pairs)
         active: list[Subnet] = []
-        return SimpleNamespace(
+        run = SimpleNamespace(
             space=space,
             conditions=conditions,
             sampler=sampler,
             step=7,
+            options=SimpleNamespace(
+                sampler=SamplerConfig(kind=kind), sandwich=SandwichConfig(), space=space.config, only=None
+            ),
+            tables=SimpleNamespace(files={"orin": Path("orin.json")}),
             folder=folder,
             held_out=[0],
             config=SimpleNamespace(run=SimpleNamespace(seed=42)),
             ema=SimpleNamespace(activate=lambda subnet: active.__setitem__(slice(None), [subnet])),
             held_out_loss=lambda network, batches, size: true_loss(active[0]),
         )
+        return run, {"orin": True}
 
     monkeypatch.setattr(commands_sampler, "_open", open_run)
     return paths
@@ -129,14 +164,25 @@ def test_the_command_compares_all_kinds_on_all_devices(
         "--losses",
         "2",
         "--network",
-        "uniform=other",
+        "uniform=uniform",
     )
     assert args.func(args) == 0
     document = json.loads(capsys.readouterr().out)
     assert {row["kind"] for row in document["rows"]} == {"learned", "in_run", "rejection", "uniform"}
     assert {row["device"] for row in document["rows"] if row["held_out"]} == {"unseen"}
-    assert document["networks"] == {"learned": str(tmp_path), "rejection": str(tmp_path), "uniform": "other"}
-    assert opened == [tmp_path, Path("other")]
+    names = {kind: (trained["run"], trained["sampler"]) for kind, trained in document["networks"].items()}
+    mine = (str(tmp_path), "learned")
+    assert names == {"learned": mine, "rejection": mine, "uniform": ("uniform", "uniform")}
+    assert document["networks"]["uniform"] == {
+        "run": "uniform",
+        "sampler": "uniform",
+        "steps": 7,
+        "batches": {"largest": 32, "low": 64, "smallest": 64, "sampled": 64},
+        "sampled": 2,
+        "teacher_calls": 7,
+        "teacher_batch": 64,
+    }
+    assert opened == [tmp_path, Path("uniform")]
     assert Path(document["plot"]).exists()
 
 
@@ -157,6 +203,7 @@ def test_the_command_prints_a_line_per_cell(
     [
         (["--budgets", "0.3,x"], "--budgets 0.3,x: expected shares above 0"),
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--network", "uniform=rejection"], r"--network uniform=rejection: .*expected uniform, the run has rejection"),
         (["--network", "best=run"], "--network best=run: expected KIND=RUN with one of learned, rejection, uniform"),
         (
             ["--held-out", "abacus"],
