@@ -20,8 +20,8 @@ from training.data.episodes import DataError, read_demonstrations
 from training.data.images import ImageWindows
 from training.data.policy_data import PolicyData
 from training.export.bundle import ExportError, ExportOptions, export_bundle
+from training.identity import identity
 from training.losses.sqil import patch_perturbation
-from training.run import _identity
 from training.supernet import SupernetTrainer
 from training.trainer import Trainer
 
@@ -193,7 +193,7 @@ def test_a_configuration_without_images_is_the_run_that_it_was(tiny_config: Call
     stored = config.model_dump(mode="json")
     for section in ("policy", "data"):
         del stored[section]["image"]  # as checkpoints of older versions have it
-    assert _identity(TrainConfig.model_validate(stored, strict=False)) == _identity(config)
+    assert identity(TrainConfig.model_validate(stored, strict=False)) == identity(config)
 
 
 def test_the_shipped_configurations_describe_the_published_policy() -> None:
