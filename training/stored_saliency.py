@@ -125,7 +125,7 @@ def compute_saliency(
                 sigma=run.sigma,
                 timesteps=saliency_timesteps(run.config.diffusion.train_timesteps),
                 generator=torch.Generator().manual_seed(run.config.run.seed),
-                perturbation=_perturbation(run),
+                perturbation=run_perturbation(run),
                 autocast=run.config.run.precision == "bf16",
                 progress=progress,
                 into=mine,
@@ -136,7 +136,7 @@ def compute_saliency(
     return None if values.isnan().any() else values
 
 
-def _perturbation(run: TrainingRun) -> Perturbation:
+def run_perturbation(run: TrainingRun) -> Perturbation:
     """What saliency perturbs: patches of the images where the policy sees any, else one dimension at a time."""
     observation = run.windows.observation  # of all processes
     if isinstance(observation, Tensor):

@@ -22,6 +22,7 @@ from training.data.policy_data import PolicyData
 from training.export.bundle import ExportError, ExportOptions, export_bundle
 from training.identity import identity
 from training.losses.sqil import patch_perturbation
+from training.stored_saliency import run_perturbation
 from training.supernet import SupernetTrainer
 from training.trainer import Trainer
 
@@ -172,7 +173,7 @@ def test_a_supernet_on_images_trains_with_saliency_of_patches_and_resumes(
     config = parse(document)
     monkeypatch.setattr("training.data.images.patch_perturbation", lambda: patch_perturbation(2))
     whole = SupernetTrainer(config, tmp_path / "whole")
-    rows = whole._perturbation()(whole.windows.observation[:2])
+    rows = run_perturbation(whole)(whole.windows.observation[:2])
     assert rows.shape == (2, 4, 2, 2 + 3 * CROP * CROP)
     assert torch.equal(rows[:, 0, :, :2], whole.windows.observation[:2][..., :2])
     assert whole.run()
