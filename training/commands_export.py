@@ -146,7 +146,10 @@ def _subnets(args: argparse.Namespace) -> BundleSpec:
 
     for option in ("variants", "calibration", "store", "keep", "config"):
         if getattr(args, option) not in (None, False):
-            raise ArgumentError(f"--{option}: {args.checkpoint} holds a supernet; name its subnets with --subnet")
+            raise ArgumentError(
+                f"--{option}: {args.checkpoint} holds a supernet, whose subnets (--subnet) are added to what --out "
+                "holds; leave it out"
+            )
     named = [_named(text, None) for text in args.subnet]
     searched = {}
     for name, file in (_named(text, SEARCHED) for text in args.front):
