@@ -48,7 +48,8 @@ def sampler(subparsers: Any) -> None:
         default=[],
         metavar="KIND=RUN",
         help="measure what this kind of sampler draws (learned, rejection, uniform) with the network of another run, "
-        "trained with that sampler for equal steps, with the same space and supernet.sandwich; may be repeated",
+        "trained with that sampler for equal steps, with the same space and supernet.sandwich; given once for a kind "
+        "it measures all samplers of that kind, given --seeds times the first measures the first sampler, and so on",
     )
     report.add_argument("--held-out", metavar="DEVICE", help="device kept out of training (default: the run's, if any)")
     report.add_argument("--data", help="path of the demonstrations (default: where the run read them)")
@@ -72,11 +73,11 @@ def sampler(subparsers: Any) -> None:
 def _report(args: argparse.Namespace) -> int:
     from training.commands import ArgumentError, check_least
     from training.sampler_plot import check_plot, plot_report
-    from training.sampler_report import KINDS, sampler_report, train_samplers
+    from training.sampler_report import IN_RUN, KINDS, sampler_report, train_samplers
 
     check_least(args, seeds=1, updates=1, draws=1, losses=0)
     budgets = _budgets(args.budgets)
-    networks = _networks(args.network)
+    networks = _networks(args.network, args.seeds)
     folder = default_run() if args.run is None else args.run
     plot = args.plot or _plot_of(folder)
     check_plot(plot)
@@ -88,7 +89,9 @@ def _report(args: argparse.Namespace) -> int:
     if held_out is not None and held_out not in devices:
         known = ", ".join(sorted(devices)) or "none"
         raise ArgumentError(f"--held-out: expected one of the run's devices ({known}), got {held_out}")
-    runs = {kind: _open_network(kind, path, run, args) for kind, path in networks.items()}
+    runs = {kind: [_open_network(kind, path, run, args) for path in networks.get(kind, ())] or [run] for kind in KINDS}
+    for kind, members in runs.items():
+        _check_seeds(kind, members)
     config = run.sampler.config
     contestants = train_samplers(
         run.space,
@@ -103,8 +106,12 @@ def _report(args: argparse.Namespace) -> int:
     other_tables = not all(tables.values())
     if config.kind == "learned" and held_out == trained_without:
         contestants = [*contestants, _in_run(run, other_tables)]
-    losses = {kind: _loss(runs.get(kind, run)) for kind in KINDS}
-    contestants = [dataclasses.replace(c, loss=losses[c.sampler.config.kind]) for c in contestants]
+    own = _loss(run)
+    losses = {kind: [own if member is run else _loss(member) for member in members] for kind, members in runs.items()}
+    contestants = [
+        dataclasses.replace(c, loss=own if c.label == IN_RUN else _of_seed(losses[c.label], c.seed))
+        for c in contestants
+    ]
     report = sampler_report(contestants, budgets, args.draws, args.losses)
     facts = {
         "run": str(folder),
@@ -114,7 +121,7 @@ def _report(args: argparse.Namespace) -> int:
             for device, same in tables.items()
         ],
         "in_run_other_tables": other_tables,
-        "networks": {kind: _training(runs.get(kind, run)) for kind in KINDS},
+        "networks": {kind: [_training(member) for member in members] for kind, members in runs.items()},
         "held_out": held_out,
         "updates": args.updates,
         "plot": str(plot),
@@ -145,17 +152,51 @@ def _budgets(text: str) -> list[float]:
     return budgets
 
 
-def _networks(options: list[str]) -> dict[str, Path]:
+def _networks(options: list[str], seeds: int) -> dict[str, list[Path]]:
+    """Run folders of each kind in ``--network``, in the order given.
+
+    Raises:
+        ArgumentError: an option is no KIND=RUN, or a kind has neither one run nor one for each of ``seeds``.
+    """
     from training.commands import ArgumentError
     from training.sampler_report import KINDS
 
-    networks = {}
+    networks: dict[str, list[Path]] = {}
     for option in options:
         kind, _, path = option.partition("=")
         if kind not in KINDS or not path:
             raise ArgumentError(f"--network {option}: expected KIND=RUN with one of {', '.join(KINDS)}")
-        networks[kind] = Path(path)
+        networks.setdefault(kind, []).append(Path(path))
+    for kind, paths in networks.items():
+        if len(paths) not in (1, seeds):
+            raise ArgumentError(
+                f"--network {kind}=...: expected one run, or one for each of the {seeds} samplers (--seeds), "
+                f"got {len(paths)}"
+            )
     return networks
+
+
+def _of_seed(losses: list[Loss | None], seed: int) -> Loss | None:
+    """What measures the sampler of a seed: the network of its number where each has its own."""
+    return losses[seed] if len(losses) > 1 else losses[0]
+
+
+def _check_seeds(kind: str, members: list[SupernetTrainer]) -> None:
+    """Refuse networks of one kind that are one training twice.
+
+    Raises:
+        ArgumentError: two of them have the same ``run.seed``.
+    """
+    from training.commands import ArgumentError
+
+    known: dict[int, SupernetTrainer] = {}
+    for member in members:
+        other = known.setdefault(member.config.run.seed, member)
+        if other is not member:
+            raise ArgumentError(
+                f"--network {kind}={member.folder}: run.seed {member.config.run.seed} is that of {other.folder}, too; "
+                "give runs that differ in it"
+            )
 
 
 def _open(folder: Path, data: str | None, losses: int) -> tuple[SupernetTrainer, dict[str, bool | None]]:
@@ -225,7 +266,7 @@ def _open_network(kind: str, folder: Path, first: SupernetTrainer, args: argpars
             values = f" ({theirs}, there {mine})" if field == "step" else ""
             raise ArgumentError(
                 f"{option}: {field} is another one than that of {first.folder}{values}; networks are compared after "
-                "equal training: give a run that differs in supernet.sampler.kind alone"
+                "equal training: give a run that differs in supernet.sampler.kind and run.seed alone"
             )
     return run
 
@@ -237,6 +278,7 @@ def _training(run: SupernetTrainer) -> dict[str, Any]:
     return {
         "run": str(run.folder),
         "sampler": run.options.sampler.kind,
+        "seed": run.config.run.seed,
         "steps": run.step,
         "batches": batches,
         "sampled": sandwich.sampled,

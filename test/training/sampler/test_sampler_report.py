@@ -124,7 +124,8 @@ def opened(
 
     def open_run(folder: Path, data: str | None, losses: int) -> Any:
         paths.append(folder)
-        kind: Any = folder.name if folder.name in ("uniform", "rejection") else "learned"
+        kind: Any = next((kind for kind in ("uniform", "rejection") if folder.name.startswith(kind)), "learned")
+        seed = int(folder.name.partition("-")[2]) if kind != "learned" and "-" in folder.name else 42
         sampler = ConfigurationSampler(space, conditions, SamplerConfig())
         sampler.observe(*pairs)
         active: list[Subnet] = []
@@ -139,9 +140,9 @@ def opened(
             tables=SimpleNamespace(files={"orin": Path("orin.json")}),
             folder=folder,
             held_out=[0],
-            config=SimpleNamespace(run=SimpleNamespace(seed=42)),
+            config=SimpleNamespace(run=SimpleNamespace(seed=seed)),
             ema=SimpleNamespace(activate=lambda subnet: active.__setitem__(slice(None), [subnet])),
-            held_out_loss=lambda network, batches, size: true_loss(active[0]),
+            held_out_loss=lambda network, batches, size: true_loss(active[0]) + seed,
         )
         return run, {"orin": True}
 
@@ -170,12 +171,13 @@ def test_the_command_compares_all_kinds_on_all_devices(
     document = json.loads(capsys.readouterr().out)
     assert {row["kind"] for row in document["rows"]} == {"learned", "in_run", "rejection", "uniform"}
     assert {row["device"] for row in document["rows"] if row["held_out"]} == {"unseen"}
-    names = {kind: (trained["run"], trained["sampler"]) for kind, trained in document["networks"].items()}
-    mine = (str(tmp_path), "learned")
-    assert names == {"learned": mine, "rejection": mine, "uniform": ("uniform", "uniform")}
-    assert document["networks"]["uniform"] == {
+    names = {kind: [(run["run"], run["sampler"]) for run in runs] for kind, runs in document["networks"].items()}
+    mine = [(str(tmp_path), "learned")]
+    assert names == {"learned": mine, "rejection": mine, "uniform": [("uniform", "uniform")]}
+    assert document["networks"]["uniform"][0] == {
         "run": "uniform",
         "sampler": "uniform",
+        "seed": 42,
         "steps": 7,
         "batches": {"largest": 32, "low": 64, "smallest": 64, "sampled": 64},
         "sampled": 2,
@@ -184,6 +186,23 @@ def test_the_command_compares_all_kinds_on_all_devices(
     }
     assert opened == [tmp_path, Path("uniform")]
     assert Path(document["plot"]).exists()
+
+
+def test_a_network_for_each_sampler_measures_that_sampler_alone(
+    opened: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--json", "--seeds", "2", "--updates", "1", "--draws", "2", "--losses", "2", "--budgets", "0.5"]
+    networks = ["--network", "uniform=uniform-1000", "--network", "uniform=uniform-5000"]
+    args = arguments(tmp_path, *options, *networks)
+    assert args.func(args) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [run["seed"] for run in document["networks"]["uniform"]] == [1000, 5000]
+    of = {
+        kind: {row["seed"]: row["loss"] for row in document["rows"] if row["kind"] == kind}
+        for kind in ("uniform", "rejection")
+    }
+    assert {seed: round(loss, -3) for seed, loss in of["uniform"].items()} == {0: 1000, 1: 5000}
+    assert all(round(loss, -2) == 0 for loss in of["rejection"].values())  # the run's own network, whose seed is 42
 
 
 def test_the_command_prints_a_line_per_cell(
@@ -204,6 +223,14 @@ def test_the_command_prints_a_line_per_cell(
         (["--budgets", "0.3,x"], "--budgets 0.3,x: expected shares above 0"),
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--network", "uniform=rejection"], r"--network uniform=rejection: .*expected uniform, the run has rejection"),
+        (
+            ["--network", "uniform=uniform-1", "--network", "uniform=uniform-2"],
+            r"--network uniform=\.\.\.: expected one run, or one for each of the 3 samplers \(--seeds\), got 2",
+        ),
+        (
+            ["--seeds", "2", "--network", "uniform=uniform-1", "--network", "uniform=uniform_again-1"],
+            r"--network uniform=uniform_again-1: run.seed 1 is that of uniform-1, too; give runs that differ in it",
+        ),
         (["--network", "best=run"], "--network best=run: expected KIND=RUN with one of learned, rejection, uniform"),
         (
             ["--held-out", "abacus"],
