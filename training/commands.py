@@ -92,6 +92,7 @@ def train(subparsers: Any) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="in place of run.device")
     parser.add_argument("--threads", type=int, help="CPU threads, in place of run.threads")
+    parser.add_argument("--seed", type=int, help="of all that the run draws, in place of run.seed")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.set_defaults(func=_train)
 
@@ -104,7 +105,7 @@ def _train(args: argparse.Namespace) -> int:
     config = override(
         load_config(args.config),
         data=data_section(args.data),
-        run={"steps": args.steps, "device": args.device, "threads": args.threads},
+        run={"steps": args.steps, "device": args.device, "threads": args.threads, "seed": args.seed},
     )
     if args.only is not None:
         if config.supernet is None:

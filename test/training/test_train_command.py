@@ -111,6 +111,19 @@ def test_resuming_under_other_conditions_or_with_another_length_is_told(
     assert history[-1]["changed"] == ["optimizer.learning_rate 0.0003 -> 1e-05"]
 
 
+def test_another_seed_is_another_run(dcqfa: list[str], write_config: Callable[..., Path], tmp_path: Path) -> None:
+    run = ("train", "--config", write_config(), "--out", tmp_path / "run", "--threads", 1, "--seed")
+    assert start(dcqfa, *run, 7).wait(timeout=60) == 0
+    file = tmp_path / "run/checkpoint.pt"
+    assert load_checkpoint(file)["config"]["run"]["seed"] == 7
+    before = file.read_bytes()
+    _, errors = (process := start(dcqfa, *run, 8)).communicate(timeout=60)
+    assert process.returncode == 2 and "run.seed" in errors
+    _, errors = (process := start(dcqfa, *run, -1)).communicate(timeout=60)
+    assert process.returncode == 2 and "command line: run.seed: " in errors
+    assert file.read_bytes() == before
+
+
 def test_a_full_disk_is_one_line_with_what_to_do_and_exit_code_2(
     dcqfa: list[str], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
