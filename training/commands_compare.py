@@ -63,11 +63,12 @@ def _compare(args: argparse.Namespace) -> int:
     if args.only is not None and args.from_results is not None:
         raise ArgumentError("--only: says what is played, and --from-results plays nothing; leave one of them out")
     from dcqfa_ros.paths import find_config
+    from training.compare.committed import check_belongs, check_replaces
     from training.compare.config import found, load_compare
     from training.compare.page import render
     from training.compare.paper import load_paper
     from training.compare.report import amortised_costs, markdown, not_played, report
-    from training.compare.results import check_belongs, check_replaces, joined, read_results
+    from training.compare.results import joined, read_results
     from training.compare.session import dump
     from training.compare.table import reproduced
     from training.lut import write_atomically
@@ -155,7 +156,8 @@ def _committed(file: Path, needed: bool) -> Results | None:
 
 def _played(args: argparse.Namespace, plan: _Plan) -> Results | None:
     """Play what is missing; None where it was interrupted."""
-    from training.compare.results import check_replaceable, check_same_networks, parse_results
+    from training.compare.committed import check_replaceable, check_same_networks
+    from training.compare.results import parse_results
     from training.compare.session import Session, default_workers
 
     plays, left_out = plan.asked.playable(args.only or ())

@@ -15,8 +15,9 @@ import yaml
 from test.training.compare.conftest import cell, entry, results_document
 from training.compare import config as config_module
 from training.compare import workers
+from training.compare.committed import check_belongs, check_replaces
 from training.compare.config import CompareError, load_compare
-from training.compare.results import check_belongs, check_replaces, joined, parse_results, read_results
+from training.compare.results import joined, parse_results, read_results
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "config/compare"
