@@ -68,14 +68,24 @@ class LocalExecutor:
 
             def measure(subnets: Sequence[Subnet]) -> Iterator[float]:
                 try:
-                    yield from pool.map(_distance, subnets)
-                except (BrokenProcessPool, OSError) as error:  # OSError: closed while another was being started
-                    raise DistanceError(
-                        "a process that measures distances ended early (killed, or out of memory); what was measured "
-                        "is kept: give the same command again, with fewer --workers if memory is short"
-                    ) from error
+                    results = pool.map(_distance, subnets)
+                # Where one ends, descriptors are closed under the start of another: OSError, or ValueError for one
+                # whose number was given away twice.
+                except (BrokenProcessPool, OSError, ValueError) as error:
+                    raise _ended_early() from error
+                try:
+                    yield from results
+                except (BrokenProcessPool, OSError) as error:
+                    raise _ended_early() from error
 
             yield measure, self.workers
+
+
+def _ended_early() -> DistanceError:
+    return DistanceError(
+        "a process that measures distances ended early (killed, or out of memory); what was measured is kept: give "
+        "the same command again, with fewer --workers if memory is short"
+    )
 
 
 def _shared(context: SpawnContext, parcel: Parcel) -> Any:

@@ -92,6 +92,26 @@ def test_processes_that_are_killed_while_they_start_are_told_of(
         list(measure(four_subnets))
 
 
+@pytest.mark.parametrize("error", [OSError(9, "Bad file descriptor"), ValueError("bad value(s) in fds_to_keep")])
+def test_descriptors_that_are_closed_under_a_start_are_told_as_the_end_of_a_process(
+    four_subnets: list[Subnet], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = multiprocessing.util.spawnv_passfds
+
+    def spawn(path: bytes, arguments: list[Any], descriptors: list[int]) -> int:
+        if "--multiprocessing-fork" in arguments:
+            raise error
+        return original(path, arguments, descriptors)
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn)
+    with (
+        pytest.raises(DistanceError, match="ended early") as told,
+        LocalExecutor(2).measuring(DeadlyDistance()) as (measure, _),
+    ):
+        list(measure(four_subnets))
+    assert told.value.__cause__ is error
+
+
 def test_processes_that_are_killed_are_told_of(four_subnets: list[Subnet]) -> None:
     with (
         pytest.raises(DistanceError, match=r"ended early .*what was measured is kept.*fewer --workers"),
