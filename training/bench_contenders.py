@@ -10,9 +10,10 @@ from torch import Tensor
 from training.config import TrainConfig
 from training.data.policy_data import Batch
 from training.losses.sqil import sqil_loss
+from training.nn.elastic_policy import clone
 from training.objective import Objective
 from training.policies.diffusion_policy_t import DiffusionPolicyT
-from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
 from training.shared_stem import SharedStem
 from training.subnet import Subnet

@@ -16,7 +16,6 @@ import lzma
 import pickle
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from dcqfa_ros.errors import UserError
 from training.checkpoint import CHECKPOINT, CheckpointError, load_checkpoint, save_checkpoint
 from training.config import TrainConfig
-from training.importance import BlockOrder, apply_order, importance_order
+from training.importance import apply_order, importance_order
 from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.trained import policy_meaning
 from training.warm_start import read_policy_weights, state_sha256
@@ -122,7 +121,7 @@ def _orders(path: Path, payload: dict[str, Any], base: ElasticDiffusionPolicyT) 
             f"{path}: the supernet that this distillation started from ({config.distill.start}) is missing or holds "
             "other weights now; restore it"
         )
-    found = (asdict(importance_order(block)) for block in base.elastic_blocks())
+    found = (importance_order(block) for block in base.elastic_blocks())
     return [{name: tensor.to(torch.int16) for name, tensor in order.items()} for order in found]
 
 
@@ -167,7 +166,7 @@ def _refuse_to_replace(target: Path, policies: list[Path], against: Path | None)
 
 def _reorder(base: ElasticDiffusionPolicyT, orders: list[dict[str, Tensor]]) -> None:
     for block, order in zip(base.elastic_blocks(), orders, strict=True):
-        apply_order(block, BlockOrder(**{name: tensor.long() for name, tensor in order.items()}))
+        apply_order(block, {name: tensor.long() for name, tensor in order.items()})
 
 
 def _rounded(policy: Path, config: TrainConfig, base: ElasticDiffusionPolicyT) -> tuple[ElasticDiffusionPolicyT, str]:

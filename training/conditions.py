@@ -252,7 +252,7 @@ def _least(space: SearchSpace, added: Tensor) -> Subnet:
     kept = set(space.always_kept)
     for group, blocks in space.groups.items():
         others = sorted((block for block in blocks if block not in kept), key=lambda block: float(values[block]))
-        missing = space.min_depth[group] - sum(block in kept for block in blocks)
+        missing = space.least_depths[group] - sum(block in kept for block in blocks)
         kept.update(others[: max(0, missing)])
     return index.decode([int(choices[i]) if i in kept else index.count for i in range(len(choices))])
 

@@ -93,12 +93,12 @@ def _target(uniform: float) -> float:
 
 
 def _kept(space: SearchSpace, order: Sequence[float], generator: torch.Generator, elastic: bool) -> set[int]:
-    """Draw the depth of every group evenly from its minimum up, then which of its blocks are kept."""
+    """Draw the depth of every group evenly from its choices, then which of its blocks are kept."""
     kept: set[int] = set()
     depths = torch.rand(len(space.groups), generator=generator, dtype=torch.float64).tolist()
     for (group, members), value in zip(space.groups.items(), depths, strict=True):
-        least = space.min_depth[group]
-        depth = least + int(value * (len(members) - least + 1)) if elastic else len(members)
+        choices = space.depth_choices[group]
+        depth = choices[int(value * len(choices))] if elastic else len(members)
         kept.update(sorted(members, key=lambda index: (index not in space.always_kept, order[index]))[:depth])
     return kept
 

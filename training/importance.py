@@ -5,24 +5,19 @@ The permutation changes no output of the full-width network. It is applied once,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from training.nn.elastic import ElasticAttention, ElasticDecoderBlock, ElasticLinear
+from training.nn.elastic import ElasticBlock, Units
 
 Scores = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class BlockOrder:
-    """Heads (H,) of self- and cross-attention and hidden channels (M,), int64, most important first."""
-
-    self_heads: Tensor
-    cross_heads: Tensor
-    channels: Tensor
+BlockOrder = Mapping[str, Tensor]
+"""Positions (int64) of the units of a block, most important first, by the names of :meth:`ElasticBlock.units`."""
 
 
 def l1_scores(parameter: Tensor) -> Tensor:
@@ -41,42 +36,40 @@ def taylor_scores(parameter: Tensor) -> Tensor:
     return (parameter.detach() * parameter.grad).abs()
 
 
-def importance_order(block: ElasticDecoderBlock, scores: Scores = l1_scores) -> BlockOrder:
-    """The order of a block's heads and hidden channels; equals keep their order."""
-    channels = scores(block.fc1.weight).sum(1) + scores(block.fc2.weight).sum(0)
-    return BlockOrder(
-        _head_order(block.self_attn, scores),
-        _head_order(block.cross_attn, scores),
-        torch.argsort(channels, descending=True, stable=True),
-    )
+def importance_order(block: ElasticBlock, scores: Scores = l1_scores) -> dict[str, Tensor]:
+    """The order of a block's units, such as its heads and hidden channels; equals keep their order."""
+    return {name: _order(units, scores) for name, units in block.units().items()}
 
 
 @torch.no_grad()
-def apply_order(block: ElasticDecoderBlock, order: BlockOrder) -> None:
-    """Permute heads and hidden channels of ``block`` in place, with biases and steps."""
-    for attention, heads in ((block.self_attn, order.self_heads), (block.cross_attn, order.cross_heads)):
-        width = attention.head_dim
-        rows = (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
-        for linear in (attention.q, attention.k, attention.v):
-            _permute_rows(linear, rows)
-        attention.o.weight.copy_(attention.o.weight[:, rows])
-    _permute_rows(block.fc1, order.channels)
-    block.fc2.weight.copy_(block.fc2.weight[:, order.channels])
+def apply_order(block: ElasticBlock, order: BlockOrder) -> None:
+    """Permute the units of ``block`` in place, with biases and steps.
+
+    Raises:
+        ValueError: ``order`` has other units than the block.
+    """
+    every = block.units()
+    if every.keys() != order.keys():
+        raise ValueError(f"order: expected {', '.join(every)}, got {', '.join(order)}")
+    for name, units in every.items():
+        first = order[name][:, None] * units.width
+        channels = (first + torch.arange(units.width, device=first.device)).flatten()
+        for linear in units.producers:
+            linear.weight.copy_(linear.weight[channels])
+            linear.log_step.copy_(linear.log_step[:, channels])
+            if linear.bias is not None:
+                linear.bias.copy_(linear.bias[channels])
+        for linear in units.consumers:
+            linear.weight.copy_(linear.weight[:, channels])
 
 
-def order_by_importance(block: ElasticDecoderBlock, scores: Scores = l1_scores) -> None:
-    """Permute heads and hidden channels of ``block`` in place, most important first."""
+def order_by_importance(block: ElasticBlock, scores: Scores = l1_scores) -> None:
+    """Permute the units of ``block`` in place, most important first."""
     apply_order(block, importance_order(block, scores))
 
 
-def _head_order(attention: ElasticAttention, scores: Scores) -> Tensor:
-    total = scores(attention.o.weight).sum(0)
-    for linear in (attention.q, attention.k, attention.v):
-        total = total + scores(linear.weight).sum(1)
-    return torch.argsort(total.unflatten(0, (-1, attention.head_dim)).sum(1), descending=True, stable=True)
-
-
-def _permute_rows(linear: ElasticLinear, order: Tensor) -> None:
-    linear.weight.copy_(linear.weight[order])
-    linear.bias.copy_(linear.bias[order])
-    linear.log_step.copy_(linear.log_step[:, order])
+def _order(units: Units, scores: Scores) -> Tensor:
+    parts = [scores(linear.weight).sum(0) for linear in units.consumers]
+    parts += [scores(linear.weight).sum(1) for linear in units.producers]
+    total = functools.reduce(torch.add, parts)
+    return torch.argsort(total.unflatten(0, (-1, units.width)).sum(1), descending=True, stable=True)

@@ -176,7 +176,7 @@ class ConfigurationSampler:
         self.predictor = AdvantagePredictor(space, window=config.window)
         index = self.predictor.index
         self._offered = index.offered.sum(dim=1)
-        self._groups = [DepthGroup(blocks, space.min_depth[group]) for group, blocks in space.groups.items()]
+        self._groups = [DepthGroup(blocks, space.depth_choices[group]) for group, blocks in space.groups.items()]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = Conditioner(len(space.shape.blocks), index.count, config.hidden)

@@ -12,25 +12,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
+from training.depths import blocks_always_kept, depth_choices, evenly_spread, offered, shrinking_together
 from training.policy_shape import PolicyShape
-from training.space_config import SpaceConfig, blocks_always_kept, check_shape, least_depths, width_counts
+from training.space_config import SpaceConfig, check_shape, width_counts
 from training.subnet import FLOAT_BITS, Layer, Precision, SpaceError, Subnet, make_layer
-
-
-def evenly_kept(blocks: int, depth: int) -> tuple[int, ...]:
-    """Indices of ``depth`` of ``blocks`` blocks, evenly spread, first and last kept (the first alone at depth 1).
-
-    Raises:
-        ValueError: not 0 <= depth <= blocks.
-    """
-    if not 0 <= depth <= blocks:
-        raise ValueError(f"depth: expected 0 to {blocks}, got {depth}")
-    if depth < 2:
-        return tuple(range(depth))
-    spaces = depth - 1
-    # Whole numbers, rounded half up: the same pattern on every machine.
-    return tuple((2 * i * (blocks - 1) + spaces) // (2 * spaces) for i in range(depth))
-
 
 GENES_PER_BLOCK = 5  # keep, heads, mlp, weight bits, activation bits
 
@@ -54,7 +39,7 @@ class SearchSpace:
         shape: the policy.
         config: the configuration.
         groups: block indices of each group.
-        min_depth: blocks of each group that are kept at least.
+        depth_choices: ascending numbers of blocks that may be kept of each group, the whole group last.
         always_kept: indices of the blocks that no subnet skips, whatever the depth.
         precisions: precisions in the space, widest first, ``int`` last.
         head_choices: per block the head counts, ascending.
@@ -77,8 +62,8 @@ class SearchSpace:
         for index, block in enumerate(shape.blocks):
             groups[block.group] = (*groups.get(block.group, ()), index)
         self.groups: Mapping[str, tuple[int, ...]] = groups
-        self.min_depth: Mapping[str, int] = least_depths(shape, groups, config.min_depth)
-        self.always_kept: frozenset[int] = blocks_always_kept(groups, self.min_depth, config.always_kept)
+        self.depth_choices: Mapping[str, tuple[int, ...]] = depth_choices(shape, groups, config)
+        self.always_kept: frozenset[int] = blocks_always_kept(groups, self.depth_choices, config.always_kept)
         self.precisions = (*(p for p in Precision if p in config.precisions), Precision.INT)
         self.head_choices = tuple(
             width_counts(config.head_ratios, block.heads, f"heads of {block.name}", "head_ratios", block.elastic)
@@ -95,6 +80,10 @@ class SearchSpace:
             (2, len(heads), len(mlp), *bits) for heads, mlp in zip(self.head_choices, self.mlp_choices, strict=True)
         )
         self.gene_sizes: tuple[int, ...] = (len(self.precisions), *itertools.chain.from_iterable(per_block))
+        self._patterns = {
+            sum(counts.values()): evenly_spread(groups, counts)
+            for counts in shrinking_together(groups, self.depth_choices)
+        }
         # Texts of the widths in uniform names, per block.
         self._head_texts = tuple(
             {count: _ratio_text(count, block.heads) for count in counts}
@@ -108,28 +97,24 @@ class SearchSpace:
     @property
     def depths(self) -> tuple[int, int]:
         """Fewest and most blocks that a subnet keeps."""
-        return sum(self.min_depth.values()), len(self.shape.blocks)
+        return sum(choices[0] for choices in self.depth_choices.values()), len(self.shape.blocks)
+
+    @property
+    def least_depths(self) -> dict[str, int]:
+        """Fewest blocks of each group that a subnet keeps."""
+        return {group: choices[0] for group, choices in self.depth_choices.items()}
 
     def kept_blocks(self, depth: int) -> tuple[int, ...]:
         """The evenly spread pattern of ``depth`` kept blocks.
 
-        Every group begins with its least depth; each further block goes to the group that has kept the smallest share
-        of its blocks, so that groups shrink together. Within a group the pattern is :func:`evenly_kept`.
+        Which depths have one, and how many blocks of each group it keeps, says :func:`shrinking_together`.
 
         Raises:
-            SpaceError: the space has no network of that depth.
+            SpaceError: the space has no evenly spread pattern of that depth.
         """
-        low, high = self.depths
-        if not low <= depth <= high:
-            raise SpaceError(f"depth: expected {low} to {high} blocks, got {depth}")
-        counts = dict(self.min_depth)
-        for _ in range(depth - low):
-            open_groups = [name for name, blocks in self.groups.items() if counts[name] < len(blocks)]
-            counts[min(open_groups, key=lambda name: Fraction(counts[name], len(self.groups[name])))] += 1
-        kept = (
-            blocks[place] for name, blocks in self.groups.items() for place in evenly_kept(len(blocks), counts[name])
-        )
-        return tuple(sorted(kept))
+        if depth not in self._patterns:
+            raise SpaceError(f"depth: expected {offered(list(self._patterns))} blocks, got {depth}")
+        return self._patterns[depth]
 
     def check(self, subnet: Subnet) -> None:
         """Return if ``subnet`` is in the space.
@@ -156,10 +141,10 @@ class SearchSpace:
             self._check_choice(f"{name}: activation bits", layer.a, activations)
         for group, indices in self.groups.items():
             kept = sum(subnet.layers[index] is not None for index in indices)
-            if kept < self.min_depth[group]:
+            choices = self.depth_choices[group]
+            if kept not in choices:
                 raise SpaceError(
-                    f"depth: group {group} keeps {kept} of {len(indices)} blocks; "
-                    f"the space asks for {self.min_depth[group]} at least"
+                    f"depth: group {group} keeps {kept} of {len(indices)} blocks; the space asks for {offered(choices)}"
                 )
 
     @staticmethod
@@ -282,7 +267,7 @@ class SearchSpace:
         else:
             suffix = "w{}a{}".format(*next(iter(bits))) if common else subnet.precision.value
         widths = self._uniform_widths(subnet) if common else None
-        if widths is not None and subnet.kept == self.kept_blocks(subnet.depth):
+        if widths is not None and subnet.kept == self._patterns.get(subnet.depth):
             return f"d{subnet.depth}-h{widths[0]}-m{widths[1]}-{suffix}"
         parts = [suffix]
         for layer, run in itertools.groupby(subnet.layers):

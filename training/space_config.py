@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.bundle.types import Name
@@ -13,18 +13,20 @@ from training.policy_shape import PolicyShape
 from training.subnet import Precision, SpaceError
 
 Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], Field(min_length=1)]
+Depths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 BitWidths = Annotated[tuple[Literal[4, 8], ...], Field(min_length=1)]
 
 
 class SpaceConfig(StrictModel):
     """The section of a training configuration that spans the space.
 
-    ``min_depth`` counts the blocks of a group that are kept at least, ``always_kept`` names the ends of a group that no
-    subnet skips; ratios are shares of the full heads and hidden channels; ``precisions`` lists what the whole network
-    may run in besides integer codes.
+    ``min_depth`` counts the blocks of a group that are kept at least; a group may have ``depths`` in its place, all the
+    numbers of blocks to choose from. ``always_kept`` names the ends of a group that no subnet skips; ratios are shares
+    of the full heads and hidden channels; ``precisions`` lists what the whole network may run in besides integer codes.
     """
 
-    min_depth: dict[Name, Annotated[int, Field(ge=1)]]
+    min_depth: dict[Name, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    depths: dict[Name, Depths] = Field(default_factory=dict)
     always_kept: dict[Name, Literal["first", "ends"]] = Field(default_factory=dict)
     head_ratios: Ratios
     mlp_ratios: Ratios
@@ -38,6 +40,21 @@ class SpaceConfig(StrictModel):
         if len(set(values)) != len(values):
             raise ValueError(f"a choice stands twice in {', '.join(str(value) for value in values)}; keep one")
         return values
+
+    @field_validator("depths")
+    @classmethod
+    def _distinct_depths(cls, groups: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for group, depths in groups.items():
+            if len(set(depths)) != len(depths):
+                raise ValueError(f"{group}: a choice stands twice in {', '.join(map(str, depths))}; keep one")
+        return groups
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SpaceConfig:
+        both = sorted(set(self.min_depth) & set(self.depths))
+        if both:
+            raise ValueError(f"group {both[0]} stands in min_depth and in depths; keep one of them")
+        return self
 
     @field_validator("head_ratios", "mlp_ratios")
     @classmethod
@@ -67,50 +84,6 @@ def check_shape(shape: PolicyShape) -> None:
                         f"policy {shape.backbone}: {block.name}.{linear.name}: {features} features are sliced by {by}, "
                         f"but are no multiple of {units}"
                     )
-
-
-def least_depths(
-    shape: PolicyShape, groups: Mapping[str, tuple[int, ...]], configured: Mapping[str, int]
-) -> dict[str, int]:
-    """Least depth of every group; groups of bits-only blocks are kept whole."""
-    unknown = sorted(set(configured) - set(groups))
-    if unknown:
-        raise SpaceError(
-            f"space.min_depth.{unknown[0]}: policy {shape.backbone} has no such group; it has {', '.join(groups)}"
-        )
-    result = {}
-    for group, indices in groups.items():
-        elastic = {shape.blocks[index].elastic for index in indices}
-        if len(elastic) > 1:
-            raise SpaceError(f"policy {shape.backbone}: group {group} mixes elastic blocks and blocks of fixed size")
-        least = configured.get(group, None if True in elastic else len(indices))
-        if least is None:
-            raise SpaceError(f"space.min_depth.{group}: this field is missing; give 1 to {len(indices)}")
-        lowest = 1 if True in elastic else len(indices)
-        if not lowest <= least <= len(indices):
-            raise SpaceError(f"space.min_depth.{group}: expected {lowest} to {len(indices)} blocks, got {least}")
-        result[group] = least
-    return result
-
-
-def blocks_always_kept(
-    groups: Mapping[str, tuple[int, ...]],
-    min_depth: Mapping[str, int],
-    configured: Mapping[str, Literal["first", "ends"]],
-) -> frozenset[int]:
-    """Indices of the blocks that are never skipped: ends of groups, which evenly spread patterns keep anyway."""
-    kept: set[int] = set()
-    for group, which in configured.items():
-        if group not in groups:
-            raise SpaceError(f"space.always_kept.{group}: the policy has no such group; it has {', '.join(groups)}")
-        ends = groups[group][:1] if which == "first" else {groups[group][0], groups[group][-1]}
-        if len(ends) > min_depth[group]:
-            raise SpaceError(
-                f"space.always_kept.{group}: {which} are {len(ends)} blocks, but space.min_depth.{group} is "
-                f"{min_depth[group]}; give at least {len(ends)} there"
-            )
-        kept.update(ends)
-    return frozenset(kept)
 
 
 def width_counts(ratios: Sequence[float], full: int, what: str, field: str, elastic: bool) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """A distribution over subnets with independent layers, of which everything is known in closed form.
 
 A block is kept or skipped, and a kept block makes one of C choices (heads, MLP width, weight bits, activation bits).
-Blocks are independent but for one condition: every group keeps at least its minimum. That condition is met exactly, by
-a recursion over the number of blocks kept, so the distribution never has to be drawn from again until it fits, and
+Blocks are independent but for one condition: every group keeps one of its numbers of blocks. It is met exactly, by a
+recursion over the number of blocks kept, so the distribution never has to be drawn from again until it fits, and
 moments of additive costs, marginals and entropy stay exact and differentiable.
 """
 
@@ -20,15 +20,15 @@ IMPOSSIBLE = -1e30  # a logarithm of zero whose gradients are finite
 
 @dataclass(frozen=True, slots=True)
 class DepthGroup:
-    """Blocks of which at least ``least`` are kept.
+    """Blocks of which one of ``counts`` is kept.
 
     Attributes:
         members: indices of the blocks, ascending.
-        least: minimum number kept.
+        counts: numbers of blocks that may be kept, ascending, each 0 to the number of members.
     """
 
     members: tuple[int, ...]
-    least: int
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +39,8 @@ class Moments:
         mean: (B, R).
         variance: (B, R).
         kept: (B, L) probability that a block is kept.
-        log_norm: (B,) logarithm of the probability, were blocks wholly independent, that every group has its minimum.
+        log_norm: (B,) logarithm of the probability, were blocks wholly independent, that every group has one of its
+            counts.
     """
 
     mean: Tensor
@@ -124,10 +125,11 @@ class SubnetDistribution:
                 dim=2,
             )
             state = (1.0 - share) * torch.cat([state, nothing], dim=1) + share * torch.cat([nothing, grown], dim=1)
-        allowed = log_count[:, group.least :]
+        counts = list(group.counts)
+        allowed = log_count[:, counts]
         log_norm = torch.logsumexp(allowed, dim=1)
         weight = (allowed - log_norm[:, None]).exp()[..., None]
-        result = (weight * state[:, group.least :]).sum(dim=1)
+        result = (weight * state[:, counts]).sum(dim=1)
         return result[:, :resources], result[:, resources : 2 * resources], result[:, 2 * resources :], log_norm
 
     def divergence(self, moments: Moments, entropy: Tensor, offered: Tensor) -> Tensor:
@@ -172,10 +174,11 @@ class SubnetDistribution:
         cumulative = cumulative / cumulative[:, -1:]
         for number, group in enumerate(self.groups):
             counts = self._counts(group)
-            final = counts[-1][group.least :]
+            allowed = torch.tensor(group.counts)
+            final = counts[-1][allowed]
             places = (final - final.logsumexp(0)).exp().cumsum(0)
-            kept_so_far = torch.searchsorted(places / places[-1], start[:, number].contiguous()) + group.least
-            kept_so_far = kept_so_far.clamp_max(len(group.members))
+            drawn = torch.searchsorted(places / places[-1], start[:, number].contiguous())
+            kept_so_far = allowed[drawn.clamp_max(len(allowed) - 1)]
             for place in range(len(group.members) - 1, -1, -1):
                 member = group.members[place]
                 before = torch.cat([counts[place], counts[place].new_full((1,), IMPOSSIBLE)])

@@ -29,8 +29,9 @@ from training.held_out import BATCH, BATCHES, held_out_loss
 from training.importance import l1_scores, order_by_importance, taylor_scores
 from training.losses.sqil import saliency_weights, sqil_loss
 from training.moments import load_moments
+from training.nn.elastic_policy import clone
 from training.policies.diffusion_policy_t import DiffusionPolicyT
-from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.quant.batchquant import reestimated_ranges
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
 from training.run import Record, TrainingRun

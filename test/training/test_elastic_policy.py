@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.draws import stratified_subnet
+from training.nn.elastic_policy import clone
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig, parameter_count
-from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT, clone
+from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
 from training.quant.elastic_calibration import calibrate_inputs, calibrate_weights
 from training.quant.quantizer import BITS
 from training.space import SearchSpace

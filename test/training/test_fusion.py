@@ -15,7 +15,8 @@ from dcqfa_ros.runtime.fusion import fuse_for_onnxruntime_cpu
 from dcqfa_ros.runtime.lowering import lower_for_onnxruntime_cpu, parse_model
 from training.export.diffusion_policy_t import export_graphs
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
-from training.quant.calibrate import input_groups, observed_inputs, quantized_copy
+from training.policies.diffusion_policy_t_shape import input_groups
+from training.quant.calibrate import observed_inputs, quantized_copy
 from training.quant.linear import LinearBits
 
 CONFIG = DiffusionPolicyTConfig(depth=2, heads=4, dim=64, ffn_ratio=2)

@@ -12,7 +12,8 @@ from torch import nn
 from training.export.graph import GraphBuilder
 from training.export.weights import LinearWeights
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
-from training.quant.calibrate import input_groups, observed_inputs, quantized_copy
+from training.policies.diffusion_policy_t_shape import input_groups
+from training.quant.calibrate import observed_inputs, quantized_copy
 from training.quant.linear import LinearBits, QuantizedLinear
 from training.quant.quantizer import absmax_scale, code_range, mse_scale, quantize, round_to_nearest
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from dcqfa_ros.bundle.document import DocumentError, dump_document, parse_document
 from dcqfa_ros.errors import UserError
+from training.depths import evenly_kept
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policy_shape import BlockShape, LinearShape, PolicyShape, linear_size
-from training.space import SearchSpace, evenly_kept
+from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.subnet import Layer, Precision, SpaceError, Subnet
 
@@ -112,7 +113,7 @@ def test_the_space_of_diffusion_policy_t_is_that_of_the_paper() -> None:
     assert (SPACE.weight_bits, SPACE.activation_bits) == ((4, 8), (4, 8))
     assert SPACE.precisions == (Precision.FP32, Precision.FP16, Precision.FP8, Precision.INT)
     assert SPACE.gene_sizes == (4, *(2, 4, 4, 2, 2) * 8)
-    assert (SPACE.depths, SPACE.groups, SPACE.min_depth) == ((2, 8), {"decoder": tuple(range(8))}, {"decoder": 2})
+    assert (SPACE.depths, SPACE.groups, SPACE.least_depths) == ((2, 8), {"decoder": tuple(range(8))}, {"decoder": 2})
 
 
 def test_the_configuration_is_read_from_yaml_and_written_back() -> None:
@@ -132,6 +133,11 @@ def test_the_configuration_is_read_from_yaml_and_written_back() -> None:
         ("precisions", ["fp32", "int"], "precisions: int is always in the space"),
         ("precisions", ["fp64"], "fp64"),
         ("min_depth", {"decoder": 0}, "min_depth.decoder: Input should be greater than or equal to 1"),
+        ("min_depth", {"decoder": [6, 8]}, "min_depth.decoder: Input should be a valid integer"),
+        ("depths", {"decoder": [6, 8]}, "group decoder stands in min_depth and in depths; keep one"),
+        ("depths", {"other": [8, 8]}, "depths: other: a choice stands twice in 8, 8; keep one"),
+        ("depths", {"other": []}, "depths.other: Tuple should have at least 1 item"),
+        ("depths", {"other": [0, 8]}, r"depths.other\[0\]: Input should be greater than or equal to 1"),
         ("always_kept", {"decoder": "last"}, "always_kept.decoder: Input should be 'first' or 'ends'"),
         ("depth", 4, "depth: unknown field"),
     ],
@@ -151,8 +157,11 @@ def test_a_configuration_that_spans_no_space_is_refused_by_field(field: str, val
         ({"always_kept": {"encoder": "first"}}, "space.always_kept.encoder: the policy has no such group; .* decoder"),
         (
             {"min_depth": {"decoder": 1}, "always_kept": {"decoder": "ends"}},
-            "space.always_kept.decoder: ends are 2 blocks, but space.min_depth.decoder is 1; give at least 2",
+            r"space.always_kept.decoder: ends are 2 blocks, but a network may keep 1; give at least 2 \(space",
         ),
+        ({"min_depth": {}, "depths": {"decoder": (2, 9)}}, "space.depths.decoder: expected 1 to 8 blocks, got 9"),
+        ({"min_depth": {}, "depths": {"decoder": (2, 4)}}, r"space.depths.decoder: the whole group \(8\) is missing"),
+        ({"depths": {"encoder": (8,)}}, "space.depths.encoder: policy .* no such group; it has decoder"),
         ({"head_ratios": (0.3, 1.0)}, r"space.head_ratios: 0.3 of the 4 heads of blocks.0 is no whole number"),
         ({"mlp_ratios": (0.0001, 1.0)}, r"space.mlp_ratios: 0.0001 of the 1024 hidden channels of blocks.0"),
         ({"mlp_ratios": (0.5, 0.50000001, 1.0)}, "space.mlp_ratios: two shares .* keep one"),
@@ -216,7 +225,7 @@ def test_genes_without_effect_do_not_tell_networks_apart(
 ) -> None:
     space, genes = case
     kept = {group: sum(genes[1 + 5 * i] for i in blocks) for group, blocks in space.groups.items()}
-    if any(kept[group] < least for group, least in space.min_depth.items()):
+    if any(kept[group] < least for group, least in space.least_depths.items()):
         with pytest.raises(SpaceError, match=r"depth: group .* keeps"):
             space.decode(genes)
         return
@@ -328,7 +337,7 @@ def test_words_and_other_spellings_are_understood(text: str, subnet: Subnet) -> 
         ("w4a4.5h1024x8", "blocks.0: heads: expected one of 1, 2, 3, 4, got 5"),
         ("w4a4.4h1024w4a4x8", "layer '4h1024w4a4x8': expected heads and hidden channels such as 4h1024"),
         ("int.4h1024x8", "layer '4h1024x8': expected heads and hidden channels such as 4h1024w4a8"),
-        ("fp8.4h1024.0x7", "depth: group decoder keeps 1 of 8 blocks; the space asks for 2 at least"),
+        ("fp8.4h1024.0x7", "depth: group decoder keeps 1 of 8 blocks; the space asks for 2 to 8"),
     ],
 )
 def test_what_is_no_name_is_refused_with_what_is_expected(text: str, message: str) -> None:
@@ -382,7 +391,7 @@ def test_ratios_that_the_space_lacks_are_refused() -> None:
 
 def test_blocks_of_fixed_size_are_never_skipped_nor_narrowed() -> None:
     assert UNEVEN.head_choices[0] == (8,) and UNEVEN.mlp_choices[0] == (64,)
-    assert UNEVEN.min_depth == {"tower": 2, "decoder": 1}
+    assert UNEVEN.least_depths == {"tower": 2, "decoder": 1}
     smallest = UNEVEN.smallest()
     assert smallest.kept == (0, 1, 2) and smallest.layers[0] == Layer(8, 64, 4, 4)
     with pytest.raises(SpaceError, match="group tower keeps 1 of 2 blocks"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.draws import Phase
+from training.depths import evenly_spread
+from training.draws import Phase, stratified_subnet
 from training.policy_shape import BlockShape, LinearShape, PolicyShape
 from training.sandwich import smallest_of
 from training.space import SearchSpace
@@ -82,7 +85,7 @@ MDT_CONFIG = SpaceConfig(
     head_ratios=tuple(i / 8 for i in range(1, 9)),
     mlp_ratios=(0.125, 0.25, 0.5, 1.0),
 )
-LLAMA_CONFIG = SpaceConfig(min_depth={"llama": 24}, head_ratios=(0.75, 1.0), mlp_ratios=(0.5, 0.75, 1.0))
+LLAMA_CONFIG = SpaceConfig(depths={"llama": (32, 24, 28)}, head_ratios=(0.75, 1.0), mlp_ratios=(0.5, 0.75, 1.0))
 MDT = SearchSpace(mdt_v(), MDT_CONFIG)
 LLAMA = SearchSpace(
     PolicyShape("llama", tuple(llama_block(i) for i in range(32)), 262_000_000, 0, 0, fixed_bits=16), LLAMA_CONFIG
@@ -107,9 +110,10 @@ def spaces_and_subnets(draw: st.DrawFn) -> tuple[SearchSpace, Subnet]:
     space = draw(SPACES)
     random = draw(st.randoms(use_true_random=False))
     genes = [random.randrange(size) for size in space.gene_sizes]
-    kept = set(space.kept_blocks(random.randint(*space.depths)))
+    depths = {group: random.choice(choices) for group, choices in space.depth_choices.items()}
+    kept = set(evenly_spread(space.groups, depths))
     if random.random() < 0.5:
-        kept |= {i for i in range(len(space.shape.blocks)) if random.random() < 0.5}
+        kept = {i for group, members in space.groups.items() for i in random.sample(members, depths[group])}
     genes[1::5] = [int(i in kept) for i in range(len(space.shape.blocks))]
     return space, space.decode(genes)
 
@@ -126,13 +130,14 @@ def test_genes_and_names_restore_every_subnet(case: tuple[SearchSpace, Subnet]) 
 
 def test_both_groups_of_mdt_v_keep_their_least_depth() -> None:
     assert MDT.depths == (2, 8)
+    assert MDT.depth_choices == {"encoder": (1, 2, 3, 4), "decoder": (1, 2, 3, 4)}
     assert MDT.smallest().kept == (0, 4)
     assert [MDT.kept_blocks(depth) for depth in (3, 4, 7)] == [(0, 3, 4), (0, 3, 4, 7), (0, 1, 2, 3, 4, 6, 7)]
     lone = MDT.encode(MDT.smallest())
     genes = list(lone)
     genes[1 + 5 * 4] = 0
     genes[1 + 5 * 1] = 1  # two blocks, but none of the decoder
-    with pytest.raises(SpaceError, match="group decoder keeps 0 of 4 blocks; the space asks for 1"):
+    with pytest.raises(SpaceError, match="group decoder keeps 0 of 4 blocks; the space asks for 1 to 4"):
         MDT.decode(genes)
 
 
@@ -151,6 +156,40 @@ def test_both_groups_of_mdt_v_keep_their_least_depth() -> None:
 def test_uniform_networks_have_short_names(space: SearchSpace, subnet: Subnet, name: str) -> None:
     assert space.name(subnet) == name
     assert space.parse(name) == subnet
+
+
+def test_depths_of_llama_come_from_its_list() -> None:
+    assert LLAMA.depth_choices == {"llama": (24, 28, 32)} and LLAMA.depths == (24, 32)
+    assert OPENVLA.depth_choices == {"tower": (24,), "llama": (24, 28, 32)}
+    assert [len(LLAMA.kept_blocks(depth)) for depth in (24, 28, 32)] == [24, 28, 32]
+    assert OPENVLA.kept_blocks(52)[:24] == tuple(range(24))
+    for depth in (23, 26, 31, 33):
+        with pytest.raises(SpaceError, match=f"depth: expected 24, 28 or 32 blocks, got {depth}"):
+            LLAMA.kept_blocks(depth)
+    with pytest.raises(SpaceError, match=r"subnet 'd26-h1-m2\.6875-fp16': depth: expected 24, 28 or 32 blocks, got 26"):
+        LLAMA.parse("d26-h1-m2.6875-fp16")
+    lone = list(LLAMA.encode(LLAMA.largest()))
+    lone[1] = 0
+    with pytest.raises(SpaceError, match="group llama keeps 31 of 32 blocks; the space asks for 24, 28 or 32"):
+        LLAMA.decode(lone)
+
+
+def test_a_network_whose_depth_has_no_evenly_spread_pattern_has_a_name_too() -> None:
+    config = MDT_CONFIG.model_copy(update={"min_depth": {}, "depths": {"encoder": (1, 4), "decoder": (1, 2, 4)}})
+    space = SearchSpace(mdt_v(), config)
+    patterns = [(0, 4), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 7), tuple(range(8))]
+    assert [space.kept_blocks(depth) for depth in (2, 5, 6, 8)] == patterns
+    thin = Layer(8, 1536, 8, 8)
+    other = Subnet((thin, None, None, None, thin, None, None, thin), Precision.INT)  # three blocks: 1 and 2
+    assert space.name(other) == "w8a8.8h1536.0x3.8h1536.0x2.8h1536"
+    assert space.parse(space.name(other)) == other
+
+
+def test_stratified_draws_take_every_depth_of_the_list_equally_often() -> None:
+    generator = torch.Generator().manual_seed(0)
+    depths = Counter(stratified_subnet(OPENVLA, generator).depth - 24 for _ in range(900))
+    assert sorted(depths) == [24, 28, 32] and min(depths.values()) > 240
+    assert stratified_subnet(OPENVLA, generator, Phase(depth=False)).depth == 56
 
 
 def test_choices_are_whole_heads_and_channels() -> None:

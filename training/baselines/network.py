@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from training.baselines.bits import FLOAT, BaselineError, Bits
 from training.baselines.parts import Part, Unquantized
 from training.policies.diffusion_policy_t import DiffusionPolicyT
-from training.quant.calibrate import InputGroup, input_groups
+from training.policies.diffusion_policy_t_shape import input_groups
+from training.quant.calibrate import InputGroup
 from training.quant.fp8 import fp8_codes, fp8_scale
 from training.quant.quantizer import TINY
 

@@ -15,7 +15,7 @@ from training.data.policy_data import PolicyData
 from training.objective import Objective
 from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.quant.calibrate import InputGroup
-from training.search.distance import SAMPLE_SEED, SAMPLES
+from training.search.teacher_distance import SAMPLE_SEED, SAMPLES
 from training.trained import TrainedPolicy
 
 

@@ -17,7 +17,8 @@ from training.data.episodes import DataError, Demonstrations, split_episodes
 from training.data.normalizer import concatenate_normalizers, normalize
 from training.data.sequences import window_rows
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
-from training.quant.calibrate import input_groups, observed_inputs, quantized_copy
+from training.policies.diffusion_policy_t_shape import input_groups
+from training.quant.calibrate import observed_inputs, quantized_copy
 from training.quant.linear import LinearBits
 from training.specification import PolicyMeaning
 from training.torch_engine import TorchEngine

@@ -110,9 +110,9 @@ class ElasticLinear(nn.Linear):
     log_step: nn.Parameter
     fp8_steps: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         """Make the layer with uncalibrated steps."""
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, bias)
         self.log_step = nn.Parameter(torch.zeros(len(BITS), out_features))
         self.register_buffer("fp8_steps", None)
         self.frozen: tuple[Tensor, Tensor] | None = None
@@ -141,8 +141,9 @@ class ElasticLinear(nn.Linear):
             assert scale is not None
             codes, steps = self.frozen
             product = torch._int_mm(x.flatten(0, -2).to(torch.int8), codes).to(torch.float32)
-            return product.unflatten(0, x.shape[:-1]) * (scale * steps) + self.bias
-        weight, bias = self.weight[:rows, :columns], self.bias[:rows]
+            product = product.unflatten(0, x.shape[:-1]) * (scale * steps)
+            return product if self.bias is None else product + self.bias
+        weight, bias = self.weight[:rows, :columns], None if self.bias is None else self.bias[:rows]
         if arithmetic is Arithmetic.FLOAT:
             return nn.functional.linear(x, weight, bias)
         if arithmetic is Arithmetic.HALF:
@@ -155,22 +156,50 @@ class ElasticLinear(nn.Linear):
             log_step = (bits.weight[:, None] * self.log_step[:, :rows]).sum(0)
             codes = lsq_product_codes(weight, log_step[:, None], bits.weight_low, bits.weight_high)
             steps = torch.exp(log_step.detach())
-        return rescale(nn.functional.linear(x, codes), scale * steps, bias)
+        product, scales = nn.functional.linear(x, codes), scale * steps
+        return product * scales if bias is None else rescale(product, scales, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What a block can be narrowed by: the heads of an attention, or the hidden channels of an MLP.
+
+    Attributes:
+        producers: layers of which each unit is ``width`` rows.
+        consumers: layers of which each unit is ``width`` columns.
+        width: channels of a unit.
+    """
+
+    producers: tuple[ElasticLinear, ...]
+    consumers: tuple[ElasticLinear, ...]
+    width: int = 1
+
+
+class ElasticBlock(nn.Module):
+    """A transformer block of elastic width and bits."""
+
+    def units(self) -> dict[str, Units]:
+        """What the block can be narrowed by, by name; their order changes nothing at full width."""
+        raise NotImplementedError
 
 
 class ElasticAttention(nn.Module):
     """Attention with separate q, k, v and output projections that runs with its first heads only."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float, bias: bool = True) -> None:
         """Make the projections of ``heads`` heads of ``head_dim`` channels on ``dim``."""
         super().__init__()
         self.dim, self.head_dim, self.dropout = dim, head_dim, dropout
         inner = heads * head_dim
-        self.q = ElasticLinear(dim, inner)
-        self.k = ElasticLinear(dim, inner)
-        self.v = ElasticLinear(dim, inner)
-        self.o = ElasticLinear(inner, dim)
+        self.q = ElasticLinear(dim, inner, bias)
+        self.k = ElasticLinear(dim, inner, bias)
+        self.v = ElasticLinear(dim, inner, bias)
+        self.o = ElasticLinear(inner, dim, bias)
         self.output_input = InputQuantizer()
+
+    def units(self) -> Units:
+        """The heads."""
+        return Units((self.q, self.k, self.v), (self.o,), self.head_dim)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         """(B, T, H * D) -> (B, H, T, D)."""
@@ -200,7 +229,7 @@ class ElasticAttention(nn.Module):
         return self.o.apply_to(codes, scale, width.arithmetic, bits, self.dim, width.heads * self.head_dim)
 
 
-class ElasticDecoderBlock(nn.Module):
+class ElasticDecoderBlock(ElasticBlock):
     """Pre-norm decoder block (causal self-attention, cross-attention, GELU MLP) of elastic width and bits.
 
     Parameter names are those of :class:`training.nn.blocks.DecoderBlock`, so full-precision weights load as they are.
@@ -222,6 +251,14 @@ class ElasticDecoderBlock(nn.Module):
         self.memory_input = InputQuantizer()  # of the cross-attention's k and v together
         self.fc1_input = InputQuantizer()
         self.fc2_input = InputQuantizer()
+
+    def units(self) -> dict[str, Units]:
+        """Heads of either attention and hidden channels."""
+        return {
+            "self_heads": self.self_attn.units(),
+            "cross_heads": self.cross_attn.units(),
+            "channels": Units((self.fc1,), (self.fc2,)),
+        }
 
     def keys_values(self, memory: Tensor, width: Width, bits: Bits) -> tuple[Tensor, Tensor]:
         """Cross-attention keys and values (B, H, S, D) of ``memory`` (B, S, dim)."""

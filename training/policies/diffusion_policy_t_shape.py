@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from training.nn.vision import encoder_flops, encoder_parameters
-from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
+from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policy_shape import BlockShape, LinearShape, PolicyShape, Slice
+from training.quant.calibrate import InputGroup
 
 BACKBONE = "diffusion_policy_t"
 KIND = GROUP = "decoder"
@@ -82,3 +83,18 @@ def _linears(d: int, ffn: int, tokens: int, observations: int) -> tuple[LinearSh
         linear("fc1", (d, ffn), ("full", "mlp")),
         linear("fc2", (ffn, d), ("mlp", "full")),
     )
+
+
+def input_groups(network: DiffusionPolicyT) -> tuple[InputGroup, ...]:
+    """Quantized linears of the policy by shared input (``algorithms.md`` section 1).
+
+    Embeddings, memory MLP and action head are not among them and stay in floating point.
+    """
+    groups = []
+    for index in range(len(network.blocks)):
+        block = f"blocks.{index}"
+        groups.append(InputGroup(f"{block}.self_attn.qkv", tuple(f"{block}.self_attn.{p}" for p in "qkv")))
+        for single in ("self_attn.o", "cross_attn.q", "cross_attn.o", "fc1", "fc2"):
+            groups.append(InputGroup(f"{block}.{single}", (f"{block}.{single}",)))
+    memory = tuple(f"blocks.{i}.cross_attn.{p}" for i in range(len(network.blocks)) for p in "kv")
+    return (*groups, InputGroup("memory", memory))

@@ -6,48 +6,22 @@ memory MLP, final layer) nothing is elastic and nothing is quantized.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from training.compiling import compiled
-from training.nn.elastic import (
-    Arithmetic,
-    Bits,
-    ElasticDecoderBlock,
-    ElasticLinear,
-    InputQuantizer,
-    Width,
-    integer_bits,
-)
+from training.nn.elastic import ElasticDecoderBlock
+from training.nn.elastic_policy import ElasticPolicy
 from training.policies.diffusion_policy_t import DiffusionPolicyT, DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
 from training.policy_shape import PolicyShape
-from training.quant.batchquant import BatchQuant
-from training.quant.quantizer import BITS
-from training.subnet import Layer, Precision, Subnet
-
-ARITHMETIC = {
-    Precision.FP32: Arithmetic.FLOAT,
-    Precision.FP16: Arithmetic.HALF,
-    Precision.FP8: Arithmetic.FP8,
-    Precision.INT: Arithmetic.INTEGER,
-}
 
 
-class ElasticDiffusionPolicyT(DiffusionPolicyT):
-    """A DiffusionPolicy-T whose active subnet can be exchanged between two calls at no cost.
-
-    Attributes:
-        sizes: heads and hidden channels of every block at full width.
-        active: the subnet that runs.
-        frozen: whether :meth:`freeze` was called.
-        batch_ranges: whether :meth:`use_batch_ranges` was called.
-    """
-
-    active: Subnet
+class ElasticDiffusionPolicyT(ElasticPolicy, DiffusionPolicyT):
+    """A DiffusionPolicy-T whose active subnet can be exchanged between two calls at no cost."""
 
     def __init__(self, config: DiffusionPolicyTConfig, sizes: Sequence[tuple[int, int]] | None = None) -> None:
         """Make the network with random weights, uncalibrated steps and the full-precision whole network active.
@@ -59,15 +33,11 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         full = (config.heads, config.ffn_ratio * config.dim)
         self.sizes = tuple(sizes) if sizes is not None else (full,) * config.depth
         super().__init__(config)
-        self.frozen = False
-        self.batch_ranges = False
-        self._bits: dict[tuple[int, int], Bits] = {}
-        self._plan: list[tuple[int, Width, Bits]] = []
         self.run_enter: Callable[..., tuple[Tensor, Tensor]] = ElasticDiffusionPolicyT._enter
         self.run_block: Callable[..., Tensor] = ElasticDecoderBlock.forward
         self.run_leave: Callable[..., Tensor] = ElasticDiffusionPolicyT._leave
         self.decode_block: Callable[..., Tensor] = ElasticDecoderBlock.decode
-        self.activate(Subnet(tuple(Layer(h, m, 32, 32) for h, m in self.sizes), Precision.FP32))
+        self.begin()
 
     def _make_blocks(self) -> Iterable[nn.Module]:
         config = self.config
@@ -81,63 +51,14 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         """What the search space, the tables and the counts know of this network."""
         return diffusion_policy_t_shape(self.config)
 
+    def blueprint(self, kept: Sequence[tuple[int, tuple[int, int]]]) -> Callable[[], ElasticDiffusionPolicyT]:
+        """What makes an untrained network of some of the blocks: see :meth:`ElasticPolicy.blueprint`."""
+        config = self.config.model_copy(update={"depth": len(kept)})
+        return partial(ElasticDiffusionPolicyT, config, [size for _, size in kept])
+
     def elastic_blocks(self) -> list[ElasticDecoderBlock]:
         """The blocks in order, typed."""
         return [block for block in self.blocks if isinstance(block, ElasticDecoderBlock)]
-
-    def activate(self, subnet: Subnet) -> None:
-        """Run ``subnet`` from the next call on. No parameter is copied.
-
-        Raises:
-            ValueError: it has another number of layers, a layer wider than this network, or unknown bits; or the
-                network is frozen and it is another one.
-        """
-        if self.frozen and subnet != self.active:
-            raise ValueError("the network is frozen for inference; extract it anew to run another subnet")
-        if len(subnet.layers) != len(self.sizes):
-            raise ValueError(f"subnet has {len(subnet.layers)} layers, expected {len(self.sizes)}")
-        arithmetic = ARITHMETIC[subnet.precision]
-        plan = []
-        for index, (layer, (heads, mlp)) in enumerate(zip(subnet.layers, self.sizes, strict=True)):
-            if layer is None:
-                continue
-            if not (0 < layer.heads <= heads and 0 < layer.mlp <= mlp):
-                raise ValueError(f"layer {index}: {layer} does not fit into {heads} heads and {mlp} hidden channels")
-            pair = (layer.w, layer.a) if arithmetic is Arithmetic.INTEGER else (BITS[-1], BITS[-1])
-            plan.append((index, Width(layer.heads, layer.mlp, arithmetic), self._select(pair)))
-        self.active, self._plan = subnet, plan
-
-    def plan(self) -> list[tuple[int, Width, Bits]]:
-        """What runs: index, width and bits of every kept block."""
-        return list(self._plan)
-
-    def _select(self, pair: tuple[int, int]) -> Bits:
-        if pair not in self._bits:
-            if not set(pair) <= set(BITS):
-                raise ValueError(f"w{pair[0]}a{pair[1]}: weight and activation bits are each one of {BITS}")
-            bits = integer_bits(*pair)
-            device = self.action_position.device
-            self._bits[pair] = Bits(*(getattr(bits, name).to(device) for name in Bits.__slots__))
-        return self._bits[pair]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticDiffusionPolicyT:
-        super()._apply(fn, recurse)
-        self._bits = {}  # the tensors that select bits follow the parameters' device
-        self.activate(self.active)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, object]) -> ElasticDiffusionPolicyT:
-        """A copy with parameters of its own and the same active subnet."""
-        twin = ElasticDiffusionPolicyT(self.config, self.sizes).to(self.action_position.device)
-        memo[id(self)] = twin
-        if self.batch_ranges:
-            twin.use_batch_ranges()
-        for name, module in self.named_modules():
-            if isinstance(module, ElasticLinear) and module.fp8_steps is not None:
-                twin.get_submodule(name).fp8_steps = module.fp8_steps.clone()
-        twin.load_state_dict(self.state_dict())
-        twin.activate(self.active)
-        return twin.train(self.training)
 
     # Parts that run at different rates -------------------------------------------------------------------------------
 
@@ -203,69 +124,3 @@ class ElasticDiffusionPolicyT(DiffusionPolicyT):
         self.run_enter = compiled(ElasticDiffusionPolicyT._enter)
         self.run_block = compiled(ElasticDecoderBlock.forward)
         self.run_leave = compiled(ElasticDiffusionPolicyT._leave)
-
-    # Stand-alone networks --------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def extract(self, subnet: Subnet) -> ElasticDiffusionPolicyT:
-        """A network of its own that holds just what ``subnet`` uses and computes the same, bit for bit."""
-        kept = [(index, layer) for index, layer in enumerate(subnet.layers) if layer is not None]
-        config = self.config.model_copy(update={"depth": len(kept)})
-        alone = ElasticDiffusionPolicyT(config, [(layer.heads, layer.mlp) for _, layer in kept])
-        if self.batch_ranges:
-            alone.use_batch_ranges()
-        mine = self.elastic_blocks()
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("blocks.")}
-        for place, (index, _) in enumerate(kept):
-            target = alone.elastic_blocks()[place]
-            wanted = target.state_dict()
-            for name, tensor in mine[index].state_dict().items():
-                if name in wanted:  # not yet the FP8 scales, which a network that was extracted itself has
-                    window = tuple(slice(0, size) for size in wanted[name].shape)
-                    state[f"blocks.{place}.{name}"] = tensor[window]
-            for name, module in mine[index].named_modules():
-                if isinstance(module, ElasticLinear):
-                    part = target.get_submodule(name)
-                    assert isinstance(part, ElasticLinear)
-                    part.fp8_steps = module.fp8_row_steps(part.out_features).clone()
-                    state[f"blocks.{place}.{name}.fp8_steps"] = part.fp8_steps
-        alone.load_state_dict(state)
-        alone.activate(Subnet(tuple(layer for _, layer in kept), subnet.precision))
-        return alone.to(self.action_position.device).train(self.training)
-
-    def freeze(self) -> None:
-        """Prepare a stand-alone network for inference: integer layers multiply int8 codes quantized once.
-
-        Outputs are those of the network as it was, bit for bit. Networks of other precisions stay as they are.
-        """
-        if self.active.precision is not Precision.INT or self.batch_ranges:  # those codes are no int8 with zero point 0
-            return
-        self.frozen = True
-        blocks = self.elastic_blocks()
-        for index, _, bits in self._plan:
-            for module in blocks[index].modules():
-                if isinstance(module, ElasticLinear):
-                    module.freeze(bits)
-
-    def use_batch_ranges(self, live: bool = False) -> None:
-        """Quantize integer activations by BatchQuant from here on, with new corrections.
-
-        ``live`` takes the range of every batch, as training does; else it is that estimated for the running subnet.
-        """
-        self.batch_ranges = True
-        for quantizer in self.input_quantizers().values():
-            quantizer.batch = BatchQuant().to(quantizer.log_step.device)
-            quantizer.batch.live = live
-
-    def input_quantizers(self) -> dict[str, InputQuantizer]:
-        """All input quantizers by name."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, InputQuantizer)}
-
-    def elastic_linears(self) -> dict[str, ElasticLinear]:
-        """All elastic linear layers by name."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, ElasticLinear)}
-
-
-def clone(network: ElasticDiffusionPolicyT) -> ElasticDiffusionPolicyT:
-    """A frozen copy for averaging or teaching: evaluation mode, no gradients."""
-    return copy.deepcopy(network).requires_grad_(False).eval()

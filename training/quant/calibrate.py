@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
-from training.policies.diffusion_policy_t import DiffusionPolicyT
 from training.quant.linear import LinearBits, QuantizedLinear
 from training.quant.ranges import MSE
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,21 +22,6 @@ class InputGroup:
 
     name: str
     linears: tuple[str, ...]
-
-
-def input_groups(network: DiffusionPolicyT) -> tuple[InputGroup, ...]:
-    """Quantized linears of the policy by shared input (``algorithms.md`` section 1).
-
-    Embeddings, memory MLP and action head are not among them and stay in floating point.
-    """
-    groups = []
-    for index in range(len(network.blocks)):
-        block = f"blocks.{index}"
-        groups.append(InputGroup(f"{block}.self_attn.qkv", tuple(f"{block}.self_attn.{p}" for p in "qkv")))
-        for single in ("self_attn.o", "cross_attn.q", "cross_attn.o", "fc1", "fc2"):
-            groups.append(InputGroup(f"{block}.{single}", (f"{block}.{single}",)))
-    memory = tuple(f"blocks.{i}.cross_attn.{p}" for i in range(len(network.blocks)) for p in "kv")
-    return (*groups, InputGroup("memory", memory))
 
 
 @contextmanager
@@ -57,11 +44,11 @@ def observed_inputs(network: nn.Module, groups: Sequence[InputGroup]) -> Iterato
 
 
 def quantized_copy(
-    network: DiffusionPolicyT,
+    network: Network,
     groups: Sequence[InputGroup],
     statistics: dict[str, MSE],
     bits: LinearBits,
-) -> DiffusionPolicyT:
+) -> Network:
     """A copy of ``network`` whose grouped linears run in integer codes.
 
     Raises:

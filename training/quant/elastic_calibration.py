@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.nn.elastic import InputQuantizer
-from training.policies.elastic_diffusion_policy_t import ElasticDiffusionPolicyT
+from training.nn.elastic_policy import ElasticPolicy
 from training.quant.fp8 import fp8_scale
 from training.quant.lsq import weight_range
 from training.quant.quantizer import BITS, mse_scale, round_to_nearest
@@ -18,7 +18,7 @@ ASYMMETRIC_BITS = 4  # at 8 bits a range that keeps zero point 0 has room for th
 
 
 @torch.no_grad()
-def calibrate_weights(network: ElasticDiffusionPolicyT, method: Method = "mse") -> None:
+def calibrate_weights(network: ElasticPolicy, method: Method = "mse") -> None:
     """Set the row steps of every elastic layer: to those of least squared error, or to reach the greatest magnitude."""
     for linear in network.elastic_linears().values():
         for index, bits in enumerate(BITS):
@@ -31,15 +31,13 @@ def calibrate_weights(network: ElasticDiffusionPolicyT, method: Method = "mse") 
 
 
 @torch.no_grad()
-def calibrate_inputs(
-    network: ElasticDiffusionPolicyT, calls: Iterable[tuple[Tensor, Tensor, Tensor]], method: Method = "mse"
-) -> None:
+def calibrate_inputs(network: ElasticPolicy, calls: Iterable[tuple[Tensor, ...]], method: Method = "mse") -> None:
     """Set step and range of every input quantizer from the active full-precision network's inputs.
 
     Args:
         network: with its full-precision largest subnet active.
-        calls: arguments of the network: noisy (B, T, Da), time steps (B,), observations (B, To, Do), pooled over noise
-            levels.
+        calls: arguments of the network, pooled over noise levels where it denoises: for DiffusionPolicy-T noisy
+            (B, T, Da), time steps (B,), observations (B, To, Do).
         method: what a range is chosen by: least squared error, everything observed, or 99.9 % of it.
     """
     observers = {name: OBSERVERS[method]() for name in network.input_quantizers()}

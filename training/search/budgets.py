@@ -104,7 +104,7 @@ def _undominated(condition: Condition, allowed: Tensor) -> list[Subnet]:
     offered = (index.offered & allowed[..., None, None].expand_as(costs.latency).flatten(1)).numpy()
     sums, numbers = np.zeros((1, 2)), np.zeros((1, len(both)), np.int64)
     for group, blocks in space.groups.items():
-        needed = max(space.min_depth[group], sum(block in space.always_kept for block in blocks))
+        needed = space.least_depths[group]  # no fewer than are always kept
         kept: dict[int, Partial] = {0: (sums, numbers)}  # by blocks that are kept so far
         for block in blocks:
             choices = np.flatnonzero(offered[block])

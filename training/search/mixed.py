@@ -68,7 +68,9 @@ class MixedOutcome:
 def whole_space(space: SearchSpace) -> SearchSpace:
     """The networks of ``space`` that keep everything and differ in bits alone."""
     depth = {group: len(blocks) for group, blocks in space.groups.items()}
-    config = space.config.model_copy(update={"min_depth": depth, "head_ratios": (1.0,), "mlp_ratios": (1.0,)})
+    config = space.config.model_copy(
+        update={"min_depth": depth, "depths": {}, "head_ratios": (1.0,), "mlp_ratios": (1.0,)}
+    )
     return SearchSpace(space.shape, config)
 
 

@@ -68,7 +68,11 @@ class Genes:
         return [self.space.decode((self._integer, *row)) for row in rows.tolist()]
 
     def repaired(self, rows: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
-        """Rows of networks of the space: missing blocks are put back with random genes, idle genes are 0."""
+        """Rows of networks of the space: blocks are put back with random genes or skipped, idle genes are 0.
+
+        A group whose number of blocks lies between two that the space offers goes to either, to the nearer one more
+        often.
+        """
         rows = rows.copy()
         blocks, sizes = self.blocks(rows), self.blocks(self.sizes[None])[0]
 
@@ -81,12 +85,26 @@ class Genes:
                 if not block[index, 0]:
                     put_back(block, index)
             for group, members in self.space.groups.items():
-                skipped = [index for index in members if not block[index, 0]]
-                missing = self.space.min_depth[group] - (len(members) - len(skipped))
-                for index in random.choice(skipped, missing, replace=False) if missing > 0 else ():
-                    put_back(block, index)
+                kept = [index for index in members if block[index, 0]]
+                change = self._depth(len(kept), self.space.depth_choices[group], random) - len(kept)
+                if change > 0:
+                    for index in random.choice([i for i in members if not block[i, 0]], change, replace=False):
+                        put_back(block, index)
+                elif change < 0:
+                    free = [index for index in kept if index not in self.space.always_kept]
+                    block[random.choice(free, -change, replace=False), 0] = 0
         blocks *= blocks[..., :1]
         return rows
+
+    @staticmethod
+    def _depth(kept: int, choices: Sequence[int], random: np.random.Generator) -> int:
+        """The number of blocks to keep where ``kept`` are."""
+        if kept in choices:
+            return kept
+        if kept < choices[0]:
+            return choices[0]
+        below, above = max(d for d in choices if d < kept), min(d for d in choices if d > kept)
+        return below if random.random() * (above - below) < above - kept else above
 
     def blocks(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """A view (N, blocks, genes of a block)."""

@@ -14,8 +14,9 @@ from dcqfa_ros.runtime.policy import PolicyRuntime
 from training.checkpoint_engine import CheckpointVariant, refuse_images
 from training.config import TrainConfig
 from training.search.cache import DistanceCache
-from training.search.distance import DistanceSource, Measure, TeacherDistance
+from training.search.distance import Measure
 from training.search.executors import Executor
+from training.search.teacher_distance import DistanceSource, TeacherDistance
 from training.space import SearchSpace
 from training.subnet import Subnet
 from training.supernet_checkpoint import TrainedSupernet

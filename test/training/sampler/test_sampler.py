@@ -139,6 +139,21 @@ def test_groups_keep_their_least_depth_under_any_budget(small_space: SearchSpace
             small_space.check(sampler.draw(conditions.draw(generator), generator))
 
 
+def test_depths_come_from_the_list_under_any_budget(small_space: SearchSpace) -> None:
+    config = small_space.config.model_copy(update={"min_depth": {"encoder": 1}, "depths": {"decoder": (1, 3)}})
+    space, generator = SearchSpace(small_space.shape, config), torch.Generator().manual_seed(0)
+    conditions = Conditions(space, {}, synthetic_tensors(space, generator, 8))
+    drawn = []
+    for kind in ("learned", "rejection", "uniform"):
+        sampler = ConfigurationSampler(space, conditions, SamplerConfig(kind=kind, batch=4))
+        for _ in range(5):
+            assert all(math.isfinite(value) for value in sampler.update(generator).values())
+        drawn += [sampler.draw(conditions.draw(generator), generator) for _ in range(40)]
+    for subnet in drawn:
+        space.check(subnet)
+    assert {sum(layer is not None for layer in subnet.layers[2:]) for subnet in drawn} == {1, 3}
+
+
 @pytest.mark.parametrize(("which", "kept", "free"), [("first", (2,), (3, 4)), ("ends", (2, 4), (3,))])
 def test_blocks_that_are_always_kept_are_kept_under_any_budget(
     small_space: SearchSpace, which: str, kept: tuple[int, ...], free: tuple[int, ...]

@@ -13,7 +13,7 @@ from training.cost import cost_tensors
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
-from training.search.distance import DistanceSource, TeacherDistance
+from training.search.teacher_distance import DistanceSource, TeacherDistance
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.subnet import Subnet

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.search.distance import DistanceError, DistanceSource, SubnetDistance, TeacherDistance
+from training.search.distance import DistanceError, SubnetDistance
 from training.search.executors import LocalExecutor
+from training.search.teacher_distance import DistanceSource, TeacherDistance
 from training.subnet import Subnet
 from training.supernet_checkpoint import load_supernet
 

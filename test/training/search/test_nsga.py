@@ -26,6 +26,28 @@ def test_repaired_genes_are_canonical_genes_of_the_space(space: SearchSpace, see
     assert np.array_equal(genes.repaired(rows, random), rows)
 
 
+LISTED = {"min_depth": {}, "depths": {"decoder": (2, 5, 8)}, "always_kept": {"decoder": "ends"}}
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_repaired_genes_keep_a_number_of_blocks_from_the_list(space: SearchSpace, seed: int) -> None:
+    listed = SearchSpace(space.shape, space.config.model_copy(update=LISTED))
+    genes, random = Genes(listed), np.random.default_rng(seed)
+    rows = genes.repaired(random.integers(0, genes.sizes, size=(20, len(genes.sizes))), random)
+    assert {subnet.depth for subnet in genes.decode(rows)} <= {2, 5, 8}  # decoding checks the ends, too
+    assert np.array_equal(genes.repaired(rows, random), rows)
+
+
+def test_a_number_between_two_of_the_list_goes_to_the_nearer_one_more_often(space: SearchSpace) -> None:
+    listed = SearchSpace(space.shape, space.config.model_copy(update=LISTED))
+    genes, random = Genes(listed), np.random.default_rng(0)
+    rows = genes.encode([listed.largest(Precision.INT)]).repeat(600, 0)
+    genes.blocks(rows)[:, 3, 0] = 0
+    depths = [subnet.depth for subnet in genes.decode(genes.repaired(rows, random))]
+    assert set(depths) == {5, 8} and 340 < depths.count(8) < 460  # two thirds
+
+
 def test_a_search_repeats_with_its_seed_and_improves(space: SearchSpace, conditions: Conditions, made_up) -> None:
     condition = conditions.between("orin", 0.5)
     budgets = (condition.latency_ms, condition.memory_bytes)

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from dcqfa_ros import cli
-from training.search.distance import DistanceError, TeacherDistance
+from training.search.distance import DistanceError
 from training.search.ray_executor import LOSSES, RayExecutor, Worker, connect
+from training.search.teacher_distance import TeacherDistance
 from training.subnet import Subnet
 
 Run = Callable[..., tuple[int, str, str]]

@@ -1,0 +1,184 @@
+"""Other backbones need nothing but a declaration of their blocks: from quantizers to a search, no part knows them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from test.training.other_policies import DIM, TinyLlama, TinyMdt, arguments, calibrated
+from training.conditions import Conditions
+from training.cost import cost_tensors
+from training.draws import stratified_subnet
+from training.importance import apply_order, importance_order, order_by_importance
+from training.modelled_tables import ORIN_NX_16GB, modelled_table
+from training.nn.elastic import Arithmetic, ElasticLinear, integer_bits
+from training.nn.elastic_policy import ElasticPolicy
+from training.search.cache import DistanceCache
+from training.search.distance import SubnetDistance
+from training.search.nsga import Genetics
+from training.search.run import DeviceSearch, Plan
+from training.search.session import KnownDistances
+from training.space import SearchSpace
+from training.space_config import SpaceConfig
+from training.subnet import Precision, Subnet
+
+LLAMA_CONFIG = SpaceConfig(depths={"llama": (2, 4)}, head_ratios=(0.75, 1.0), mlp_ratios=(0.5, 0.75, 1.0))
+MDT_CONFIG = SpaceConfig(
+    min_depth={"encoder": 1, "decoder": 1}, head_ratios=(0.25, 0.5, 1.0), mlp_ratios=(0.25, 0.5, 1.0)
+)
+LLAMA, MDT = calibrated(TinyLlama()), calibrated(TinyMdt())
+POLICIES = {
+    "llama": (LLAMA, SearchSpace(LLAMA.shape, LLAMA_CONFIG)),
+    "mdt": (MDT, SearchSpace(MDT.shape, MDT_CONFIG)),
+}
+of_both = pytest.mark.parametrize("kind", sorted(POLICIES))
+
+
+def drawn(space: SearchSpace, seed: int, precision: Precision | None = None) -> Subnet:
+    """A stratified draw, as integers or at the precision of a whole network."""
+    subnet = stratified_subnet(space, torch.Generator().manual_seed(seed), whole_network=False)
+    if precision in (None, Precision.INT):
+        return subnet
+    genes = (space.precisions.index(precision), *space.encode(subnet)[1:])
+    return space.decode(genes)
+
+
+@torch.no_grad()
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(sorted(POLICIES)),
+    seed=st.integers(0, 9999),
+    precision=st.sampled_from(list(Precision)),
+    batch=st.integers(1, 5),
+)
+def test_an_extracted_network_gives_the_bits_of_the_supernet_with_it_active(
+    kind: str, seed: int, precision: Precision, batch: int
+) -> None:
+    policy, space = POLICIES[kind]
+    subnet, given_ = drawn(space, seed, precision), arguments(policy, batch, seed)
+    alone = policy.extract(subnet)
+    policy.activate(subnet)
+    whole = policy(*given_)
+    assert torch.equal(alone(*given_), whole)
+    assert torch.equal(copy.deepcopy(alone)(*given_), whole)
+    again = alone.extract(alone.active)  # FP8 scales of full rows are kept twice over
+    assert torch.equal(again(*given_), whole)
+    alone.freeze()
+    assert torch.equal(alone(*given_), whole)
+    assert sum(p.numel() for p in alone.parameters()) <= sum(p.numel() for p in policy.parameters())
+
+
+@torch.no_grad()
+@of_both
+def test_fitted_quantizers_lose_more_at_fewer_bits(kind: str) -> None:
+    policy, space = POLICIES[kind]
+    given_ = arguments(policy, 32, 9)
+
+    def answer(name: str) -> torch.Tensor:
+        policy.activate(space.parse(name))
+        return policy(*given_)
+
+    exact = answer("fp32")
+    lost = {name: float((answer(name) - exact).norm() / exact.norm()) for name in ("fp16", "w8a8", "fp8", "w4a4")}
+    assert lost["fp16"] < 2e-3 < lost["w8a8"] < 0.05 and lost["w8a8"] < lost["fp8"] < lost["w4a4"] < 0.6, lost
+
+
+@of_both
+def test_order_of_units_changes_nothing_at_full_width_and_keeps_the_most_important_first(kind: str) -> None:
+    policy, space = POLICIES[kind]
+    ordered = copy.deepcopy(policy)
+    given_ = arguments(policy)
+    for block in ordered.elastic_blocks():
+        order_by_importance(block)
+        assert all(torch.equal(order, torch.arange(len(order))) for order in importance_order(block).values())
+    for name in ("fp32", "w4a4"):
+        subnet = space.parse(name)
+        policy.activate(subnet)
+        ordered.activate(subnet)
+        with torch.no_grad():
+            torch.testing.assert_close(ordered(*given_), policy(*given_), rtol=1e-4, atol=1e-5)
+    block = ordered.elastic_blocks()[0]
+    order = importance_order(block)
+    del order["heads"]
+    with pytest.raises(ValueError, match="order: expected heads, channels, got channels"):
+        apply_order(block, order)
+
+
+@pytest.mark.parametrize("arithmetic", [Arithmetic.FLOAT, Arithmetic.HALF, Arithmetic.FP8, Arithmetic.INTEGER])
+def test_a_layer_without_bias_computes_and_learns_as_one_whose_bias_is_zero(arithmetic: Arithmetic) -> None:
+    torch.manual_seed(0)
+    without = ElasticLinear(DIM, DIM, bias=False)
+    zero = ElasticLinear(DIM, DIM)
+    nn.init.zeros_(zero.bias)
+    with torch.no_grad():
+        for linear in (without, zero):
+            linear.weight.copy_(without.weight)
+            linear.log_step.fill_(-3.0)
+    x = torch.randint(-8, 8, (2, 3, 12)).float()
+    scale = None if arithmetic in (Arithmetic.FLOAT, Arithmetic.HALF) else torch.tensor(0.1)
+    outputs = [layer.apply_to(x, scale, arithmetic, integer_bits(4, 8), 10, 12) for layer in (without, zero)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(without.weight.grad, zero.weight.grad)
+    if arithmetic is Arithmetic.INTEGER:
+        torch.testing.assert_close(without.log_step.grad, zero.log_step.grad)
+    assert zero.bias.grad is not None and "bias" not in dict(without.named_parameters())
+
+
+def test_a_shape_that_names_another_module_is_refused() -> None:
+    class Wrong(TinyMdt):
+        @property
+        def shape(self):
+            shape = super().shape
+            return type(shape)(shape.backbone, (*shape.blocks[:-1], POLICIES["llama"][1].shape.blocks[-1]), 0, 0, 0)
+
+    network = Wrong()
+    network.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    with pytest.raises(TypeError, match=r"layers\.3 is a Linear, expected an elastic block"):
+        network.elastic_blocks()
+
+
+def distance_of(policy: ElasticPolicy, space: SearchSpace) -> SubnetDistance:
+    """Distance to the policy's own full precision."""
+    given_ = arguments(policy, 4, 11)
+    policy.activate(space.largest())
+    with torch.no_grad():
+        target = policy(*given_)[:, 1:].contiguous()
+    return SubnetDistance(copy.deepcopy(policy).requires_grad_(False).eval(), given_, target, first=1)
+
+
+@of_both
+def test_distances_are_the_same_in_another_process(kind: str) -> None:
+    policy, space = POLICIES[kind]
+    distance = distance_of(policy, space)
+    subnets = [drawn(space, seed) for seed in range(6)]
+    here = list(distance(subnets))
+    assert distance.distance(space.largest()) == 0.0 and min(here) > 0.0
+    assert list(pickle.loads(pickle.dumps(distance.parcel())).unpacked()(subnets)) == here
+
+
+@of_both
+def test_a_search_finds_networks_of_the_space_within_the_budgets_of_a_device(kind: str, tmp_path: Path) -> None:
+    policy, space = POLICIES[kind]
+    conditions = Conditions(space, {"orin": cost_tensors(modelled_table(ORIN_NX_16GB, space), space, 1)}, [])
+    condition = conditions.between("orin", 0.6)
+    cache = DistanceCache(tmp_path, {"test": kind})
+    try:
+        known = KnownDistances(space, cache, distance_of(policy, space))
+        outcome = DeviceSearch(space, condition, known).run(Plan(Genetics(16, 6, 0)))
+    finally:
+        cache.close()
+    assert len(outcome.front) > 1
+    for point in outcome.front:
+        subnet = space.parse(point.subnet)
+        assert condition.fits(subnet)
+        for group, members in space.groups.items():
+            assert sum(subnet.layers[index] is not None for index in members) in space.depth_choices[group]
