@@ -64,8 +64,8 @@ def train(subparsers: Any) -> None:
     parser.add_argument(
         "--change-sandwich",
         action="store_true",
-        help="continue a supernet's run although supernet.sandwich (networks of a step, their batches and weights) is "
-        "another one",
+        help="continue a supernet's run although supernet.sandwich (networks of a step, their batches and weights) or "
+        "supernet.sampler.stratified_share is another one",
     )
     parser.add_argument(
         "--change-optimizer",

@@ -12,6 +12,7 @@ CHANGEABLE = MappingProxyType(
     {
         "run.steps": "--change-length",
         "supernet.sandwich": "--change-sandwich",
+        "supernet.sampler.stratified_share": "--change-sandwich",
         **{f"optimizer.{field}": "--change-optimizer" for field in OptimizerConfig.model_fields},
         "supernet.step_learning_rate": "--change-optimizer",
         "supernet.tables": "--change-tables",
@@ -34,6 +35,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     if document["supernet"] is not None:
         for path in ("warm_start", "tables"):  # what they hold is compared instead
             del document["supernet"][path]
+        share = "stratified_share"  # of the draws: apart from what the sampler is made of
+        document["supernet"][f"sampler.{share}"] = document["supernet"]["sampler"].pop(share)
     if document["distill"] is not None:
         for field in ("start", "workers", "ray"):  # what start holds is compared; where groups run changes nothing
             del document["distill"][field]

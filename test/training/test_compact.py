@@ -360,14 +360,18 @@ def test_another_sandwich_is_refused_unless_asked_for_and_then_recorded(
     config = load_supernet(supernet_run).meaning.config
     assert config.supernet is not None
     sandwich = config.supernet.sandwich.model_copy(update={"sampled": 1, "low_weight": 2.0})
-    other = config.model_copy(update={"supernet": config.supernet.model_copy(update={"sandwich": sandwich})})
+    sampler = config.supernet.sampler.model_copy(update={"stratified_share": 0.9})
+    section = config.supernet.model_copy(update={"sandwich": sandwich, "sampler": sampler})
+    other = config.model_copy(update={"supernet": section})
     folder = shutil.copytree(packed, tmp_path / "other")
-    with pytest.raises(CheckpointError, match=r"differs in supernet\.sandwich\).*--change-sandwich permits another"):
+    with pytest.raises(CheckpointError, match=r"differs in supernet\.sampler\.stratified_share, .*--change-sandwich"):
         SupernetTrainer(other, folder)
-    trainer = SupernetTrainer(other, folder, change=["supernet.sandwich"])
+    asked = [field for field, option in CHANGEABLE.items() if option == "--change-sandwich"]
+    trainer = SupernetTrainer(other, folder, change=asked)
     assert set(trainer.changed) == {
         "supernet.sandwich.sampled 2 -> 1",
         "supernet.sandwich.low_weight 1.0 -> 2.0",
+        f"supernet.sampler.stratified_share {config.supernet.sampler.stratified_share} -> 0.9",
     }
     trainer = SupernetTrainer(override(other, run={"steps": trainer.step + 1}), folder, change=tuple(CHANGEABLE))
     assert trainer.run()
