@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import io
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
+from dcqfa_ros.atomic import replacing
 from dcqfa_ros.errors import UserError
 
 FORMAT = 1
@@ -34,17 +32,9 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     file: _Writer | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with _Writer(io.FileIO(handle, "wb")) as file:
-                torch.save({"format": FORMAT, **payload}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp makes private files
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as whole:
+            file = _Writer(whole)
+            torch.save({"format": FORMAT, **payload}, cast(BinaryIO, file))
     except (OSError, RuntimeError) as error:
         refusal = None if file is None else file.refusal
         cause = error if isinstance(error, OSError) else refusal
@@ -53,17 +43,22 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         raise _unwritable(path, payload, cause) from cause
 
 
-class _Writer(io.BufferedWriter):
+class _Writer:
     """A file that keeps what the disk refuses: torch may report that as an error of its own."""
 
-    refusal: OSError | None = None
+    def __init__(self, file: BinaryIO) -> None:
+        self.refusal: OSError | None = None
+        self._file = file
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            return self._file.write(data)
         except OSError as error:
             self.refusal = error
             raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _unwritable(path: Path, payload: dict[str, Any], cause: OSError) -> CheckpointError:
@@ -88,7 +83,7 @@ def _size(value: Any) -> int:
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Remove the temporary files that kills while writing files of these names left; nobody else may be writing."""
     for name in names:
-        for file in folder.glob(f".{name}.????????"):  # as mkstemp calls them
+        for file in folder.glob(f".{name}.????????"):  # as replacing() calls them
             with suppress(OSError):
                 file.unlink()
 

@@ -71,7 +71,7 @@ def _compare(args: argparse.Namespace) -> int:
     from training.compare.results import joined, read_results
     from training.compare.session import dump
     from training.compare.table import reproduced
-    from training.lut import write_atomically
+    from training.files import write_atomically
 
     config = load_compare(find_config(args.config))
     asked = config if args.only is None else config.only(args.only)

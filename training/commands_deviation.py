@@ -49,7 +49,7 @@ def deviation(subparsers: Any) -> None:
 def _deviation(args: argparse.Namespace) -> int:
     from training.deviation import Options, measure
     from training.deviation_plot import check_plot, plot
-    from training.lut import write_atomically
+    from training.files import write_atomically
 
     check_least(args, seeds=2, horizon=1, steps=1, threads=1, first_seed=0)
     if args.out is not None and not args.out.resolve().parent.is_dir():

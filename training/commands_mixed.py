@@ -115,7 +115,7 @@ def _scored(
 
 
 def _write(out: Path, facts: dict[str, Any], outcome: MixedOutcome, scores: Scores) -> None:
-    from training.lut import write_atomically
+    from training.files import write_atomically
     from training.search.plots import plot_mixed, plot_mixed_scores
 
     title = f"{facts['run']}, step {facts['step']}"

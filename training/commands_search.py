@@ -186,7 +186,7 @@ def _plan(args: argparse.Namespace, folder: Path, cache: DistanceCache, space: S
 
     It is decided once and kept, so that a search that was interrupted goes on with the same plan.
     """
-    from training.lut import write_atomically
+    from training.files import write_atomically
     from training.search.nsga import Genetics
     from training.search.run import LEAST_KNOWN, VERIFIED, Plan
 

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from training.lut import write_atomically
+from training.files import write_atomically
 from training.search.plots import PlotError
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -35,7 +35,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     Raises:
         PlotError: see :func:`check_plot`.
-        TableError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     check_plot(path)
     import matplotlib

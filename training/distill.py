@@ -23,8 +23,8 @@ from training.compact import COMPACT
 from training.config import ConfigError
 from training.distill_buffer import StateBuffer
 from training.distill_config import DistillConfig
+from training.files import write_atomically
 from training.losses.sqil import sqil_loss
-from training.lut import write_atomically
 from training.messages import warn
 from training.rollouts_group import GroupRunner, Job, Kit, RolloutError, Visited, flat_state
 from training.rollouts_workers import Workers, open_workers

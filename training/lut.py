@@ -8,8 +8,6 @@ which form each precision takes, and how wide its weights then lie in memory.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.bundle.types import Name, Positive, Text
 from dcqfa_ros.errors import UserError
+from training.files import write_atomically
 from training.policy_shape import BlockShape, PolicyShape
 from training.space import SearchSpace
 from training.subnet import FLOAT_BITS, Layer, Precision, Subnet
@@ -361,7 +360,7 @@ def save_table(path: Path, table: LookUpTable) -> None:
     """Write a table so that a reader finds the old one or the new one, whole.
 
     Raises:
-        TableError: the disk refuses.
+        WriteError: the disk refuses.
     """
     write_atomically(path, table_json(table))
 
@@ -377,26 +376,3 @@ def table_json(table: LookUpTable) -> bytes:
         else:
             lines.append(f'  "{key}": {json.dumps(value)}')
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the contents of ``path`` in one step.
-
-    Raises:
-        TableError: the disk refuses; the old file is untouched.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp makes private files
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise TableError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from error

@@ -24,7 +24,8 @@ from dcqfa_ros.devices.detect import Device, detect
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.runtime.engines import ONNXRUNTIME
 from training.cost import activation_bytes, fixed_bytes
-from training.lut import DeviceFacts, LookUpTable, stored_as, write_atomically
+from training.files import write_atomically
+from training.lut import DeviceFacts, LookUpTable, stored_as
 from training.profile_check import Measured, fitted, random_subnet, validation
 from training.profile_conditions import clocks
 from training.profile_fit import MemoryFit, Weighed, fit_memory
@@ -69,7 +70,7 @@ def measure(
             integers.
         EngineError: the runtime cannot load a network.
         MeasurementError: memory cannot be measured.
-        TableError: the progress file cannot be written.
+        WriteError: the progress file cannot be written.
     """
     kinds = {(b.kind, b.dim, b.heads, b.head_dim, b.mlp, b.tokens, b.memory_tokens) for b in space.shape.blocks}
     if len(kinds) != 1:

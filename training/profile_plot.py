@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcqfa_ros.errors import UserError
-from training.lut import write_atomically
+from training.files import write_atomically
 
 if TYPE_CHECKING:
     from training.profile_validate import Report
@@ -31,7 +31,7 @@ def plot_report(report: Report, title: str, path: Path) -> None:
 
     Raises:
         PlotError: matplotlib is missing or cannot write such a file.
-        TableError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     try:
         import matplotlib

@@ -30,9 +30,9 @@ from training.config import ConfigError, TrainConfig
 from training.data.policy_data import Batch, PolicyData
 from training.digest import digest
 from training.divergence import culprits
+from training.files import write_atomically
 from training.identity import CHANGEABLE, changes, identity
 from training.locks import only_user
-from training.lut import write_atomically
 from training.messages import warn
 from training.objective import Objective
 from training.schedules import ema_decay, learning_rate_factor

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from dcqfa_ros.atomic import replace_file
 from dcqfa_ros.bench.chunking import NotRun
 from dcqfa_ros.bench.chunking_record import Settings
 from dcqfa_ros.bench.chunking_table import MARGIN, Difference, Row
 from dcqfa_ros.bench.processes import BenchError
-from dcqfa_ros.trials.records import write_atomic
 from dcqfa_ros.trials.report import CONTENT_POLICY, NOTHING
 from dcqfa_ros.trials.report_style import STYLE
 
@@ -60,7 +60,7 @@ def write_page(path: Path, rows: Sequence[Row], not_run: Sequence[NotRun], setti
         BenchError: the file cannot be written.
     """
     try:
-        write_atomic(path, render_page(rows, not_run, settings).encode())
+        replace_file(path, render_page(rows, not_run, settings).encode())
     except OSError as error:
         raise BenchError(f"--html {path}: cannot be written ({error.strerror})") from error
 

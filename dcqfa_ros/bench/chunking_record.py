@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from dcqfa_ros.atomic import replace_file
 from dcqfa_ros.bench.chunking_metrics import EpisodeTrack, mean_and_p95, mean_jerk
 from dcqfa_ros.bench.processes import BenchError
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.runtime.chunking import Method
-from dcqfa_ros.trials.records import write_atomic
 
 _Count = Annotated[int, Field(ge=0)]
 _Score = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -175,7 +175,7 @@ class Record:
             return
         content = _File(format=1, settings=self.settings, outcomes=tuple(self.outcomes))
         try:
-            write_atomic(self._path, content.model_dump_json().encode() + b"\n")
+            replace_file(self._path, content.model_dump_json().encode() + b"\n")
         except OSError as error:
             raise BenchError(f"--resume {self._path}: cannot be written ({error.strerror})") from error
 

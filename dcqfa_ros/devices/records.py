@@ -6,14 +6,13 @@ A record belongs to the weights it was measured with (the SHA-256 of the variant
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from dcqfa_ros.atomic import replace_file
 from dcqfa_ros.bundle.schema import LatencyRecord, Name, Sha256, VariantSpec
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
@@ -75,18 +74,10 @@ def save_records(new: Iterable[LocalRecord], file: Path | None = None) -> Path:
     file = file or records_file()
     merged = {_key(r): r for r in load_records(file).records} | {_key(r): r for r in new}
     text = json.dumps(LocalRecords(records=tuple(merged.values())).model_dump(mode="json"), indent=1)
-    temporary: Path | None = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{FILE_NAME}.", delete=False) as stream:
-            temporary = Path(stream.name)
-            stream.write(text + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
+        replace_file(file, f"{text}\n".encode(), 0o600)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise RecordsError(f"{file}: cannot be written ({error.strerror})") from error
     return file
 

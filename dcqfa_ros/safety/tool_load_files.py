@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dcqfa_ros.atomic import replace_file
 from dcqfa_ros.safety.tool_load import ToolLoadError, angle_between, rotation_matrix
 from dcqfa_ros.safety.tool_load_identification import Identified, Standstill, standstill
 
@@ -132,18 +131,7 @@ def check_place(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        staging = Path(name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            staging.chmod(0o644)
-            staging.replace(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                staging.unlink()
+        replace_file(path, text.encode())
     except OSError as error:
         raise RecordingError(f"{path}: cannot be written ({error.strerror})") from error
 

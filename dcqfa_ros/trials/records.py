@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import Enum
@@ -18,6 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from dcqfa_ros.atomic import replace_file
 from dcqfa_ros.bundle.strict import StrictModel
 from dcqfa_ros.errors import UserError
 from dcqfa_ros.trials.statistics import mean_interval
@@ -200,23 +200,6 @@ def summarize(
     )
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: afterwards, also after a crash, it holds the old or the new bytes.
-
-    Raises:
-        OSError: the folder cannot be written to; the old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def append_record(path: Path, record: TrialRecord) -> None:
     """Add ``record`` to the JSON-lines file ``path``, creating it if needed. One writer at a time.
 
@@ -227,7 +210,7 @@ def append_record(path: Path, record: TrialRecord) -> None:
     old = path.read_bytes() if path.exists() else b""
     if old and not old.endswith(b"\n"):
         raise RecordError(f"{path}: line {old.count(10) + 1}: incomplete (no line end); repair or move the file")
-    write_atomic(path, old + record.model_dump_json().encode() + b"\n")
+    replace_file(path, old + record.model_dump_json().encode() + b"\n")
 
 
 def read_records(path: Path) -> list[TrialRecord]:
@@ -263,7 +246,7 @@ def write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
     writer.writeheader()
     for record in records:
         writer.writerow(record.model_dump(mode="json", exclude=_LISTS))
-    write_atomic(path, text.getvalue().encode())
+    replace_file(path, text.getvalue().encode())
 
 
 def write_summary(path: Path, summary: TrialSummary) -> None:
@@ -272,4 +255,4 @@ def write_summary(path: Path, summary: TrialSummary) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    write_atomic(path, (json.dumps(summary.model_dump(mode="json"), indent=2) + "\n").encode())
+    replace_file(path, (json.dumps(summary.model_dump(mode="json"), indent=2) + "\n").encode())

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from dcqfa_ros.atomic import replace_file
 from dcqfa_ros.trials.charts import coverage_chart, score_strip
-from dcqfa_ros.trials.records import TrialMode, TrialRecord, TrialSummary, TrialSwap, write_atomic
+from dcqfa_ros.trials.records import TrialMode, TrialRecord, TrialSummary, TrialSwap
 from dcqfa_ros.trials.report_style import STYLE
 from dcqfa_ros.trials.statistics import mean_interval, wilson_interval
 from dcqfa_ros.trials.video import TrialVideo
@@ -33,7 +34,7 @@ def write_report(
         ValueError: there are no records, or a video belongs to none of them.
         OSError: the file cannot be written.
     """
-    write_atomic(path, render_report(title, records, summary, videos, seconds_per_step).encode())
+    replace_file(path, render_report(title, records, summary, videos, seconds_per_step).encode())
 
 
 def render_report(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dcqfa_ros import atomic
 from test.training.conftest import EPISODE_LENGTHS
 from training import checkpoint as checkpoint_module
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -224,14 +225,14 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_what_to_do(
 
 def full_disk_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make temporary files of checkpoints ones that take no byte."""
-    made = checkpoint_module.tempfile.mkstemp
+    made = atomic.tempfile.mkstemp
 
     def full(**options: Any) -> tuple[int, str]:
         handle, name = made(**options)
         os.close(handle)
         return os.open("/dev/full", os.O_WRONLY), name
 
-    monkeypatch.setattr(checkpoint_module.tempfile, "mkstemp", full)
+    monkeypatch.setattr(atomic.tempfile, "mkstemp", full)
 
 
 @pytest.mark.parametrize("megabytes", [0, 3])

@@ -21,7 +21,6 @@ from dcqfa_ros.trials.records import (
     append_record,
     read_records,
     summarize,
-    write_atomic,
     write_csv,
     write_summary,
 )
@@ -181,9 +180,3 @@ def test_records_refuse_numbers_that_are_none() -> None:
     for field in ("score", "inference_ms_p50"):
         with pytest.raises(ValidationError, match=field):
             make_record(**{field: float("nan")})
-
-
-def test_atomic_writing_needs_the_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_atomic(tmp_path / "missing" / "file", b"x")
-    assert list(tmp_path.iterdir()) == []

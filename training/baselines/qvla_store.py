@@ -16,7 +16,7 @@ from training.baselines.allocation import CHANNEL_BITS
 from training.baselines.bits import BaselineError
 from training.baselines.calibration import Calibration
 from training.baselines.qvla_sensitivity import Floats
-from training.lut import write_atomically
+from training.files import write_atomically
 from training.trained import TrainedPolicy
 from training.warm_start import state_sha256
 

@@ -24,8 +24,8 @@ from training.compare.opener import Opener
 from training.compare.results import FORMAT as RESULTS_FORMAT
 from training.compare.store import CellStore, refuse_other
 from training.compare.workers import Block, play_all
+from training.files import write_atomically
 from training.locks import only_user
-from training.lut import write_atomically
 
 FORMAT, BASELINE_FORMAT = 3, 2  # of the facts of entries; those of another one are opened anew, baselines take long
 METRIC = "mean over seeds of max over time of clip(coverage / 0.95, 0, 1)"

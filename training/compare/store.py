@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training.compare.config import CompareError
-from training.lut import write_atomically
+from training.files import write_atomically
 
 FORMAT = 1
 UNRECORDED = "not recorded"

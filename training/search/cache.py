@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dcqfa_ros.errors import UserError
-from training.lut import write_atomically
+from training.files import write_atomically
 
 FORMAT = 1
 

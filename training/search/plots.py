@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcqfa_ros.errors import UserError
-from training.lut import write_atomically
+from training.files import write_atomically
 from training.search.front import Point
 from training.search.mixed import METHODS, Allocation, MixedOutcome
 from training.search.run import Outcome
@@ -33,7 +33,7 @@ def plot_png(outcome: Outcome, title: str, budgets: tuple[float | None, float | 
 
     Raises:
         PlotError: matplotlib is missing.
-        TableError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.6), layout="constrained", sharey=True)
@@ -73,7 +73,7 @@ def plot_mixed(outcome: MixedOutcome, title: str, path: Path) -> None:
 
     Raises:
         PlotError: matplotlib is missing.
-        TableError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
@@ -108,7 +108,7 @@ def plot_mixed_scores(scores: Mapping[str, Mapping[float, tuple[float, float]]],
 
     Raises:
         PlotError: matplotlib is missing.
-        TableError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
@@ -165,7 +165,7 @@ def plot_html(outcome: Outcome, title: str, path: Path) -> None:
 
     Raises:
         PlotError: plotly is missing.
-        TableError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     check_plotting()
     from plotly import graph_objects

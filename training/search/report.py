@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.lut import LookUpTable, write_atomically
+from training.files import write_atomically
+from training.lut import LookUpTable
 
 SCHEMA_VERSION = 1
 MEGA = 1e6
@@ -74,7 +75,7 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
     """Write JSON for people and programs.
 
     Raises:
-        TableError: the disk refuses; the previous file is untouched.
+        WriteError: the disk refuses; the previous file is untouched.
     """
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
