@@ -233,8 +233,7 @@ class _Rounds:
         self.watch = Stopwatch(device)
         space = self.space
         self.low = space.largest(Precision.INT, LOW_BITS, LOW_BITS)
-        depth, config_space = space.depths[0], space.config
-        narrowest = (depth, min(config_space.head_ratios), min(config_space.mlp_ratios))
+        narrowest = (space.shallowest, min(space.config.head_ratios), min(space.config.mlp_ratios))
         smallest = space.smallest(LOW_BITS, LOW_BITS)
         self.members = {"largest": space.largest(), "w4a4": self.low, "smallest": smallest}
         self.members |= {f"sampled {place}": subnet for place, subnet in enumerate(sampled_subnets(space, DRAWS))}

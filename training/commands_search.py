@@ -104,7 +104,7 @@ def _search(args: argparse.Namespace) -> int:
         asked = {
             "device": file.stem,
             "table_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            "space_sha256": hashlib.sha256(supernet.space.config.model_dump_json().encode()).hexdigest(),
+            "space_sha256": supernet.space.config.sha256(),
             "latency_budget_ms": args.latency_ms,
             "memory_budget_mb": args.memory_mb,
             **{name: getattr(args, name) for name in ASKED},

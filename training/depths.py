@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from training.policy_shape import PolicyShape
@@ -71,21 +70,26 @@ def depth_choices(shape: PolicyShape, groups: Groups, config: SpaceConfig) -> di
 
 
 def _listed(group: str, depths: Sequence[int], lowest: int, size: int) -> tuple[int, ...]:
-    chosen = tuple(sorted(depths))
-    outside = [depth for depth in chosen if not lowest <= depth <= size]
+    outside = [depth for depth in depths if not lowest <= depth <= size]
+    if outside and lowest == size:
+        raise SpaceError(
+            f"space.depths.{group}: its {size} blocks are of fixed size and all kept, got {outside[0]}; leave it out"
+        )
     if outside:
         raise SpaceError(f"space.depths.{group}: expected {lowest} to {size} blocks, got {outside[0]}")
-    if chosen[-1] != size:
+    if depths[-1] != size:
         raise SpaceError(
-            f"space.depths.{group}: the whole group ({size}) is missing; the largest network is part of every space"
+            f"space.depths.{group}: the largest network is part of every space; add the whole group, {size}"
         )
-    return chosen
+    return tuple(depths)
 
 
 def blocks_always_kept(
     groups: Groups, choices: Choices, configured: Mapping[str, Literal["first", "ends"]]
 ) -> frozenset[int]:
     """Indices of the blocks that are never skipped: ends of groups, which evenly spread patterns keep anyway.
+
+    Blocks of fixed size are not among them: that their group is kept whole is said by its depth.
 
     Raises:
         SpaceError: an unknown group, or one that may keep fewer blocks than its ends are.
@@ -103,20 +107,6 @@ def blocks_always_kept(
             )
         kept.update(ends)
     return frozenset(kept)
-
-
-def shrinking_together(groups: Groups, choices: Choices) -> Iterator[dict[str, int]]:
-    """Blocks kept of every group in each evenly spread pattern, the shallowest first.
-
-    Every group begins with its least depth; whichever has kept the smallest share of its blocks goes on to its next
-    one, so that groups shrink together.
-    """
-    counts = {group: depths[0] for group, depths in choices.items()}
-    yield dict(counts)
-    while open_groups := [group for group, depths in choices.items() if counts[group] < depths[-1]]:
-        shallowest = min(open_groups, key=lambda group: Fraction(counts[group], len(groups[group])))
-        counts[shallowest] = next(depth for depth in choices[shallowest] if depth > counts[shallowest])
-        yield dict(counts)
 
 
 def evenly_spread(groups: Groups, counts: Mapping[str, int]) -> tuple[int, ...]:

@@ -73,9 +73,15 @@ def _blocks(device: ModelledDevice, space: SearchSpace, form: Arithmetic) -> Ite
         key = (block.kind, block.dim, block.head_dim, block.tokens, block.memory_tokens)
         heads, widths = space.head_choices[index], space.mlp_choices[index]
         work = block_work(block, heads, widths)
-        moved = work.inputs * work.outputs * form.stored_bits / 8
-        moved = moved + work.tokens * (work.inputs + work.outputs) * form.activation_bits / 8
-        seconds = _kernel(device, 2.0 * work.tokens * work.inputs * work.outputs, form.operations, moved)  # (H, M, K)
+        # Layers that are not quantized run in floating point and are stored as what lies outside the blocks.
+        apart = form.stored_bits if form.stored_bits >= 16 else space.shape.fixed_bits
+        stored_bits = _either(work.quantized, form.stored_bits, apart)
+        peaks = _either(work.quantized, form.operations, min(floats, form.operations))
+        moved = work.inputs * work.outputs * stored_bits / 8
+        wide = max(form.activation_bits, device.floating.activation_bits)
+        activation_bits = _either(work.quantized, form.activation_bits, wide)
+        moved = moved + work.tokens * (work.inputs + work.outputs) * activation_bits / 8
+        seconds = _kernel(device, 2.0 * work.tokens * work.inputs * work.outputs, peaks, moved)  # (H, M, K)
         step, chunk = ((seconds * part).sum(dim=-1) for part in (~work.per_chunk, work.per_chunk))
         rest = (work.attention_flops / (device.compute_share * floats))[:, None] + FLOAT_KERNELS * device.launch_seconds
         if work.once:
@@ -120,10 +126,17 @@ def _fixed(device: ModelledDevice, space: SearchSpace, precision: Precision) -> 
     )
 
 
-def _kernel(device: ModelledDevice, operations: torch.Tensor, peak: float, moved: torch.Tensor) -> torch.Tensor:
+def _kernel(
+    device: ModelledDevice, operations: torch.Tensor, peak: torch.Tensor | float, moved: torch.Tensor
+) -> torch.Tensor:
     """Seconds of kernels with so many operations and bytes."""
     computing = operations / (device.compute_share * peak)
     return torch.maximum(computing, moved / (device.bandwidth_share * device.bandwidth)) + device.launch_seconds
+
+
+def _either(condition: torch.Tensor, yes: float, no: float) -> torch.Tensor:
+    """Float64; of two numbers, ``torch.where`` makes float32."""
+    return torch.where(condition, torch.tensor(yes, dtype=torch.float64), torch.tensor(no, dtype=torch.float64))
 
 
 def _milliseconds(seconds: float) -> float:

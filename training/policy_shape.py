@@ -24,6 +24,7 @@ class LinearShape:
         stage: ``chunk`` if it runs once per action chunk (keys and values of conditioning tokens, encoders), ``step``
             if it runs at every denoising step.
         tokens: tokens it processes per run.
+        quantized: False for a layer that is neither quantized nor sliced, such as the modulation of an adaptive norm.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LinearShape:
     bias: bool
     stage: Literal["chunk", "step"]
     tokens: int
+    quantized: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class BlockShape:
         mlp: hidden channels of the MLP.
         tokens: tokens that the block processes and that attend to each other.
         memory_tokens: tokens it attends to besides (cross-attention); 0 without cross-attention.
-        linears: its linear layers, the only part that is sliced and quantized.
+        linears: its linear layers; what is sliced and quantized is among them.
         float_parameters: all other parameters (norms), never sliced and never quantized.
         elastic: False for a block that is never skipped nor narrowed: only its bits are chosen.
     """

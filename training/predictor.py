@@ -91,6 +91,16 @@ class ChoiceIndex:
         return Subnet(tuple(layers), Precision.INT)
 
 
+def _even_skips(space: SearchSpace) -> Tensor:
+    """(L,) float32 probability that a block is skipped where genes are even: half, or that of a list of even depths."""
+    share = torch.full((len(space.shape.blocks),), 0.5)
+    for group, blocks in space.groups.items():
+        choices = space.depth_choices[group]
+        if group in space.config.depths or choices == (len(blocks),):
+            share[list(blocks)] = 1.0 - sum(choices) / len(choices) / len(blocks)
+    return share
+
+
 class AdvantagePredictor:
     """Ridge regression of L(subnet) - L(teacher) with exponential forgetting.
 
@@ -118,15 +128,18 @@ class AdvantagePredictor:
         self.window, self.ridge, self.capacity, self.recent = window, ridge, log, recent
         self.blocks = len(space.shape.blocks)
         self.whole = tuple(FLOAT_BITS)
+        ends = {members[-1] for members in space.groups.values()}
+        self._neighbours = torch.tensor([i for i in range(self.blocks - 1) if i not in ends], dtype=torch.int64)
         self.layer_features, self.given_up = _layer_tables(space, self.index)
         self.features = (
             self.blocks * self.layer_features.shape[2]
-            + (self.blocks - 1)
+            + len(self._neighbours)
             + TOTALS * (TOTALS + 1) // 2
             + len(self.whole)
             + 1
         )
         self._rows, self._columns = torch.triu_indices(TOTALS, TOTALS)
+        self._skip_share = _even_skips(space)
         size = self.features
         self._gram = torch.zeros(size, size, dtype=torch.float64)
         self._target = torch.zeros(size, dtype=torch.float64)
@@ -137,11 +150,9 @@ class AdvantagePredictor:
         self._judged = torch.empty(0, 2, dtype=torch.float64)  # prediction, outcome
         self.observed = 0
         generator = torch.Generator().manual_seed(0)
-        reference = torch.where(
-            torch.rand(512, self.blocks, generator=generator) < 0.5,
-            self.index.count,
-            torch.multinomial(self.index.offered.float(), 512, replacement=True, generator=generator).T,
-        )
+        skipped = torch.rand(512, self.blocks, generator=generator) < self._skip_share
+        chosen = torch.multinomial(self.index.offered.float(), 512, replacement=True, generator=generator).T
+        reference = torch.where(skipped, self.index.count, chosen)
         self._reference = self._encode(reference, torch.full((512,), -1))
 
     def __len__(self) -> int:
@@ -207,7 +218,7 @@ class AdvantagePredictor:
         """
         linear = torch.einsum("blc,lcf->blf", marginals, self.layer_features).flatten(1)
         skipped = marginals[..., -1]
-        adjacent = skipped[:, 1:] * skipped[:, :-1]
+        adjacent = skipped[:, self._neighbours + 1] * skipped[:, self._neighbours]
         mean = torch.einsum("blc,lct->blt", marginals, self.given_up)
         products = self.given_up[..., self._rows] * self.given_up[..., self._columns]
         own = torch.einsum("blc,lcq->bq", marginals, products)
@@ -220,8 +231,9 @@ class AdvantagePredictor:
     def preference(self) -> Tensor:
         """Slope (L, C + 1) of the expected prediction in the marginals, at independent even genes."""
         even = torch.cat([self.index.offered.double(), torch.zeros(self.blocks, 1, dtype=torch.float64)], dim=1)
-        even = 0.5 * even / even.sum(dim=1, keepdim=True)
-        even[:, -1] = 0.5
+        skipped = self._skip_share.double()
+        even = (1.0 - skipped[:, None]) * even / even.sum(dim=1, keepdim=True)
+        even[:, -1] = skipped
         even.requires_grad_(True)
         (slope,) = torch.autograd.grad(self.expected(even[None]).sum(), even)
         return slope
@@ -282,7 +294,7 @@ class AdvantagePredictor:
         blocks = torch.arange(self.blocks)
         linear = self.layer_features[blocks, numbers].flatten(1)
         skipped = (numbers == self.index.count).double()
-        adjacent = skipped[:, 1:] * skipped[:, :-1]
+        adjacent = skipped[:, self._neighbours + 1] * skipped[:, self._neighbours]
         total = self.given_up[blocks, numbers].sum(dim=1)
         quadratic = total[:, self._rows] * total[:, self._columns]
         whole = (precisions[:, None] == torch.arange(len(self.whole))).double()

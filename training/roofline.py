@@ -28,6 +28,7 @@ class BlockWork:
         inputs: (H, M, K) float64, input features.
         outputs: (H, M, K) float64, output features.
         tokens: (K,) float64, rows per run.
+        quantized: (K,) bool, false for linears that stay in floating point in every form.
         per_chunk: (K,) bool, true for linears that run once per chunk rather than at every denoising step.
         attention_flops: (H,) float64, floating-point operations of the attention products per run of the block, which
             is at every denoising step unless all linears run once per chunk.
@@ -36,6 +37,7 @@ class BlockWork:
     inputs: Tensor
     outputs: Tensor
     tokens: Tensor
+    quantized: Tensor
     per_chunk: Tensor
     attention_flops: Tensor
 
@@ -56,6 +58,7 @@ def block_work(block: BlockShape, heads: Sequence[int], widths: Sequence[int]) -
         inputs=sizes[..., 0],
         outputs=sizes[..., 1],
         tokens=torch.tensor([linear.tokens for linear in block.linears], dtype=torch.float64),
+        quantized=torch.tensor([linear.quantized for linear in block.linears]),
         per_chunk=torch.tensor([linear.stage == "chunk" for linear in block.linears]),
         attention_flops=torch.tensor([4.0 * pairs * h * block.head_dim for h in heads], dtype=torch.float64),
     )

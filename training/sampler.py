@@ -155,6 +155,21 @@ class Conditioner(nn.Module):
         return Logits(kept, logits[..., -1], strain)
 
 
+def _depth_group(space: SearchSpace, group: str) -> DepthGroup:
+    """A group as the distribution takes it.
+
+    Independent genes are even over the subnets of a group, so nearly all of them have the depth that most subnets have.
+    Where depths come from a list (24, 28 or 32 of 32 blocks) no sampler would ever leave that depth; there the depths
+    are weighed to be even, and the subnets of one depth among each other.
+    """
+    members, counts = space.groups[group], space.depth_choices[group]
+    if group not in space.config.depths:
+        return DepthGroup(members, counts)
+    fixed = sum(block in space.always_kept for block in members)
+    subnets = [math.comb(len(members) - fixed, count - fixed) for count in counts]
+    return DepthGroup(members, counts, tuple(-math.log(number) for number in subnets))
+
+
 class ConfigurationSampler:
     """Draws subnets for conditions, learns from paired losses.
 
@@ -176,7 +191,7 @@ class ConfigurationSampler:
         self.predictor = AdvantagePredictor(space, window=config.window)
         index = self.predictor.index
         self._offered = index.offered.sum(dim=1)
-        self._groups = [DepthGroup(blocks, space.depth_choices[group]) for group, blocks in space.groups.items()]
+        self._groups = [_depth_group(space, group) for group in space.groups]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = Conditioner(len(space.shape.blocks), index.count, config.hidden)

@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 
-from training.depths import blocks_always_kept, depth_choices, evenly_spread, offered, shrinking_together
+from training.depths import blocks_always_kept, depth_choices, evenly_spread, offered
 from training.policy_shape import PolicyShape
-from training.space_config import SpaceConfig, check_shape, width_counts
+from training.space_config import SpaceConfig, check_shape, ratio_text, width_counts
 from training.subnet import FLOAT_BITS, Layer, Precision, SpaceError, Subnet, make_layer
 
 GENES_PER_BLOCK = 5  # keep, heads, mlp, weight bits, activation bits
 
 _UNIFORM = re.compile(
-    r"d(?P<depth>\d{1,4})-h(?P<heads>\d*\.?\d+)-m(?P<mlp>\d*\.?\d+)-(?P<bits>fp32|fp16|fp8|w\d{1,2}a\d{1,2})", re.A
+    r"d(?P<depths>\d{1,4}(?:\+\d{1,4})*)-h(?P<heads>\d*\.?\d+)-m(?P<mlp>\d*\.?\d+)-(?P<bits>fp32|fp16|fp8|w\d{1,2}a\d{1,2})",
+    re.A,
 )
 _BITS = re.compile(r"w(\d{1,2})a(\d{1,2})", re.A)
 _LAYER = re.compile(
@@ -39,6 +39,7 @@ class SearchSpace:
         shape: the policy.
         config: the configuration.
         groups: block indices of each group.
+        elastic_groups: groups whose depth is chosen, in the order of their first blocks.
         depth_choices: ascending numbers of blocks that may be kept of each group, the whole group last.
         always_kept: indices of the blocks that no subnet skips, whatever the depth.
         precisions: precisions in the space, widest first, ``int`` last.
@@ -63,6 +64,7 @@ class SearchSpace:
             groups[block.group] = (*groups.get(block.group, ()), index)
         self.groups: Mapping[str, tuple[int, ...]] = groups
         self.depth_choices: Mapping[str, tuple[int, ...]] = depth_choices(shape, groups, config)
+        self.elastic_groups = tuple(name for name, blocks in groups.items() if shape.blocks[blocks[0]].elastic)
         self.always_kept: frozenset[int] = blocks_always_kept(groups, self.depth_choices, config.always_kept)
         self.precisions = (*(p for p in Precision if p in config.precisions), Precision.INT)
         self.head_choices = tuple(
@@ -80,41 +82,53 @@ class SearchSpace:
             (2, len(heads), len(mlp), *bits) for heads, mlp in zip(self.head_choices, self.mlp_choices, strict=True)
         )
         self.gene_sizes: tuple[int, ...] = (len(self.precisions), *itertools.chain.from_iterable(per_block))
-        self._patterns = {
-            sum(counts.values()): evenly_spread(groups, counts)
-            for counts in shrinking_together(groups, self.depth_choices)
-        }
         # Texts of the widths in uniform names, per block.
         self._head_texts = tuple(
-            {count: _ratio_text(count, block.heads) for count in counts}
+            {count: ratio_text(count, block.heads) for count in counts}
             for block, counts in zip(shape.blocks, self.head_choices, strict=True)
         )
         self._mlp_texts = tuple(
-            {count: _ratio_text(count, block.dim) for count in counts}
+            {count: ratio_text(count, block.dim) for count in counts}
             for block, counts in zip(shape.blocks, self.mlp_choices, strict=True)
         )
-
-    @property
-    def depths(self) -> tuple[int, int]:
-        """Fewest and most blocks that a subnet keeps."""
-        return sum(choices[0] for choices in self.depth_choices.values()), len(self.shape.blocks)
 
     @property
     def least_depths(self) -> dict[str, int]:
         """Fewest blocks of each group that a subnet keeps."""
         return {group: choices[0] for group, choices in self.depth_choices.items()}
 
-    def kept_blocks(self, depth: int) -> tuple[int, ...]:
-        """The evenly spread pattern of ``depth`` kept blocks.
+    @property
+    def shallowest(self) -> tuple[int, ...]:
+        """Fewest blocks of each elastic group, as :meth:`uniform` takes them."""
+        return tuple(self.depth_choices[group][0] for group in self.elastic_groups)
 
-        Which depths have one, and how many blocks of each group it keeps, says :func:`shrinking_together`.
+    def kept_blocks(self, depths: int | Sequence[int]) -> tuple[int, ...]:
+        """Indices of the kept blocks where every elastic group keeps some of its own, evenly spread.
+
+        Args:
+            depths: number of blocks of each elastic group; a number alone where there is one such group.
 
         Raises:
-            SpaceError: the space has no evenly spread pattern of that depth.
+            SpaceError: the space does not offer one of them.
         """
-        if depth not in self._patterns:
-            raise SpaceError(f"depth: expected {offered(list(self._patterns))} blocks, got {depth}")
-        return self._patterns[depth]
+        given = (depths,) if isinstance(depths, int) else tuple(depths)
+        if len(given) != len(self.elastic_groups):
+            raise SpaceError(
+                f"depth: expected one number for each of {', '.join(self.elastic_groups) or 'no groups'}, "
+                f"got {'+'.join(map(str, given))}"
+            )
+        counts = {group: len(blocks) for group, blocks in self.groups.items()}
+        for group, depth in zip(self.elastic_groups, given, strict=True):
+            if depth not in self.depth_choices[group]:
+                which = f" of {group}" if len(given) > 1 else ""
+                raise SpaceError(f"depth{which}: expected {offered(self.depth_choices[group])} blocks, got {depth}")
+            counts[group] = depth
+        return evenly_spread(self.groups, counts)
+
+    def _depths(self, subnet: Subnet) -> tuple[int, ...]:
+        """Blocks that each elastic group keeps."""
+        kept = set(subnet.kept)
+        return tuple(sum(block in kept for block in self.groups[group]) for group in self.elastic_groups)
 
     def check(self, subnet: Subnet) -> None:
         """Return if ``subnet`` is in the space.
@@ -132,6 +146,8 @@ class SearchSpace:
         for index, layer in enumerate(subnet.layers):
             name = blocks[index].name
             if layer is None:
+                if not blocks[index].elastic:
+                    raise SpaceError(f"{name}: its size is fixed, only its bits are chosen; no network skips it")
                 if index in self.always_kept:
                     raise SpaceError(f"{name}: no network of this space skips it (space.always_kept)")
                 continue
@@ -203,7 +219,7 @@ class SearchSpace:
         Raises:
             SpaceError: the space lacks that precision or these bits.
         """
-        return self.uniform(len(self.shape.blocks), 1.0, 1.0, precision, w, a)
+        return self.uniform([len(self.groups[group]) for group in self.elastic_groups], 1.0, 1.0, precision, w, a)
 
     def smallest(self, w: int = 4, a: int = 4) -> Subnet:
         """Fewest blocks, heads and hidden channels, at integer precision.
@@ -212,11 +228,11 @@ class SearchSpace:
             SpaceError: the space lacks these bits.
         """
         heads, mlp = min(self.config.head_ratios), min(self.config.mlp_ratios)
-        return self.uniform(self.depths[0], heads, mlp, Precision.INT, w, a)
+        return self.uniform(self.shallowest, heads, mlp, Precision.INT, w, a)
 
     def uniform(
         self,
-        depth: int,
+        depths: int | Sequence[int],
         heads_ratio: float,
         mlp_ratio: float,
         precision: Precision = Precision.INT,
@@ -226,7 +242,7 @@ class SearchSpace:
         """The network of evenly spread blocks of one width and precision.
 
         Args:
-            depth: blocks kept.
+            depths: blocks kept of each elastic group; a number alone where there is one such group.
             heads_ratio: share of the heads, one of the configuration's.
             mlp_ratio: share of the hidden channels, one of the configuration's.
             precision: of the whole network.
@@ -239,7 +255,7 @@ class SearchSpace:
         self._check_choice("head ratio", heads_ratio, sorted(self.config.head_ratios))
         self._check_choice("MLP ratio", mlp_ratio, sorted(self.config.mlp_ratios))
         layers: list[Layer | None] = [None] * len(self.shape.blocks)
-        for index in self.kept_blocks(depth):
+        for index in self.kept_blocks(depths):
             block = self.shape.blocks[index]
             widths = (round(heads_ratio * block.heads), round(mlp_ratio * block.mlp))
             layers[index] = make_layer(widths if block.elastic else (block.heads, block.mlp), precision, w, a)
@@ -248,10 +264,10 @@ class SearchSpace:
         return subnet
 
     def name(self, subnet: Subnet) -> str:
-        """Short text from which :meth:`parse` restores ``subnet``, safe in file names and in a shell.
+        """Text from which :meth:`parse` restores ``subnet``, of characters that are safe in file names and in a shell.
 
-        A uniform network reads ``d6-h.75-m3-w4a4``: blocks kept (evenly spread), share of the heads, hidden channels
-        as a multiple of the embedding width, bits. Any other is listed block by block, as in
+        A uniform network reads ``d6-h.75-m3-w4a4``: blocks kept (evenly spread; ``d1+4`` of two groups), share of the
+        heads, hidden channels as a multiple of the embedding width, bits. Any other is listed block by block, as in
         ``w4a4.4h1024x2.0.3h768``: heads and hidden channels, ``0`` for a skipped block, ``x2`` for two in a row; where
         bits differ it begins with ``int`` and each layer has its own, ``4h1024w4a8``.
 
@@ -267,8 +283,9 @@ class SearchSpace:
         else:
             suffix = "w{}a{}".format(*next(iter(bits))) if common else subnet.precision.value
         widths = self._uniform_widths(subnet) if common else None
-        if widths is not None and subnet.kept == self._patterns.get(subnet.depth):
-            return f"d{subnet.depth}-h{widths[0]}-m{widths[1]}-{suffix}"
+        depths = self._depths(subnet)
+        if widths is not None and subnet.kept == self.kept_blocks(depths):
+            return f"d{'+'.join(map(str, depths))}-h{widths[0]}-m{widths[1]}-{suffix}"
         parts = [suffix]
         for layer, run in itertools.groupby(subnet.layers):
             text = "0" if layer is None else f"{layer.heads}h{layer.mlp}"
@@ -309,7 +326,7 @@ class SearchSpace:
         if match := _UNIFORM.fullmatch(text):
             precision, w, a = _parse_bits(match["bits"])
             layers: list[Layer | None] = [None] * len(self.shape.blocks)
-            for index in self.kept_blocks(int(match["depth"])):
+            for index in self.kept_blocks([int(depth) for depth in match["depths"].split("+")]):
                 layers[index] = make_layer(self._parse_widths(index, match["heads"], match["mlp"]), precision, w, a)
             subnet = Subnet(tuple(layers), precision)
         else:
@@ -371,15 +388,3 @@ def _parse_bits(text: str) -> tuple[Precision, int, int]:
     if match := _BITS.fullmatch(text):
         return Precision.INT, int(match[1]), int(match[2])
     return Precision(text), 0, 0
-
-
-def _ratio_text(count: int, full: int) -> str:
-    """``count / full`` as a short decimal from which ``round(float(text) * full)`` restores ``count``: .75, 3."""
-    ratio = Fraction(count, full)
-    exact = (places for places in range(7) if (ratio * 10**places).denominator == 1)
-    # What is no short decimal (1/3) gets as many places as tell it from its neighbours.
-    places = next(exact, None)
-    if places is None:
-        places = next(p for p in itertools.count(2) if round(float(f"{float(ratio):.{p}f}") * full) == count)
-    text = f"{float(ratio):.{places}f}"
-    return text.removeprefix("0") if text.startswith("0.") else text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -21,8 +24,9 @@ class SpaceConfig(StrictModel):
     """The section of a training configuration that spans the space.
 
     ``min_depth`` counts the blocks of a group that are kept at least; a group may have ``depths`` in its place, all the
-    numbers of blocks to choose from. ``always_kept`` names the ends of a group that no subnet skips; ratios are shares
-    of the full heads and hidden channels; ``precisions`` lists what the whole network may run in besides integer codes.
+    numbers of blocks to choose from, the whole group among them. ``always_kept`` names the ends of a group that no
+    subnet skips; ratios are shares of the full heads and hidden channels; ``precisions`` lists what the whole network
+    may run in besides integer codes.
     """
 
     min_depth: dict[Name, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
@@ -47,7 +51,12 @@ class SpaceConfig(StrictModel):
         for group, depths in groups.items():
             if len(set(depths)) != len(depths):
                 raise ValueError(f"{group}: a choice stands twice in {', '.join(map(str, depths))}; keep one")
-        return groups
+        return {group: tuple(sorted(depths)) for group, depths in groups.items()}  # the order means nothing
+
+    def sha256(self) -> str:
+        """By which the same section is recognised; a field that came later counts only where it is used."""
+        text = self.model_dump_json(exclude=None if self.depths else {"depths"})
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @model_validator(mode="after")
     def _one_way(self) -> SpaceConfig:
@@ -77,6 +86,10 @@ def check_shape(shape: PolicyShape) -> None:
         raise SpaceError(f"policy {shape.backbone}: expected at least one elastic block, got none")
     for block in shape.blocks:
         for linear in block.linears:
+            if not linear.quantized and (linear.in_slice, linear.out_slice) != ("full", "full"):
+                raise SpaceError(
+                    f"policy {shape.backbone}: {block.name}.{linear.name} is not quantized, so it cannot be sliced"
+                )
             for by, features in ((linear.in_slice, linear.in_features), (linear.out_slice, linear.out_features)):
                 units = {"heads": block.heads, "mlp": block.mlp}.get(by, 1)
                 if units < 1 or features % units:
@@ -99,3 +112,15 @@ def width_counts(ratios: Sequence[float], full: int, what: str, field: str, elas
     if len(set(counts)) != len(counts):
         raise SpaceError(f"space.{field}: two shares of the {full} {what} are the same number; keep one")
     return tuple(counts)
+
+
+def ratio_text(count: int, full: int) -> str:
+    """``count / full`` as a short decimal from which ``round(float(text) * full)`` restores ``count``: .75, 3."""
+    ratio = Fraction(count, full)
+    exact = (places for places in range(7) if (ratio * 10**places).denominator == 1)
+    # What is no short decimal (1/3) gets as many places as tell it from its neighbours.
+    places = next(exact, None)
+    if places is None:
+        places = next(p for p in itertools.count(2) if round(float(f"{float(ratio):.{p}f}") * full) == count)
+    text = f"{float(ratio):.{places}f}"
+    return text.removeprefix("0") if text.startswith("0.") else text

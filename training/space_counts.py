@@ -22,12 +22,12 @@ def parameters(shape: PolicyShape, subnet: Subnet) -> int:
 
 
 def mean_bits(shape: PolicyShape, subnet: Subnet) -> float:
-    """Weight bits, averaged over the weights of the linear layers kept (no biases, nothing outside the blocks).
+    """Weight bits, averaged over the quantized weights of the blocks kept (no biases, nothing outside the blocks).
 
     Raises:
         ValueError: the subnet keeps no block.
     """
-    weights = [(_weights(block, layer), layer.w) for block, layer in _kept(shape, subnet)]
+    weights = [(_weights(block, layer, True), layer.w) for block, layer in _kept(shape, subnet)]
     total = sum(count for count, _ in weights)
     if not total:
         raise ValueError("a subnet without blocks has no mean bits")
@@ -65,13 +65,16 @@ def flops(shape: PolicyShape, subnet: Subnet) -> tuple[int, int]:
 def paper_bytes(shape: PolicyShape, subnet: Subnet) -> int:
     """Size by the paper's convention: parameters x bits / 8, without scales.
 
-    All parameters of a block (weights, biases, norms) count at its weight bits, everything outside the blocks at the
-    precision of the whole network and never below 8 bits. At 32, 16 and 8 bits this is exactly the paper's figure; at
-    4 bits it is larger by half a byte for each parameter outside the blocks, which the paper counts at 4 bits too.
+    All parameters of a block (weights, biases, norms) count at its weight bits, its layers that are not quantized and
+    everything outside the blocks at the precision of the whole network and never below 8 bits. At 32, 16 and 8 bits
+    this is exactly the paper's figure; at 4 bits it is larger by half a byte for each parameter outside the blocks,
+    which the paper counts at 4 bits too.
     """
     fixed = FLOAT_BITS.get(subnet.precision, FIXED_BITS)
     bits = fixed * shape.fixed_parameters
-    bits += sum(layer.w * _block_parameters(block, layer) for block, layer in _kept(shape, subnet))
+    for block, layer in _kept(shape, subnet):
+        apart = _unquantized(block, layer)
+        bits += layer.w * (_block_parameters(block, layer) - apart) + fixed * apart
     return _bytes(bits)
 
 
@@ -80,15 +83,18 @@ def real_bytes(shape: PolicyShape, subnet: Subnet) -> int:
 
     FP32 and FP16 store every parameter at 4 and 2 bytes. FP8 and integer networks pack the weights of linear layers row
     by row (two 4-bit codes to a byte), add one float32 scale per row, and keep biases and norms in
-    float32; what lies outside the blocks is stored at :attr:`PolicyShape.fixed_bits`. The few scales of activations are
+    float32; layers that are not quantized and what lies outside the blocks are stored at
+    :attr:`PolicyShape.fixed_bits`. The few scales of activations are
     not counted. Kept blocks add independently of each other.
     """
     if subnet.precision in (Precision.FP32, Precision.FP16):
         return parameters(shape, subnet) * FLOAT_BITS[subnet.precision] // 8
     total = _bytes(shape.fixed_bits * shape.fixed_parameters)
     for block, layer in _kept(shape, subnet):
-        total += FLOAT_BYTES * block.float_parameters
+        total += FLOAT_BYTES * block.float_parameters + _bytes(shape.fixed_bits * _unquantized(block, layer))
         for linear in block.linears:
+            if not linear.quantized:
+                continue
             inputs, outputs = linear_size(block, linear, layer)
             row = _bytes(layer.w * inputs) + SCALE_BYTES + (FLOAT_BYTES if linear.bias else 0)
             total += outputs * row
@@ -102,16 +108,22 @@ def _kept(shape: PolicyShape, subnet: Subnet) -> Iterator[tuple[BlockShape, Laye
             yield block, layer
 
 
-def _weights(block: BlockShape, layer: Layer) -> int:
-    """Weights of the linear layers of one block."""
-    sizes = (linear_size(block, linear, layer) for linear in block.linears)
+def _weights(block: BlockShape, layer: Layer, quantized: bool) -> int:
+    """Weights of the linear layers of one block that are quantized, or of those that are not."""
+    sizes = (linear_size(block, linear, layer) for linear in block.linears if linear.quantized is quantized)
     return sum(inputs * outputs for inputs, outputs in sizes)
+
+
+def _unquantized(block: BlockShape, layer: Layer) -> int:
+    """Weights and biases of the linear layers of one block that are not quantized."""
+    biases = sum(linear.out_features for linear in block.linears if linear.bias and not linear.quantized)
+    return _weights(block, layer, False) + biases
 
 
 def _block_parameters(block: BlockShape, layer: Layer) -> int:
     """All parameters of one block."""
-    biases = sum(linear_size(block, linear, layer)[1] for linear in block.linears if linear.bias)
-    return _weights(block, layer) + biases + block.float_parameters
+    biases = sum(linear_size(block, linear, layer)[1] for linear in block.linears if linear.bias and linear.quantized)
+    return _weights(block, layer, True) + biases + _unquantized(block, layer) + block.float_parameters
 
 
 def _bytes(bits: int) -> int:

@@ -25,10 +25,18 @@ class DepthGroup:
     Attributes:
         members: indices of the blocks, ascending.
         counts: numbers of blocks that may be kept, ascending, each 0 to the number of members.
+        log_weights: of each of ``counts``, by which subnets of that depth are likelier than independent blocks make
+            them; None for no difference.
     """
 
     members: tuple[int, ...]
     counts: tuple[int, ...]
+    log_weights: tuple[float, ...] | None = None
+
+    def weighed(self, log_counts: Tensor) -> Tensor:
+        """Logarithms (..., len(counts)) of the shares of ``counts`` from those (..., members + 1) of all numbers."""
+        allowed = log_counts[..., list(self.counts)]
+        return allowed if self.log_weights is None else allowed + allowed.new_tensor(self.log_weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,13 +48,15 @@ class Moments:
         variance: (B, R).
         kept: (B, L) probability that a block is kept.
         log_norm: (B,) logarithm of the probability, were blocks wholly independent, that every group has one of its
-            counts.
+            counts, each probability times the weight of the count.
+        log_weight: (B,) expected logarithm of the weights of the counts, summed over groups.
     """
 
     mean: Tensor
     variance: Tensor
     kept: Tensor
     log_norm: Tensor
+    log_weight: Tensor
 
 
 class SubnetDistribution:
@@ -88,19 +98,19 @@ class SubnetDistribution:
         second = torch.einsum("blc,brlc->blr", probabilities, costs.square())
         batch, blocks, resources = first.shape
         mean = variance = first.new_zeros(batch, resources)
-        log_norm = first.new_zeros(batch)
+        log_norm = log_weight = first.new_zeros(batch)
         kept: list[Tensor] = [log_norm] * blocks
         for group in self.groups:
             part = self._group_moments(group, first, second)
             mean = mean + part[0]  # groups are independent of each other
             variance = variance + (part[1] - part[0].square()).clamp_min(0.0)
-            log_norm = log_norm + part[3]
+            log_norm, log_weight = log_norm + part[3], log_weight + part[4]
             for place, member in enumerate(group.members):
                 kept[member] = part[2][:, place]
-        return Moments(mean, variance, torch.stack(kept, dim=1), log_norm)
+        return Moments(mean, variance, torch.stack(kept, dim=1), log_norm, log_weight)
 
-    def _group_moments(self, group: DepthGroup, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """First and second moment (B, R), keep probabilities (B, members) and log-norm (B,) of one group."""
+    def _group_moments(self, group: DepthGroup, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        """Moments (B, R), the first and the second, keep probabilities (B, members), log-norm and log-weight (B,)."""
         batch, _, resources = first.shape
         size = len(group.members)
         log_count = first.new_full((batch, 1), 0.0)  # of keeping n of the blocks seen so far
@@ -125,17 +135,20 @@ class SubnetDistribution:
                 dim=2,
             )
             state = (1.0 - share) * torch.cat([state, nothing], dim=1) + share * torch.cat([nothing, grown], dim=1)
-        counts = list(group.counts)
-        allowed = log_count[:, counts]
+        allowed = group.weighed(log_count)
         log_norm = torch.logsumexp(allowed, dim=1)
-        weight = (allowed - log_norm[:, None]).exp()[..., None]
-        result = (weight * state[:, counts]).sum(dim=1)
-        return result[:, :resources], result[:, resources : 2 * resources], result[:, 2 * resources :], log_norm
+        weight = (allowed - log_norm[:, None]).exp()
+        result = (weight[..., None] * state[:, list(group.counts)]).sum(dim=1)
+        log_weight = torch.zeros_like(log_norm)
+        if group.log_weights is not None:
+            log_weight = (weight * weight.new_tensor(group.log_weights)).sum(dim=1)
+        parts = result[:, :resources], result[:, resources : 2 * resources], result[:, 2 * resources :]
+        return *parts, log_norm, log_weight
 
     def divergence(self, moments: Moments, entropy: Tensor, offered: Tensor) -> Tensor:
         """Kullback-Leibler divergence (B,) from independent genes: kept or skipped evenly, choices evenly.
 
-        The reference has no condition on the depth, which only adds a constant.
+        The reference has no condition on the depth, which only adds a constant, but its weights.
 
         Args:
             moments: of this distribution.
@@ -143,7 +156,7 @@ class SubnetDistribution:
             offered: (L,) number of choices that each block has.
         """
         even = self.keep.shape[1] * math.log(2.0)
-        return even + (moments.kept * offered.double().log()).sum(dim=1) - entropy
+        return even + (moments.kept * offered.double().log()).sum(dim=1) - moments.log_weight - entropy
 
     def entropy(self, moments: Moments) -> Tensor:
         """Entropy (B,) in nats."""
@@ -151,7 +164,7 @@ class SubnetDistribution:
         choices = -(probabilities * self.choice.clamp_min(-1e6)).sum(dim=2)
         kept = moments.kept
         mask = moments.log_norm - (kept * self.keep + (1.0 - kept) * self.skip.clamp_min(-1e6)).sum(dim=1)
-        return mask + (kept * choices).sum(dim=1)
+        return mask - moments.log_weight + (kept * choices).sum(dim=1)
 
     def marginals(self, moments: Moments) -> Tensor:
         """(B, L, C + 1) probabilities of a block's choices, and of skipping it as the last one."""
@@ -175,7 +188,7 @@ class SubnetDistribution:
         for number, group in enumerate(self.groups):
             counts = self._counts(group)
             allowed = torch.tensor(group.counts)
-            final = counts[-1][allowed]
+            final = group.weighed(counts[-1])
             places = (final - final.logsumexp(0)).exp().cumsum(0)
             drawn = torch.searchsorted(places / places[-1], start[:, number].contiguous())
             kept_so_far = allowed[drawn.clamp_max(len(allowed) - 1)]

@@ -151,13 +151,16 @@ def _block_seconds(space: SearchSpace, index: int, devices: _Devices, part: slic
     inputs, outputs = (up_to_tiles(sizes[None], tile) for sizes in (work.inputs, work.outputs))  # (n, H, M, K)
     compute, bandwidth = devices.compute[part], devices.bandwidth[part]
     flops = 2.0 * work.tokens * inputs * outputs
-    rate = compute[:, None, None] * devices.gain[part]  # (n, W, A)
-    arithmetic = flops[..., None, None] / rate[:, None, None, None]
+    # Layers that are not quantized gain nothing by fewer bits and are stored as what lies outside the blocks.
+    quantized = work.quantized[:, None, None]  # (K, 1, 1)
+    rate = compute[:, None, None, None] * torch.where(quantized, devices.gain[part, None], 1.0)  # (n, K, W, A)
+    arithmetic = flops[..., None, None] / rate[:, None, None]
     bits = torch.tensor(space.weight_bits, dtype=torch.float64)
     stored = torch.where(devices.packed[part, None], bits, bits.clamp_min(8.0)) / 8.0  # (n, W) bytes
-    moved = (inputs * outputs)[..., None] * stored[:, None, None, None] + (
-        FLOAT_BYTES * work.tokens * (inputs + outputs)
-    )[..., None]
+    stored = torch.where(quantized[..., 0], stored[:, None], space.shape.fixed_bits / 8.0)  # (n, K, W)
+    moved = (inputs * outputs)[..., None] * stored[:, None, None] + (FLOAT_BYTES * work.tokens * (inputs + outputs))[
+        ..., None
+    ]
     moving = (moved / bandwidth[:, None, None, None, None])[..., None]
     seconds = torch.maximum(arithmetic, moving) + devices.launch[part, None, None, None, None, None]  # (n,H,M,K,W,A)
     runs = torch.where(work.per_chunk, 1.0, devices.steps[part, None])  # (n, K)

@@ -156,7 +156,7 @@ class TinyMdt(ElasticPolicy):
 def arguments(policy: ElasticPolicy, batch: int = 3, seed: int = 1) -> tuple[Tensor, ...]:
     """What ``policy`` is called with."""
     generator = torch.Generator().manual_seed(seed)
-    channels = (INPUTS,) if isinstance(policy, TinyLlama) else (INPUTS, ACTIONS)
+    channels = (INPUTS,) if policy.shape.backbone == "tiny_llama" else (INPUTS, ACTIONS)
     return tuple(torch.randn(batch, TOKENS, count, generator=generator) for count in channels)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from test.training.other_policies import DIM, TinyLlama, TinyMdt, arguments, calibrated
+from test.training.other_policies import ACTIONS, DIM, TOKENS, TinyLlama, TinyMdt, arguments, calibrated
 from training.conditions import Conditions
 from training.cost import cost_tensors
 from training.draws import stratified_subnet
@@ -20,8 +23,10 @@ from training.importance import apply_order, importance_order, order_by_importan
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.nn.elastic import Arithmetic, ElasticLinear, integer_bits
 from training.nn.elastic_policy import ElasticPolicy
+from training.policy_shape import PolicyShape
 from training.search.cache import DistanceCache
 from training.search.distance import SubnetDistance
+from training.search.executors import LocalExecutor
 from training.search.nsga import Genetics
 from training.search.run import DeviceSearch, Plan
 from training.search.session import KnownDistances
@@ -133,17 +138,75 @@ def test_a_layer_without_bias_computes_and_learns_as_one_whose_bias_is_zero(arit
     assert zero.bias.grad is not None and "bias" not in dict(without.named_parameters())
 
 
-def test_a_shape_that_names_another_module_is_refused() -> None:
-    class Wrong(TinyMdt):
-        @property
-        def shape(self):
-            shape = super().shape
-            return type(shape)(shape.backbone, (*shape.blocks[:-1], POLICIES["llama"][1].shape.blocks[-1]), 0, 0, 0)
+def redeclared(change: Callable[[PolicyShape], PolicyShape]) -> type[TinyMdt]:
+    """The small encoder and decoder, which declares itself otherwise."""
 
-    network = Wrong()
-    network.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-    with pytest.raises(TypeError, match=r"layers\.3 is a Linear, expected an elastic block"):
-        network.elastic_blocks()
+    class Redeclared(TinyMdt):
+        @property
+        def shape(self) -> PolicyShape:
+            return change(super().shape)
+
+    return Redeclared
+
+
+def last_block(**fields: object) -> Callable[[PolicyShape], PolicyShape]:
+    """A change of the last block's declaration."""
+    return lambda shape: replace(shape, blocks=(*shape.blocks[:-1], replace(shape.blocks[-1], **fields)))
+
+
+def last_linear(**fields: object) -> Callable[[PolicyShape], PolicyShape]:
+    """A change of the last linear layer of the last block."""
+
+    def changed(shape: PolicyShape) -> PolicyShape:
+        linears = shape.blocks[-1].linears
+        return last_block(linears=(*linears[:-1], replace(linears[-1], **fields)))(shape)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (last_block(name="decoder.9"), r"decoder\.9: declared as a block, but the policy has no such module"),
+        (last_block(name="head"), "head: declared as a block, but is a Linear, no ElasticBlock"),
+        (lambda shape: replace(shape, blocks=shape.blocks[:-1]), "sizes: expected one for each of 4 .* blocks, got 5"),
+        (last_linear(name="fc3"), r"decoder\.2\.fc2: an ElasticLinear that is not declared"),
+        (last_linear(quantized=False, in_slice="full"), r"decoder\.2\.fc2: an ElasticLinear that is not declared"),
+        (last_linear(bias=False), r"decoder\.2\.fc2: declared with inputs, outputs and bias \(32, 16, False\), is"),
+        (last_linear(in_features=64), r"decoder\.2\.fc2: declared with inputs, outputs and bias \(64, 16, True\), is"),
+        (last_linear(in_slice="full"), r"decoder\.2: consumers of its units are .*'fc2', .*, but the shape slices"),
+    ],
+)
+def test_blocks_that_are_not_as_declared_are_refused_by_name(
+    change: Callable[[PolicyShape], PolicyShape], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        redeclared(change)()
+
+
+@torch.no_grad()
+@of_both
+def test_a_copy_is_of_the_same_types_and_use(kind: str) -> None:
+    policy, space = POLICIES[kind]
+    policy.activate(drawn(space, 3))
+    twin = copy.deepcopy(policy)
+    assert twin.active == policy.active and not twin.training
+    next(twin.parameters()).requires_grad_(False)
+    again = copy.deepcopy(twin)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in twin.parameters()]
+    assert all(p.requires_grad for p in twin.extract(space.smallest()).parameters())
+    half = copy.deepcopy(policy).to(torch.bfloat16)
+    assert {p.dtype for p in copy.deepcopy(half).parameters()} == {torch.bfloat16}
+    live = copy.deepcopy(policy)
+    live.use_batch_ranges(live=True)
+    batches = [quantizer.batch for quantizer in copy.deepcopy(live).input_quantizers().values()]
+    assert all(batch is not None and batch.live for batch in batches)
+    frozen = policy.extract(drawn(space, 3))
+    frozen.freeze()
+    assert copy.deepcopy(frozen).frozen
+    assert torch.equal(copy.deepcopy(frozen)(*arguments(policy)), frozen(*arguments(policy)))
+    with pytest.raises(ValueError, match="only a stand-alone network can be frozen; extract the active subnet first"):
+        copy.deepcopy(policy).freeze()
 
 
 def distance_of(policy: ElasticPolicy, space: SearchSpace) -> SubnetDistance:
@@ -156,13 +219,34 @@ def distance_of(policy: ElasticPolicy, space: SearchSpace) -> SubnetDistance:
 
 
 @of_both
-def test_distances_are_the_same_in_another_process(kind: str) -> None:
-    policy, space = POLICIES[kind]
-    distance = distance_of(policy, space)
+def test_distances_are_the_same_in_other_processes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other processes cannot import what lies in the folder of tests by the name that it has here.
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    there = importlib.import_module("other_policies")
+    _, space = POLICIES[kind]
+    distance = distance_of(there.calibrated(there.TinyLlama() if kind == "llama" else there.TinyMdt()), space)
     subnets = [drawn(space, seed) for seed in range(6)]
     here = list(distance(subnets))
     assert distance.distance(space.largest()) == 0.0 and min(here) > 0.0
-    assert list(pickle.loads(pickle.dumps(distance.parcel())).unpacked()(subnets)) == here
+    with LocalExecutor(2).measuring(distance) as (measure, workers):
+        assert workers == 2 and list(measure(subnets)) == here
+
+
+@of_both
+@pytest.mark.parametrize("batch_ranges", [False, True])
+def test_a_parcel_holds_networks_that_were_cut_out_or_quantize_by_batch(kind: str, batch_ranges: bool) -> None:
+    policy, space = POLICIES[kind]
+    used = copy.deepcopy(policy)
+    if batch_ranges:
+        used.use_batch_ranges(live=True)
+    alone = used.extract(drawn(space, 1))
+    distance = SubnetDistance(alone.eval(), arguments(policy), torch.zeros(3, TOKENS, ACTIONS))
+    again = pickle.loads(pickle.dumps(distance.parcel())).unpacked()
+    for quantizer in (*alone.input_quantizers().values(), *again.network.input_quantizers().values()):
+        assert (quantizer.batch is not None) is batch_ranges
+        if quantizer.batch is not None:
+            quantizer.batch.live = True  # no range was estimated
+    assert again.distance(alone.active) == distance.distance(alone.active)
 
 
 @of_both

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from dcqfa_ros.bundle.document import DocumentError, dump_document, parse_document
 from dcqfa_ros.errors import UserError
+from training.config import load_config
 from training.depths import evenly_kept
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
 from training.policies.diffusion_policy_t_shape import diffusion_policy_t_shape
@@ -22,6 +24,7 @@ from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.subnet import Layer, Precision, SpaceError, Subnet
 
+ROOT = Path(__file__).parents[2]
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 CONFIG = SpaceConfig(min_depth={"decoder": 2}, head_ratios=QUARTERS, mlp_ratios=QUARTERS)
 SHAPE = diffusion_policy_t_shape(DiffusionPolicyTConfig())
@@ -85,8 +88,8 @@ def spaces_and_subnets(draw: st.DrawFn) -> tuple[SearchSpace, Subnet]:
         for gene in range(1, 5):
             shared = min(space.gene_sizes[gene + 1 + 5 * i] for i in range(2, len(space.shape.blocks)))
             genes[1 + gene :: 5] = [min(shared, size) - 1 for size in space.gene_sizes[1 + gene :: 5]]
-    depth = draw(st.integers(*space.depths))
-    kept = set(space.kept_blocks(depth)) if draw(st.booleans()) else set(range(len(space.shape.blocks)))
+    depths = [draw(st.sampled_from(space.depth_choices[group])) for group in space.elastic_groups]
+    kept = set(space.kept_blocks(depths)) if draw(st.booleans()) else set(range(len(space.shape.blocks)))
     genes[1::5] = [int(index in kept) for index in range(len(space.shape.blocks))]
     return space, space.decode(genes)
 
@@ -113,7 +116,23 @@ def test_the_space_of_diffusion_policy_t_is_that_of_the_paper() -> None:
     assert (SPACE.weight_bits, SPACE.activation_bits) == ((4, 8), (4, 8))
     assert SPACE.precisions == (Precision.FP32, Precision.FP16, Precision.FP8, Precision.INT)
     assert SPACE.gene_sizes == (4, *(2, 4, 4, 2, 2) * 8)
-    assert (SPACE.depths, SPACE.groups, SPACE.least_depths) == ((2, 8), {"decoder": tuple(range(8))}, {"decoder": 2})
+    assert (SPACE.groups, SPACE.least_depths, SPACE.shallowest) == ({"decoder": tuple(range(8))}, {"decoder": 2}, (2,))
+
+
+def test_the_shipped_space_is_recognised_by_the_hash_that_searches_of_earlier_versions_have() -> None:
+    config = load_config(ROOT / "config/training/pusht_keypoints_supernet.yaml")
+    assert config.supernet is not None
+    space = config.supernet.space
+    assert space.sha256() == "a7370613c8d6c1cc6259b93f0614fc6fbb24870fecc0d63c0a6025242e6ec55d"
+    listed = space.model_copy(update={"depths": {"decoder": (2, 8)}})
+    assert listed.sha256() != space.sha256()
+
+
+def test_the_order_of_a_list_of_depths_means_nothing() -> None:
+    one, other = (
+        SpaceConfig(depths={"decoder": depths}, head_ratios=(1.0,), mlp_ratios=(1.0,)) for depths in ((8, 2), (2, 8))
+    )
+    assert one == other and one.sha256() == other.sha256()
 
 
 def test_the_configuration_is_read_from_yaml_and_written_back() -> None:
@@ -160,7 +179,7 @@ def test_a_configuration_that_spans_no_space_is_refused_by_field(field: str, val
             r"space.always_kept.decoder: ends are 2 blocks, but a network may keep 1; give at least 2 \(space",
         ),
         ({"min_depth": {}, "depths": {"decoder": (2, 9)}}, "space.depths.decoder: expected 1 to 8 blocks, got 9"),
-        ({"min_depth": {}, "depths": {"decoder": (2, 4)}}, r"space.depths.decoder: the whole group \(8\) is missing"),
+        ({"min_depth": {}, "depths": {"decoder": (2, 4)}}, r"space.depths.decoder: .*; add the whole group, 8"),
         ({"depths": {"encoder": (8,)}}, "space.depths.encoder: policy .* no such group; it has decoder"),
         ({"head_ratios": (0.3, 1.0)}, r"space.head_ratios: 0.3 of the 4 heads of blocks.0 is no whole number"),
         ({"mlp_ratios": (0.0001, 1.0)}, r"space.mlp_ratios: 0.0001 of the 1024 hidden channels of blocks.0"),
@@ -226,7 +245,7 @@ def test_genes_without_effect_do_not_tell_networks_apart(
     space, genes = case
     kept = {group: sum(genes[1 + 5 * i] for i in blocks) for group, blocks in space.groups.items()}
     if any(kept[group] < least for group, least in space.least_depths.items()):
-        with pytest.raises(SpaceError, match=r"depth: group .* keeps"):
+        with pytest.raises(SpaceError, match=r"depth: group .* keeps|its size is fixed"):
             space.decode(genes)
         return
     subnet = space.decode(genes)
@@ -394,7 +413,7 @@ def test_blocks_of_fixed_size_are_never_skipped_nor_narrowed() -> None:
     assert UNEVEN.least_depths == {"tower": 2, "decoder": 1}
     smallest = UNEVEN.smallest()
     assert smallest.kept == (0, 1, 2) and smallest.layers[0] == Layer(8, 64, 4, 4)
-    with pytest.raises(SpaceError, match="group tower keeps 1 of 2 blocks"):
+    with pytest.raises(SpaceError, match=r"blocks\.0: its size is fixed, only its bits are chosen; no network"):
         UNEVEN.check(dataclasses.replace(smallest, layers=(None, *smallest.layers[1:])))
     with pytest.raises(SpaceError, match=r"min_depth.tower: expected 2 to 2 blocks, got 1"):
         SearchSpace(UNEVEN.shape, UNEVEN.config.model_copy(update={"min_depth": {"tower": 1, "decoder": 1}}))

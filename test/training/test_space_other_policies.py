@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.cost import cost_tensors
 from training.depths import evenly_spread
 from training.draws import Phase, stratified_subnet
+from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policy_shape import BlockShape, LinearShape, PolicyShape
 from training.sandwich import smallest_of
 from training.space import SearchSpace
 from training.space_config import SpaceConfig
 from training.space_counts import flops, mean_bits, paper_bytes, parameters, real_bytes
 from training.subnet import Layer, Precision, SpaceError, Subnet
+from training.synthetic_tables import synthetic_tensors
 
 Stage = Literal["chunk", "step"]
 
@@ -129,10 +133,14 @@ def test_genes_and_names_restore_every_subnet(case: tuple[SearchSpace, Subnet]) 
 
 
 def test_both_groups_of_mdt_v_keep_their_least_depth() -> None:
-    assert MDT.depths == (2, 8)
     assert MDT.depth_choices == {"encoder": (1, 2, 3, 4), "decoder": (1, 2, 3, 4)}
     assert MDT.smallest().kept == (0, 4)
-    assert [MDT.kept_blocks(depth) for depth in (3, 4, 7)] == [(0, 3, 4), (0, 3, 4, 7), (0, 1, 2, 3, 4, 6, 7)]
+    patterns = [MDT.kept_blocks(depths) for depths in ((2, 1), (2, 2), (4, 3), (1, 4))]
+    assert patterns == [(0, 3, 4), (0, 3, 4, 7), (0, 1, 2, 3, 4, 6, 7), (0, 4, 5, 6, 7)]
+    with pytest.raises(SpaceError, match="depth: expected one number for each of encoder, decoder, got 5"):
+        MDT.kept_blocks(5)
+    with pytest.raises(SpaceError, match=r"subnet 'd1\+5-h1-m4-w4a4': depth of decoder: expected 1 to 4 blocks, got 5"):
+        MDT.parse("d1+5-h1-m4-w4a4")
     lone = MDT.encode(MDT.smallest())
     genes = list(lone)
     genes[1 + 5 * 4] = 0
@@ -144,13 +152,13 @@ def test_both_groups_of_mdt_v_keep_their_least_depth() -> None:
 @pytest.mark.parametrize(
     ("space", "subnet", "name"),
     [
-        (MDT, MDT.largest(), "d8-h1-m4-fp32"),
-        (MDT, MDT.smallest(), "d2-h.125-m.5-w4a4"),
-        (MDT, MDT.uniform(5, 0.625, 0.25, w=8, a=8), "d5-h.625-m1-w8a8"),
+        (MDT, MDT.largest(), "d4+4-h1-m4-fp32"),
+        (MDT, MDT.smallest(), "d1+1-h.125-m.5-w4a4"),
+        (MDT, MDT.uniform((1, 4), 0.625, 0.25, w=8, a=8), "d1+4-h.625-m1-w8a8"),
         (LLAMA, LLAMA.largest(Precision.FP16), "d32-h1-m2.6875-fp16"),
         (LLAMA, LLAMA.smallest(), "d24-h.75-m1.34375-w4a4"),
         (LLAMA, LLAMA.uniform(28, 1.0, 0.75, w=4, a=8), "d28-h1-m2.015625-w4a8"),
-        (OPENVLA, OPENVLA.smallest(), "d48-h.75-m1.34375-w4a4"),
+        (OPENVLA, OPENVLA.smallest(), "d24-h.75-m1.34375-w4a4"),
     ],
 )
 def test_uniform_networks_have_short_names(space: SearchSpace, subnet: Subnet, name: str) -> None:
@@ -159,10 +167,10 @@ def test_uniform_networks_have_short_names(space: SearchSpace, subnet: Subnet, n
 
 
 def test_depths_of_llama_come_from_its_list() -> None:
-    assert LLAMA.depth_choices == {"llama": (24, 28, 32)} and LLAMA.depths == (24, 32)
+    assert LLAMA.depth_choices == {"llama": (24, 28, 32)}
     assert OPENVLA.depth_choices == {"tower": (24,), "llama": (24, 28, 32)}
     assert [len(LLAMA.kept_blocks(depth)) for depth in (24, 28, 32)] == [24, 28, 32]
-    assert OPENVLA.kept_blocks(52)[:24] == tuple(range(24))
+    assert OPENVLA.elastic_groups == ("llama",) and OPENVLA.kept_blocks(28)[:24] == tuple(range(24))
     for depth in (23, 26, 31, 33):
         with pytest.raises(SpaceError, match=f"depth: expected 24, 28 or 32 blocks, got {depth}"):
             LLAMA.kept_blocks(depth)
@@ -174,15 +182,56 @@ def test_depths_of_llama_come_from_its_list() -> None:
         LLAMA.decode(lone)
 
 
-def test_a_network_whose_depth_has_no_evenly_spread_pattern_has_a_name_too() -> None:
-    config = MDT_CONFIG.model_copy(update={"min_depth": {}, "depths": {"encoder": (1, 4), "decoder": (1, 2, 4)}})
-    space = SearchSpace(mdt_v(), config)
-    patterns = [(0, 4), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 7), tuple(range(8))]
-    assert [space.kept_blocks(depth) for depth in (2, 5, 6, 8)] == patterns
-    thin = Layer(8, 1536, 8, 8)
-    other = Subnet((thin, None, None, None, thin, None, None, thin), Precision.INT)  # three blocks: 1 and 2
-    assert space.name(other) == "w8a8.8h1536.0x3.8h1536.0x2.8h1536"
-    assert space.parse(space.name(other)) == other
+def test_a_name_means_the_same_network_whatever_other_depths_the_space_offers() -> None:
+    narrow = MDT_CONFIG.model_copy(update={"min_depth": {}, "depths": {"encoder": (1, 4), "decoder": (1, 2, 4)}})
+    space, generator = SearchSpace(mdt_v(), narrow), torch.Generator().manual_seed(2)
+    for depths in ((1, 1), (4, 2), (1, 4)):
+        subnet = space.uniform(depths, 0.5, 0.5)
+        assert MDT.parse(space.name(subnet)) == subnet and MDT.name(subnet) == space.name(subnet)
+    for _ in range(50):
+        subnet = stratified_subnet(space, generator)
+        assert MDT.name(subnet) == space.name(subnet)
+
+
+def test_blocks_of_fixed_size_are_never_skipped() -> None:
+    genes = list(OPENVLA.encode(OPENVLA.largest()))
+    genes[1] = 0
+    with pytest.raises(SpaceError, match=r"tower\.0: its size is fixed, only its bits are chosen; no network skips it"):
+        OPENVLA.decode(genes)
+    config = LLAMA_CONFIG.model_copy(update={"depths": {**LLAMA_CONFIG.depths, "tower": (12, 24)}})
+    with pytest.raises(SpaceError, match=r"space\.depths\.tower: its 24 blocks are of fixed size .*, got 12; leave"):
+        SearchSpace(OPENVLA.shape, config)
+
+
+def test_the_modulation_of_an_adaptive_norm_counts_at_8_bits_or_more_and_is_never_sliced() -> None:
+    plain = mdt_v()
+    size = 6 * 384
+    extra = LinearShape("modulation", 384, size, "full", "full", True, "step", 1, quantized=False)
+    decoder = tuple(replace(block, linears=(*block.linears, extra)) for block in plain.blocks[4:])
+    modulated = replace(plain, blocks=(*plain.blocks[:4], *decoder), fixed_bits=16)
+    space, before = SearchSpace(modulated, MDT_CONFIG), SearchSpace(replace(plain, fixed_bits=16), MDT_CONFIG)
+    smallest, added = space.smallest(), 384 * size + size
+    assert parameters(modulated, smallest) == parameters(plain, smallest) + added
+    assert paper_bytes(modulated, smallest) == paper_bytes(plain, smallest) + added
+    assert paper_bytes(modulated, space.largest()) == paper_bytes(plain, space.largest()) + 4 * 4 * added
+    assert real_bytes(modulated, smallest) == real_bytes(before.shape, smallest) + 2 * added
+    assert flops(modulated, smallest)[1] == flops(plain, smallest)[1] + 2 * 384 * size
+    assert mean_bits(modulated, smallest) == 4.0
+    slower, faster = (cost_tensors(modelled_table(ORIN_NX_16GB, made), made, 1) for made in (space, before))
+    more = (slower.latency - faster.latency)[4:]
+    assert (more > 0.0).all()
+    torch.testing.assert_close(more, more[:, :1, :1, :1, :1].expand_as(more), rtol=1e-3, atol=0.0)  # at any width, bits
+    slower_too, faster_too = (synthetic_tensors(m, torch.Generator().manual_seed(0), 1, 1)[0] for m in (space, before))
+    assert (slower_too.latency[4:] > faster_too.latency[4:]).all()
+    for one, other in ((slower, faster), (slower_too, faster_too)):
+        assert ((one.memory - other.memory)[4:] == 2 * added).all()
+
+
+def test_a_layer_that_is_not_quantized_cannot_be_sliced() -> None:
+    plain = mdt_v()
+    first = replace(plain.blocks[0], linears=(replace(plain.blocks[0].linears[0], quantized=False),))
+    with pytest.raises(SpaceError, match=r"encoder\.blocks\.0\.attn\.q is not quantized, so it cannot be sliced"):
+        SearchSpace(replace(plain, blocks=(first, *plain.blocks[1:])), MDT_CONFIG)
 
 
 def test_stratified_draws_take_every_depth_of_the_list_equally_often() -> None:
@@ -224,7 +273,7 @@ def test_an_encoder_runs_once_per_chunk() -> None:
 def test_vision_towers_change_in_bits_only() -> None:
     subnet = OPENVLA.smallest()
     assert set(subnet.layers[:24]) == {Layer(16, 4096, 4, 4)}
-    assert OPENVLA.depths == (48, 56)
+    assert OPENVLA.smallest().depth == 48 and OPENVLA.largest().depth == 56
     mixed = Subnet((*[Layer(16, 4096, 8, 8)] * 24, *subnet.layers[24:]), Precision.INT)
     assert OPENVLA.decode(OPENVLA.encode(mixed)) == mixed
     assert mean_bits(OPENVLA.shape, mixed) > mean_bits(OPENVLA.shape, subnet) == 4

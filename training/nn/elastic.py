@@ -7,6 +7,7 @@ of several arithmetics. Bits change no shape and copy nothing: the step sets of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -117,6 +118,13 @@ class ElasticLinear(nn.Linear):
         self.register_buffer("fp8_steps", None)
         self.frozen: tuple[Tensor, Tensor] | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticLinear:
+        super()._apply(fn, recurse)
+        if self.frozen is not None:
+            codes, steps = self.frozen
+            self.frozen = fn(codes), fn(steps)
+        return self
+
     @torch.no_grad()
     def freeze(self, bits: Bits) -> None:
         """Quantize the whole weight once, for inference in integers; training it has no effect from here on.
@@ -176,7 +184,12 @@ class Units:
 
 
 class ElasticBlock(nn.Module):
-    """A transformer block of elastic width and bits."""
+    """A transformer block of elastic width and bits.
+
+    A narrower one keeps the first entries of every parameter in every dimension, so what belongs to a unit must lie
+    together and in the order of the units: queries, keys and values, and the two halves of a gated MLP, are layers of
+    their own. Parameters that are not sliced have one size at every width.
+    """
 
     def units(self) -> dict[str, Units]:
         """What the block can be narrowed by, by name; their order changes nothing at full width."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,9 @@ class ElasticDiffusionPolicyT(ElasticPolicy, DiffusionPolicyT):
         config = self.config.model_copy(update={"depth": len(kept)})
         return partial(ElasticDiffusionPolicyT, config, [size for _, size in kept])
 
-    def elastic_blocks(self) -> list[ElasticDecoderBlock]:
+    def elastic_blocks(self) -> tuple[ElasticDecoderBlock, ...]:
         """The blocks in order, typed."""
-        return [block for block in self.blocks if isinstance(block, ElasticDecoderBlock)]
+        return cast(tuple[ElasticDecoderBlock, ...], super().elastic_blocks())
 
     # Parts that run at different rates -------------------------------------------------------------------------------
 

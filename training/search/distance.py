@@ -34,6 +34,7 @@ class Parcel:
     Attributes:
         make: makes the supernet, untrained.
         state: its averaged weights by name.
+        batch_ranges: whether it quantizes activations by BatchQuant.
         arguments: what it is called with; (N, ...) each.
         target: (N, T - first, Da) float32, what the teacher answers.
         first: tokens of its answer that do not count.
@@ -41,14 +42,14 @@ class Parcel:
 
     make: Callable[[], ElasticPolicy]
     state: Mapping[str, NDArray[Any]]
+    batch_ranges: bool
     arguments: tuple[NDArray[Any], ...]
     target: NDArray[Any]
     first: int
 
     def unpacked(self) -> SubnetDistance:
         """The distance, with memory of its own: what arrived may be read-only and shared."""
-        network = self.make()
-        network.load_state_dict({name: torch.tensor(value) for name, value in self.state.items()})
+        network = self.make().filled({name: torch.tensor(v) for name, v in self.state.items()}, self.batch_ranges)
         network.requires_grad_(False).eval()
         arguments = tuple(torch.tensor(value) for value in self.arguments)
         return SubnetDistance(network, arguments, torch.tensor(self.target), self.first)
@@ -88,7 +89,7 @@ class SubnetDistance:
     def parcel(self) -> Parcel:
         """The same for another process."""
         network = self.network
-        state = {name: value.numpy() for name, value in network.state_dict().items()}
+        state = {name: value.cpu().numpy() for name, value in network.state_dict().items()}
         make = network.blueprint(list(enumerate(network.sizes)))
-        arguments = tuple(tensor.numpy() for tensor in self._arguments)
-        return Parcel(make, state, arguments, self._target.numpy(), self._first)
+        arguments = tuple(tensor.cpu().numpy() for tensor in self._arguments)
+        return Parcel(make, state, network.batch_ranges, arguments, self._target.cpu().numpy(), self._first)

@@ -56,6 +56,7 @@ class Genes:
         self.space = space
         self.sizes = np.array(space.gene_sizes[1:])
         self._integer = len(space.precisions) - 1
+        self._whole = [index for index, block in enumerate(space.shape.blocks) if not block.elastic]
 
     def encode(self, subnets: Sequence[Subnet]) -> NDArray[np.int64]:
         """Rows (N, genes) of networks of integer precision."""
@@ -81,6 +82,7 @@ class Genes:
             block[index, 0] = 1
 
         for block in blocks:
+            block[self._whole, 0] = 1  # of which only the bits are chosen
             for index in sorted(self.space.always_kept):
                 if not block[index, 0]:
                     put_back(block, index)

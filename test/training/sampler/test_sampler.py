@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from training.sampler_report import BUDGETS, Contestant, Report, sampler_report,
 from training.schedules import step_seed
 from training.space import SearchSpace
 from training.subnet import Precision, Subnet
+from training.subnet_distribution import SubnetDistribution
 from training.synthetic_tables import synthetic_tensors
 
 UPDATES = 350
@@ -137,6 +139,20 @@ def test_groups_keep_their_least_depth_under_any_budget(small_space: SearchSpace
             sampler.update(generator)
         for _ in range(20):
             small_space.check(sampler.draw(conditions.draw(generator), generator))
+
+
+def test_depths_of_a_list_are_drawn_evenly_where_nothing_tells_them_apart(space: SearchSpace) -> None:
+    config = space.config.model_copy(update={"min_depth": {}, "depths": {"decoder": (2, 6, 8)}})
+    listed, generator = SearchSpace(space.shape, config), torch.Generator().manual_seed(0)
+    conditions = Conditions(listed, {}, synthetic_tensors(listed, generator, 8))
+    sampler = ConfigurationSampler(listed, conditions, SamplerConfig())
+    condition = conditions.draw(generator)
+    distribution = sampler.distribution(condition)
+    free = SubnetDistribution(
+        torch.zeros_like(distribution.choice), torch.full((1, 8), math.log(64.0)), distribution.groups
+    )
+    depths = Counter((free.sample(generator, 3000) < 64).sum(dim=1).tolist())
+    assert sorted(depths) == [2, 6, 8] and max(abs(count - 1000) for count in depths.values()) < 120
 
 
 def test_depths_come_from_the_list_under_any_budget(small_space: SearchSpace) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from training.subnet_distribution import IMPOSSIBLE, DepthGroup, SubnetDistribut
 Groups = tuple[DepthGroup, ...]
 GROUPS: Groups = (DepthGroup((0, 2), (1, 2)), DepthGroup((1, 3, 4), (2, 3)))  # from a least depth up
 LISTED: Groups = (DepthGroup((0, 2), (0, 2)), DepthGroup((1, 3, 4), (1, 3)))  # with gaps
+WEIGHED: Groups = (DepthGroup((0, 2), (0, 2), (1.5, -0.5)), DepthGroup((1, 3, 4), (1, 2, 3), (0.0, -3.0, 2.0)))
 BLOCKS, CHOICES = 5, 2
-of_both = pytest.mark.parametrize("groups", [GROUPS, LISTED], ids=["least", "listed"])
+of_all = pytest.mark.parametrize("groups", [GROUPS, LISTED, WEIGHED], ids=["least", "listed", "weighed"])
 
 
 def enumerated(kept: Tensor, skip: Tensor, groups: Groups) -> list[tuple[tuple[int, ...], float]]:
@@ -22,12 +24,16 @@ def enumerated(kept: Tensor, skip: Tensor, groups: Groups) -> list[tuple[tuple[i
     for numbers in itertools.product(range(CHOICES + 1), repeat=BLOCKS):
         if all(sum(numbers[m] != CHOICES for m in group.members) in group.counts for group in groups):
             chance = torch.stack([table[block, number] for block, number in enumerate(numbers)]).prod()
+            for group in groups:
+                count = sum(numbers[member] != CHOICES for member in group.members)
+                if group.log_weights is not None:
+                    chance = chance * math.exp(group.log_weights[group.counts.index(count)])
             found.append((numbers, float(chance)))
     total = sum(chance for _, chance in found)
     return [(numbers, chance / total) for numbers, chance in found]
 
 
-@of_both
+@of_all
 @pytest.mark.parametrize("shift", [0.0, 6.0, -6.0, 40.0])
 def test_moments_marginals_and_entropy_equal_those_found_by_counting(shift: float, groups: Groups) -> None:
     generator = torch.Generator().manual_seed(int(shift) + 10)
@@ -59,6 +65,21 @@ def test_moments_marginals_and_entropy_equal_those_found_by_counting(shift: floa
     torch.testing.assert_close(distribution.marginals(moments)[0], marginals, rtol=1e-6, atol=1e-9)
 
 
+def test_divergence_is_zero_for_even_genes_whose_depths_are_weighed() -> None:
+    # Up to the constant of the reference, which the difference of two conditions does not have.
+    group = DepthGroup(tuple(range(BLOCKS)), tuple(range(BLOCKS + 1)), tuple(0.3 * n for n in range(BLOCKS + 1)))
+    even, logits = torch.zeros(1, BLOCKS, 4), torch.full((1, BLOCKS), 4.0).log()
+
+    def divergence(kept: Tensor) -> float:
+        distribution = SubnetDistribution(kept, logits, (group,))
+        moments = distribution.moments(torch.zeros(1, 1, BLOCKS, 4))
+        return distribution.divergence(moments, distribution.entropy(moments), torch.full((BLOCKS,), 4)).item()
+
+    least = divergence(even)
+    generator = torch.Generator().manual_seed(0)
+    assert all(divergence(even + 0.3 * torch.randn(even.shape, generator=generator)) > least for _ in range(20))
+
+
 def test_divergence_is_zero_for_even_genes_without_a_condition() -> None:
     groups = (DepthGroup(tuple(range(BLOCKS)), tuple(range(BLOCKS + 1))),)
     even = SubnetDistribution(torch.zeros(1, BLOCKS, 4), torch.full((1, BLOCKS), 4.0).log(), groups)
@@ -67,7 +88,7 @@ def test_divergence_is_zero_for_even_genes_without_a_condition() -> None:
     assert divergence.item() == pytest.approx(0.0, abs=1e-9)
 
 
-@of_both
+@of_all
 def test_gradients_equal_finite_differences(groups: Groups) -> None:
     generator = torch.Generator().manual_seed(3)
     kept = torch.randn(2, BLOCKS, CHOICES, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -82,7 +103,7 @@ def test_gradients_equal_finite_differences(groups: Groups) -> None:
     assert torch.autograd.gradcheck(figures, (kept, skip))
 
 
-@of_both
+@of_all
 def test_gradients_stay_finite_where_choices_and_skips_are_ruled_out(groups: Groups) -> None:
     kept = torch.zeros(1, BLOCKS, CHOICES, requires_grad=True)
     masked = torch.where(torch.tensor([True, False]), kept, IMPOSSIBLE)
@@ -93,7 +114,7 @@ def test_gradients_stay_finite_where_choices_and_skips_are_ruled_out(groups: Gro
     assert kept.grad is not None and kept.grad.isfinite().all()
 
 
-@of_both
+@of_all
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_samples_follow_the_probabilities_found_by_counting(shift: float, groups: Groups) -> None:
     generator = torch.Generator().manual_seed(8)

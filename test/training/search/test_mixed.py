@@ -28,7 +28,7 @@ def distances(subnets: Sequence[Subnet]) -> list[float]:
 
 def test_only_bits_vary(space: SearchSpace) -> None:
     whole = whole_space(space)
-    assert set(whole.gene_sizes[1:]) == {1, 2} and whole.depths == (8, 8)
+    assert set(whole.gene_sizes[1:]) == {1, 2} and whole.shallowest == (8,)
     largest = space.largest(Precision.INT, 4, 8)
     assert whole.name(largest) == space.name(largest)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -37,6 +39,16 @@ def test_repaired_genes_keep_a_number_of_blocks_from_the_list(space: SearchSpace
     rows = genes.repaired(random.integers(0, genes.sizes, size=(20, len(genes.sizes))), random)
     assert {subnet.depth for subnet in genes.decode(rows)} <= {2, 5, 8}  # decoding checks the ends, too
     assert np.array_equal(genes.repaired(rows, random), rows)
+
+
+def test_repairs_leave_the_bits_of_blocks_of_fixed_size_alone(space: SearchSpace) -> None:
+    tower = replace(space.shape.blocks[0], group="tower", elastic=False)
+    shape = replace(space.shape, blocks=(tower, tower, *space.shape.blocks[2:]))
+    partly = SearchSpace(shape, space.config.model_copy(update={"always_kept": {}}))
+    genes, random = Genes(partly), np.random.default_rng(0)
+    rows = genes.encode([partly.largest(Precision.INT)]).repeat(50, 0)
+    genes.blocks(rows)[:, :2, 0] = 0
+    assert genes.decode(genes.repaired(rows, random)) == [partly.largest(Precision.INT)] * 50
 
 
 def test_a_number_between_two_of_the_list_goes_to_the_nearer_one_more_often(space: SearchSpace) -> None:
