@@ -22,7 +22,7 @@ from training.draws import stratified_subnet
 from training.importance import apply_order, importance_order, order_by_importance
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.nn.elastic import Arithmetic, ElasticLinear, integer_bits
-from training.nn.elastic_policy import ElasticPolicy
+from training.nn.elastic_policy import ElasticPolicy, clone
 from training.policy_shape import PolicyShape
 from training.search.cache import DistanceCache
 from training.search.distance import SubnetDistance
@@ -201,6 +201,8 @@ def test_a_copy_is_of_the_same_types_and_use(kind: str) -> None:
     live.use_batch_ranges(live=True)
     batches = [quantizer.batch for quantizer in copy.deepcopy(live).input_quantizers().values()]
     assert all(batch is not None and batch.live for batch in batches)
+    averaged = [quantizer.batch for quantizer in clone(live).input_quantizers().values()]
+    assert all(batch is not None and not batch.live for batch in averaged)
     frozen = policy.extract(drawn(space, 3))
     frozen.freeze()
     assert copy.deepcopy(frozen).frozen

@@ -149,7 +149,7 @@ class ElasticPolicy(nn.Module):
             state: by name, of the device and type that they are to have.
             batch_ranges: whether the network that they are of quantizes by BatchQuant (:meth:`use_batch_ranges`).
         """
-        if batch_ranges:
+        if batch_ranges and not self.batch_ranges:
             self.use_batch_ranges()
         for name, value in state.items():
             owner, _, kind = name.rpartition(".")
@@ -232,8 +232,12 @@ class ElasticPolicy(nn.Module):
 
 
 def clone(network: Policy) -> Policy:
-    """A frozen copy for averaging or teaching: evaluation mode, no gradients."""
-    return copy.deepcopy(network).requires_grad_(False).eval()
+    """A frozen copy for averaging or teaching: evaluation mode, no gradients, estimated BatchQuant ranges."""
+    twin = copy.deepcopy(network).requires_grad_(False).eval()
+    for quantizer in twin.input_quantizers().values():
+        if quantizer.batch is not None:
+            quantizer.batch.live = False
+    return twin
 
 
 def _declared_blocks(policy: ElasticPolicy) -> tuple[ElasticBlock, ...]:
