@@ -53,14 +53,12 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
 def test_a_full_disk_is_an_error_that_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     replace_file(path, b"old")
-    made = atomic.tempfile.mkstemp
 
-    def full(**options: object) -> tuple[int, str]:
-        handle, name = made(**options)  # type: ignore[call-overload]
-        os.close(handle)
-        return os.open("/dev/full", os.O_WRONLY), name
+    def full(new: Path, _: int) -> int:
+        new.touch()
+        return os.open("/dev/full", os.O_WRONLY)
 
-    monkeypatch.setattr(atomic.tempfile, "mkstemp", full)
+    monkeypatch.setattr(atomic, "_new", full)
     with pytest.raises(OSError, match="No space left"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
@@ -72,10 +70,18 @@ def test_a_missing_folder_is_an_error_that_leaves_nothing_behind(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", [0o644, 0o600])
-def test_permissions_are_those_asked_for_whatever_was_there(tmp_path: Path, mode: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "umask", "left"), [(0o666, 0o022, 0o644), (0o666, 0o077, 0o600), (0o666, 0o002, 0o664), (0o600, 0, 0o600)]
+)
+def test_permissions_are_those_asked_for_less_the_umask_whatever_was_there(
+    tmp_path: Path, mode: int, umask: int, left: int
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     path.chmod(0o777)
-    replace_file(path, b"new", mode)
-    assert stat.S_IMODE(path.stat().st_mode) == mode
+    before = os.umask(umask)
+    try:
+        replace_file(path, b"new", mode)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == left

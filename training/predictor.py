@@ -92,12 +92,16 @@ class ChoiceIndex:
 
 
 def _even_skips(space: SearchSpace) -> Tensor:
-    """(L,) float32 probability that a block is skipped where genes are even: half, or that of a list of even depths."""
+    """(L,) float32 probability that a block is skipped where genes are even, or depths are where they have a list."""
     share = torch.full((len(space.shape.blocks),), 0.5)
     for group, blocks in space.groups.items():
-        choices = space.depth_choices[group]
-        if group in space.config.depths or choices == (len(blocks),):
-            share[list(blocks)] = 1.0 - sum(choices) / len(choices) / len(blocks)
+        if group not in space.elastic_groups:
+            share[list(blocks)] = 0.0
+        elif group in space.config.depths:
+            free = [block for block in blocks if block not in space.always_kept]
+            kept = [count - (len(blocks) - len(free)) for count in space.depth_choices[group]]
+            share[list(blocks)] = 0.0
+            share[free] = 1.0 - sum(kept) / len(kept) / max(1, len(free))
     return share
 
 

@@ -210,8 +210,9 @@ class _Measurement:
             "device": self._device.fingerprint,
             "runtime": self._runtime.name,
             "versions": dict(self._runtime.versions),
-            "shape": repr(self._space.shape),
-            "space": self._space.config.model_dump(mode="json"),
+            # As before layers could stay in floating point, so that measurements that were begun then go on.
+            "shape": repr(self._space.shape).replace(", quantized=True", ""),
+            "space": json.loads(self._space.config.identity()),
             "diffusion": settings.diffusion.model_dump(mode="json"),
             "numbers": [settings.threads, settings.runs, settings.warm_ups, settings.subnets, BURST, SETTLE],
         }

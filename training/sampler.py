@@ -158,16 +158,16 @@ class Conditioner(nn.Module):
 def _depth_group(space: SearchSpace, group: str) -> DepthGroup:
     """A group as the distribution takes it.
 
-    Independent genes are even over the subnets of a group, so nearly all of them have the depth that most subnets have.
+    Independent genes are even over the patterns of kept blocks, so nearly all have the depth that most patterns have.
     Where depths come from a list (24, 28 or 32 of 32 blocks) no sampler would ever leave that depth; there the depths
-    are weighed to be even, and the subnets of one depth among each other.
+    are weighed to be even, and the patterns of one depth among each other.
     """
     members, counts = space.groups[group], space.depth_choices[group]
     if group not in space.config.depths:
         return DepthGroup(members, counts)
     fixed = sum(block in space.always_kept for block in members)
-    subnets = [math.comb(len(members) - fixed, count - fixed) for count in counts]
-    return DepthGroup(members, counts, tuple(-math.log(number) for number in subnets))
+    patterns = [math.comb(len(members) - fixed, count - fixed) for count in counts]
+    return DepthGroup(members, counts, tuple(-math.log(number) for number in patterns))
 
 
 class ConfigurationSampler:

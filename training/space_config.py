@@ -53,10 +53,13 @@ class SpaceConfig(StrictModel):
                 raise ValueError(f"{group}: a choice stands twice in {', '.join(map(str, depths))}; keep one")
         return {group: tuple(sorted(depths)) for group, depths in groups.items()}  # the order means nothing
 
+    def identity(self) -> str:
+        """JSON by which the same section is recognised; a field that came later is there only where it is used."""
+        return self.model_dump_json(exclude=None if self.depths else {"depths"})
+
     def sha256(self) -> str:
-        """By which the same section is recognised; a field that came later counts only where it is used."""
-        text = self.model_dump_json(exclude=None if self.depths else {"depths"})
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Hash of :meth:`identity`."""
+        return hashlib.sha256(self.identity().encode()).hexdigest()
 
     @model_validator(mode="after")
     def _one_way(self) -> SpaceConfig:

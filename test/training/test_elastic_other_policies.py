@@ -15,7 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from test.training.other_policies import ACTIONS, DIM, TOKENS, TinyLlama, TinyMdt, arguments, calibrated
+from test.training.other_policies import (
+    ACTIONS,
+    DIM,
+    HEADS,
+    INPUTS,
+    MLP,
+    TOKENS,
+    Kept,
+    Sizes,
+    TinyLlama,
+    TinyMdt,
+    arguments,
+    calibrated,
+)
 from training.conditions import Conditions
 from training.cost import cost_tensors
 from training.draws import stratified_subnet
@@ -23,7 +36,7 @@ from training.importance import apply_order, importance_order, order_by_importan
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.nn.elastic import Arithmetic, ElasticLinear, integer_bits
 from training.nn.elastic_policy import ElasticPolicy, clone
-from training.policy_shape import PolicyShape
+from training.policy_shape import LinearShape, PolicyShape
 from training.search.cache import DistanceCache
 from training.search.distance import SubnetDistance
 from training.search.executors import LocalExecutor
@@ -138,6 +151,47 @@ def test_a_layer_without_bias_computes_and_learns_as_one_whose_bias_is_zero(arit
     assert zero.bias.grad is not None and "bias" not in dict(without.named_parameters())
 
 
+@torch.no_grad()
+def test_parameters_that_share_a_tensor_go_on_sharing_it_in_copies_and_parts() -> None:
+    class Tied(TinyLlama):
+        """With one weight for two layers outside the blocks."""
+
+        def __init__(self, towers: Sizes = ((HEADS, MLP),) * 2, layers: Sizes = ((HEADS, MLP),) * 4) -> None:
+            super().__init__(towers, layers)
+            self.other = nn.Linear(INPUTS, DIM)
+            self.other.weight = self.embedding.weight
+
+        def blueprint(self, kept: Kept) -> Callable[[], Tied]:
+            towers, layers = ([s for i, s in kept if (i < self.counts[0]) is tower] for tower in (True, False))
+            return lambda: Tied(towers, layers)
+
+    tied, space = calibrated(Tied()), POLICIES["llama"][1]
+    for network in (copy.deepcopy(tied), tied.extract(space.smallest()), clone(tied)):
+        assert isinstance(network, Tied) and isinstance(tied, Tied)
+        assert network.other.weight is network.embedding.weight
+        assert torch.equal(network.other.weight, tied.embedding.weight)
+    tied.activate(space.smallest())
+    assert torch.equal(tied.extract(space.smallest())(*arguments(tied)), tied(*arguments(tied)))
+
+
+@torch.no_grad()
+def test_a_copy_of_a_policy_of_other_types_computes_the_same_bits() -> None:
+    policy, space = POLICIES["llama"]
+    double = copy.deepcopy(policy).double()
+    double.activate(space.largest())
+    given_ = tuple(value.double() for value in arguments(policy))
+    for network in (copy.deepcopy(double), double.extract(space.largest())):
+        assert torch.equal(network(*given_), double(*given_))
+
+
+def test_codes_of_a_frozen_layer_move_with_it() -> None:
+    alone = LLAMA.extract(POLICIES["llama"][1].smallest())
+    alone.freeze()
+    moved = alone.to("meta")
+    frozen = [part for module in moved.elastic_linears().values() for part in module.frozen or ()]
+    assert len(frozen) == 2 * len(moved.elastic_linears()) and {part.device.type for part in frozen} == {"meta"}
+
+
 def redeclared(change: Callable[[PolicyShape], PolicyShape]) -> type[TinyMdt]:
     """The small encoder and decoder, which declares itself otherwise."""
 
@@ -164,17 +218,28 @@ def last_linear(**fields: object) -> Callable[[PolicyShape], PolicyShape]:
     return changed
 
 
+def more_linears(quantized: bool) -> Callable[[PolicyShape], PolicyShape]:
+    """A layer that is declared and not there."""
+    ghost = LinearShape("ghost", 7, 9, "full", "full", True, "step", TOKENS, quantized)
+    return lambda shape: last_block(linears=(*shape.blocks[-1].linears, ghost))(shape)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (last_block(name="decoder.9"), r"decoder\.9: declared as a block, but the policy has no such module"),
+        (last_block(name="decoder.0"), r"decoder\.0: declared as two blocks"),
         (last_block(name="head"), "head: declared as a block, but is a Linear, no ElasticBlock"),
+        (last_block(head_dim=8), r"decoder\.2: units 'self_heads': 4 channels each, declared with head_dim 8"),
         (lambda shape: replace(shape, blocks=shape.blocks[:-1]), "sizes: expected one for each of 4 .* blocks, got 5"),
-        (last_linear(name="fc3"), r"decoder\.2\.fc2: an ElasticLinear that is not declared"),
+        (last_linear(name="norm3"), r"decoder\.2\.fc2: an ElasticLinear that is not declared as a quantized layer"),
         (last_linear(quantized=False, in_slice="full"), r"decoder\.2\.fc2: an ElasticLinear that is not declared"),
         (last_linear(bias=False), r"decoder\.2\.fc2: declared with inputs, outputs and bias \(32, 16, False\), is"),
         (last_linear(in_features=64), r"decoder\.2\.fc2: declared with inputs, outputs and bias \(64, 16, True\), is"),
-        (last_linear(in_slice="full"), r"decoder\.2: consumers of its units are .*'fc2', .*, but the shape slices"),
+        (last_linear(in_slice="full"), r"decoder\.2: units 'channels': .* by heads or by mlp, got \['full', 'mlp'\]"),
+        (last_linear(in_slice="heads"), r"decoder\.2: units 'channels': .* by heads or by mlp, got \['heads', 'mlp'\]"),
+        (more_linears(quantized=True), r"decoder\.2\.ghost: declared as a quantized layer, but is no ElasticLinear"),
+        (more_linears(quantized=False), r"decoder\.2\.ghost: declared as a linear layer, but is none"),
     ],
 )
 def test_blocks_that_are_not_as_declared_are_refused_by_name(
@@ -240,14 +305,13 @@ def test_a_parcel_holds_networks_that_were_cut_out_or_quantize_by_batch(kind: st
     policy, space = POLICIES[kind]
     used = copy.deepcopy(policy)
     if batch_ranges:
-        used.use_batch_ranges(live=True)
+        used.use_batch_ranges()
     alone = used.extract(drawn(space, 1))
+    if batch_ranges:
+        alone.use_batch_ranges(live=True)  # no range was estimated
     distance = SubnetDistance(alone.eval(), arguments(policy), torch.zeros(3, TOKENS, ACTIONS))
     again = pickle.loads(pickle.dumps(distance.parcel())).unpacked()
-    for quantizer in (*alone.input_quantizers().values(), *again.network.input_quantizers().values()):
-        assert (quantizer.batch is not None) is batch_ranges
-        if quantizer.batch is not None:
-            quantizer.batch.live = True  # no range was estimated
+    assert all((q.batch is not None) is batch_ranges for q in again.network.input_quantizers().values())
     assert again.distance(alone.active) == distance.distance(alone.active)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from training.files import WriteError
 from training.lut import LookUpTable, TableError, load_table, merged, parse_table, save_table, table_json
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
 from training.policies.diffusion_policy_t import DiffusionPolicyTConfig
@@ -45,8 +46,8 @@ def test_a_failed_write_leaves_the_old_table(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.lut.os.fsync", full)
-    with pytest.raises(TableError, match=r"table\.json: cannot be written \(No space left on device\)"):
+    monkeypatch.setattr("dcqfa_ros.atomic.os.fsync", full)
+    with pytest.raises(WriteError, match=r"table\.json: cannot be written \(No space left on device\)"):
         save_table(file, table.model_copy(update={"threads": 2}))
     assert load_table(file) == table
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.cost import cost_tensors
+from training.cost import cost, cost_tensors
 from training.depths import evenly_spread
 from training.draws import Phase, stratified_subnet
 from training.modelled_tables import ORIN_NX_16GB, modelled_table
@@ -225,6 +225,26 @@ def test_the_modulation_of_an_adaptive_norm_counts_at_8_bits_or_more_and_is_neve
     assert (slower_too.latency[4:] > faster_too.latency[4:]).all()
     for one, other in ((slower, faster), (slower_too, faster_too)):
         assert ((one.memory - other.memory)[4:] == 2 * added).all()
+
+
+def test_a_layer_that_is_not_quantized_takes_as_long_in_a_network_of_integers_as_in_one_of_float16() -> None:
+    plain = replace(mdt_v(), fixed_bits=16)
+    extra = LinearShape("modulation", 384, 384, "full", "full", False, "step", 100_000, quantized=False)
+    blocks = tuple(replace(block, linears=(*block.linears, extra)) for block in plain.blocks[4:])
+    more = replace(plain, blocks=(*plain.blocks[:4], *blocks))  # products weigh more than weights do
+    added = {}
+    for precision in (Precision.FP16, Precision.INT):
+        times = []
+        for shape in (more, plain):
+            space = SearchSpace(shape, MDT_CONFIG)
+            table = modelled_table(ORIN_NX_16GB, space)
+            times.append(cost(table, shape, space.largest(precision, 4, 4), 1).latency_ms)
+        added[precision] = times[0] - times[1]
+    floating = ORIN_NX_16GB.floating
+    computing = 4 * 2e3 * 384 * 384 * 100_000 / (floating.operations * ORIN_NX_16GB.compute_share)
+    launches = 4e3 * ORIN_NX_16GB.launch_seconds
+    assert added[Precision.INT] == pytest.approx(added[Precision.FP16], rel=1e-4)
+    assert added[Precision.INT] == pytest.approx(computing + launches, rel=1e-3)
 
 
 def test_a_layer_that_is_not_quantized_cannot_be_sliced() -> None:

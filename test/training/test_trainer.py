@@ -225,14 +225,12 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_what_to_do(
 
 def full_disk_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make temporary files of checkpoints ones that take no byte."""
-    made = atomic.tempfile.mkstemp
 
-    def full(**options: Any) -> tuple[int, str]:
-        handle, name = made(**options)
-        os.close(handle)
-        return os.open("/dev/full", os.O_WRONLY), name
+    def full(path: Path, _: int) -> int:
+        path.touch()
+        return os.open("/dev/full", os.O_WRONLY)
 
-    monkeypatch.setattr(atomic.tempfile, "mkstemp", full)
+    monkeypatch.setattr(atomic, "_new", full)
 
 
 @pytest.mark.parametrize("megabytes", [0, 3])

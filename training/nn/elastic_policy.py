@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from training.nn.declaration import check_declaration
 from training.nn.elastic import Arithmetic, Bits, ElasticBlock, ElasticLinear, InputQuantizer, Width, integer_bits
-from training.policy_shape import BlockShape, PolicyShape, linear_size
+from training.policy_shape import PolicyShape
 from training.quant.batchquant import BatchQuant
 from training.quant.quantizer import BITS
 from training.subnet import Layer, Precision, Subnet
@@ -75,7 +76,8 @@ class ElasticPolicy(nn.Module):
         Raises:
             ValueError: blocks and declaration do not agree; the message names the module.
         """
-        self._resolved = _declared_blocks(self)
+        self._block_names = tuple(block.name for block in self.shape.blocks)
+        check_declaration(self)
         self.frozen = False
         self.batch_ranges = False
         self._bits: dict[tuple[int, int], Bits] = {}
@@ -86,7 +88,8 @@ class ElasticPolicy(nn.Module):
 
     def elastic_blocks(self) -> tuple[ElasticBlock, ...]:
         """The blocks in order."""
-        return self._resolved
+        blocks = (self.get_submodule(name) for name in self._block_names)
+        return cast(tuple[ElasticBlock, ...], tuple(blocks))  # begin() has looked
 
     def activate(self, subnet: Subnet) -> None:
         """Run ``subnet`` from the next call on. No parameter is copied.
@@ -142,36 +145,52 @@ class ElasticPolicy(nn.Module):
 
     # Networks of their own -------------------------------------------------------------------------------------------
 
-    def filled(self, state: Mapping[str, Tensor], batch_ranges: bool) -> Self:
+    @property
+    def live_ranges(self) -> bool:
+        """Whether BatchQuant takes the range of every batch, as in training."""
+        return any(q.batch is not None and q.batch.live for q in self.input_quantizers().values())
+
+    def filled(self, state: Mapping[str, Tensor], batch_ranges: bool = False, live: bool = False) -> Self:
         """This untrained network with its weights, buffers and FP8 scales from ``state``, whose tensors it takes over.
 
         Args:
             state: by name, of the device and type that they are to have.
             batch_ranges: whether the network that they are of quantizes by BatchQuant (:meth:`use_batch_ranges`).
+            live: and takes the range of every batch.
         """
-        if batch_ranges and not self.batch_ranges:
-            self.use_batch_ranges()
+        if batch_ranges:
+            self.use_batch_ranges(live)
         for name, value in state.items():
             owner, _, kind = name.rpartition(".")
             if kind == FP8_STEPS:
                 self.get_submodule(owner).register_buffer(FP8_STEPS, value)
-        self.load_state_dict(dict(state), assign=True)
-        return self.to(next(iter(state.values())).device)  # buffers that are not in the state
+        self.to(next(iter(state.values())).device)  # buffers that are not in the state
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if name in state:
+                tensor.data = state[name]  # parameters that share one tensor go on doing so
+        self.load_state_dict(dict(state))
+        return self
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """A copy with parameters of its own: of the same types, active subnet, mode and use."""
         twin = self.blueprint(list(enumerate(self.sizes)))()
         memo[id(self)] = twin
-        twin.filled({name: value.clone() for name, value in self.state_dict().items()}, self.batch_ranges)
+        state = {name: value.clone() for name, value in self.state_dict().items()}
+        twin.filled(state, self.batch_ranges, self.live_ranges)
+        self._give_types(twin)
         for mine, other in zip(self.parameters(), twin.parameters(), strict=True):
             other.requires_grad_(mine.requires_grad)
-        for own, copied in zip(self.input_quantizers().values(), twin.input_quantizers().values(), strict=True):
-            if own.batch is not None and copied.batch is not None:
-                copied.batch.live = own.batch.live
         twin.activate(self.active)
         if self.frozen:
             twin.freeze()
         return twin.train(self.training)
+
+    def _give_types(self, twin: ElasticPolicy) -> None:
+        """Buffers of ``twin`` that no state holds, such as masks, get the types that they have here."""
+        mine = dict(self.named_buffers())
+        for name, buffer in twin.named_buffers():
+            if name in mine and buffer.dtype != mine[name].dtype:
+                buffer.data = buffer.to(mine[name].dtype)
 
     @torch.no_grad()
     def extract(self, subnet: Subnet) -> Self:
@@ -197,6 +216,7 @@ class ElasticPolicy(nn.Module):
                     rows = len(wanted[f"{name}.weight"])
                     state[f"{declared.name}.{name}.{FP8_STEPS}"] = module.fp8_row_steps(rows)
         alone.filled({name: value.clone() for name, value in state.items()}, self.batch_ranges)
+        self._give_types(alone)
         alone.activate(Subnet(tuple(layer for _, layer in kept), subnet.precision))
         return alone.train(self.training)
 
@@ -238,53 +258,3 @@ def clone(network: Policy) -> Policy:
         if quantizer.batch is not None:
             quantizer.batch.live = False
     return twin
-
-
-def _declared_blocks(policy: ElasticPolicy) -> tuple[ElasticBlock, ...]:
-    """The modules that the shape names, which are as it says."""
-    shape, blocks = policy.shape, []
-    if len(policy.sizes) != len(shape.blocks):
-        raise ValueError(
-            f"sizes: expected one for each of {len(shape.blocks)} declared blocks, got {len(policy.sizes)}"
-        )
-    for declared, size in zip(shape.blocks, policy.sizes, strict=True):
-        try:
-            block = policy.get_submodule(declared.name)
-        except AttributeError as error:
-            raise ValueError(f"{declared.name}: declared as a block, but the policy has no such module") from error
-        if not isinstance(block, ElasticBlock):
-            raise ValueError(f"{declared.name}: declared as a block, but is a {type(block).__name__}, no ElasticBlock")
-        _check_linears(declared, block, Layer(*size, 32, 32))
-        blocks.append(block)
-    return tuple(blocks)
-
-
-def _check_linears(declared: BlockShape, block: ElasticBlock, layer: Layer) -> None:
-    found = {name: module for name, module in block.named_modules() if isinstance(module, ElasticLinear)}
-    quantized = {linear.name: linear for linear in declared.linears if linear.quantized}
-    for name in sorted(found.keys() ^ quantized.keys()):
-        what = "declared, but no ElasticLinear" if name in quantized else "an ElasticLinear that is not declared"
-        raise ValueError(f"{declared.name}.{name}: {what}")
-    for name, linear in quantized.items():
-        wanted = (*linear_size(declared, linear, layer), linear.bias)
-        module = found[name]
-        if wanted != (module.in_features, module.out_features, module.bias is not None):
-            raise ValueError(f"{declared.name}.{name}: declared with inputs, outputs and bias {wanted}, is {module}")
-    units = block.units().values()
-    for part, modules, names in (
-        (
-            "producers",
-            [m for u in units for m in u.producers],
-            {n for n, s in quantized.items() if s.out_slice != "full"},
-        ),
-        (
-            "consumers",
-            [m for u in units for m in u.consumers],
-            {n for n, s in quantized.items() if s.in_slice != "full"},
-        ),
-    ):
-        given = {name for name, module in found.items() if any(module is other for other in modules)}
-        if given != names:
-            raise ValueError(
-                f"{declared.name}: {part} of its units are {sorted(given)}, but the shape slices {sorted(names)}"
-            )

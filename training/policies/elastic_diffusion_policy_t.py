@@ -59,7 +59,7 @@ class ElasticDiffusionPolicyT(ElasticPolicy, DiffusionPolicyT):
 
     def elastic_blocks(self) -> tuple[ElasticDecoderBlock, ...]:
         """The blocks in order, typed."""
-        return cast(tuple[ElasticDecoderBlock, ...], super().elastic_blocks())
+        return cast(tuple[ElasticDecoderBlock, ...], tuple(self.blocks))
 
     # Parts that run at different rates -------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class Parcel:
     Attributes:
         make: makes the supernet, untrained.
         state: its averaged weights by name.
-        batch_ranges: whether it quantizes activations by BatchQuant.
+        batch_ranges, live: whether it quantizes activations by BatchQuant, and by the range of every batch.
         arguments: what it is called with; (N, ...) each.
         target: (N, T - first, Da) float32, what the teacher answers.
         first: tokens of its answer that do not count.
@@ -43,13 +43,15 @@ class Parcel:
     make: Callable[[], ElasticPolicy]
     state: Mapping[str, NDArray[Any]]
     batch_ranges: bool
+    live: bool
     arguments: tuple[NDArray[Any], ...]
     target: NDArray[Any]
     first: int
 
     def unpacked(self) -> SubnetDistance:
         """The distance, with memory of its own: what arrived may be read-only and shared."""
-        network = self.make().filled({name: torch.tensor(v) for name, v in self.state.items()}, self.batch_ranges)
+        state = {name: torch.tensor(value) for name, value in self.state.items()}
+        network = self.make().filled(state, self.batch_ranges, self.live)
         network.requires_grad_(False).eval()
         arguments = tuple(torch.tensor(value) for value in self.arguments)
         return SubnetDistance(network, arguments, torch.tensor(self.target), self.first)
@@ -92,4 +94,5 @@ class SubnetDistance:
         state = {name: value.cpu().numpy() for name, value in network.state_dict().items()}
         make = network.blueprint(list(enumerate(network.sizes)))
         arguments = tuple(tensor.cpu().numpy() for tensor in self._arguments)
-        return Parcel(make, state, network.batch_ranges, arguments, self._target.cpu().numpy(), self._first)
+        ranges = network.batch_ranges, network.live_ranges
+        return Parcel(make, state, *ranges, arguments, self._target.cpu().numpy(), self._first)

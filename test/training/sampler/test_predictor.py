@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,25 @@ def test_losses_that_are_not_finite_are_refused_by_the_subnets_name(space: Searc
 def test_a_state_of_another_space_is_refused(space: SearchSpace, small_space: SearchSpace) -> None:
     with pytest.raises(AdvantageError, match=r"5 blocks, this space has .* over 8"):
         AdvantagePredictor(space).load_state_dict(AdvantagePredictor(small_space).state_dict())
+
+
+def test_its_reference_follows_lists_of_depths_and_fixed_sizes(space: SearchSpace, small_space: SearchSpace) -> None:
+    def skips(changed: SearchSpace) -> list[float]:
+        return AdvantagePredictor(changed)._skip_share.tolist()
+
+    assert skips(space) == [0.5] * 8
+    listed = {"min_depth": {}, "depths": {"decoder": (2, 6, 8)}}
+    config = space.config.model_copy(update=listed | {"always_kept": {"decoder": "first"}})
+    assert skips(SearchSpace(space.shape, config)) == pytest.approx([0.0, *[1.0 - (1 + 5 + 7) / 21] * 7])
+    tower = replace(small_space.shape.blocks[0], elastic=False)
+    shape = replace(small_space.shape, blocks=(tower, tower, *small_space.shape.blocks[2:]))
+    config = small_space.config.model_copy(update={"min_depth": {"decoder": 3}})
+    assert skips(SearchSpace(shape, config)) == [0.0, 0.0, 0.5, 0.5, 0.5]
+
+
+def test_blocks_of_two_groups_are_no_neighbours(small_space: SearchSpace) -> None:
+    predictor = AdvantagePredictor(small_space)  # two encoder blocks, three of the decoder
+    assert predictor._neighbours.tolist() == [0, 2, 3]
 
 
 def test_rank_correlation() -> None:

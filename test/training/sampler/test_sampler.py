@@ -18,7 +18,7 @@ from training.sampler_report import BUDGETS, Contestant, Report, sampler_report,
 from training.schedules import step_seed
 from training.space import SearchSpace
 from training.subnet import Precision, Subnet
-from training.subnet_distribution import SubnetDistribution
+from training.subnet_distribution import IMPOSSIBLE, SubnetDistribution
 from training.synthetic_tables import synthetic_tensors
 
 UPDATES = 350
@@ -141,16 +141,20 @@ def test_groups_keep_their_least_depth_under_any_budget(small_space: SearchSpace
             small_space.check(sampler.draw(conditions.draw(generator), generator))
 
 
-def test_depths_of_a_list_are_drawn_evenly_where_nothing_tells_them_apart(space: SearchSpace) -> None:
-    config = space.config.model_copy(update={"min_depth": {}, "depths": {"decoder": (2, 6, 8)}})
+@pytest.mark.parametrize("always_kept", [{}, {"decoder": "ends"}])
+def test_depths_of_a_list_are_drawn_evenly_where_nothing_tells_them_apart(
+    space: SearchSpace, always_kept: dict[str, str]
+) -> None:
+    changes = {"min_depth": {}, "depths": {"decoder": (2, 6, 8)}, "always_kept": always_kept}
+    config = space.config.model_copy(update=changes)
     listed, generator = SearchSpace(space.shape, config), torch.Generator().manual_seed(0)
     conditions = Conditions(listed, {}, synthetic_tensors(listed, generator, 8))
     sampler = ConfigurationSampler(listed, conditions, SamplerConfig())
     condition = conditions.draw(generator)
     distribution = sampler.distribution(condition)
-    free = SubnetDistribution(
-        torch.zeros_like(distribution.choice), torch.full((1, 8), math.log(64.0)), distribution.groups
-    )
+    skip = torch.full((1, 8), math.log(64.0))
+    skip[0, list(listed.always_kept)] = IMPOSSIBLE
+    free = SubnetDistribution(torch.zeros_like(distribution.choice), skip, distribution.groups)
     depths = Counter((free.sample(generator, 3000) < 64).sum(dim=1).tolist())
     assert sorted(depths) == [2, 6, 8] and max(abs(count - 1000) for count in depths.values()) < 120
 
