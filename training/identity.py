@@ -23,7 +23,9 @@ CHANGEABLE = MappingProxyType(
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that continues it: all but paths, texts and bookkeeping."""
-    document = config.model_dump(mode="json", exclude={"license": True, "task": True, "data": {"path", "format"}})
+    document = config.model_dump(
+        mode="json", exclude={"name": True, "license": True, "task": True, "data": {"path", "format"}}
+    )
     if document["data"]["image"] is not None:
         del document["data"]["image"]["file"]
     observations = document["data"]["observations"]
